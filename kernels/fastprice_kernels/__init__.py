@@ -1,0 +1,1 @@
+"""Triton kernels for the hot path of QLoRA, on torch and triton alone."""

@@ -1,0 +1,73 @@
+"""fastprice: fine-tunes language models to estimate product prices from text.
+
+The public names below are loaded on first use (PEP 562): `import fastprice` takes milliseconds and imports no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from fastprice.errors import (
+    BaseModelError,
+    ConfigError,
+    DataError,
+    FastpriceError,
+    MissingDependencyError,
+    NotFittedError,
+    TrainingError,
+)
+
+if TYPE_CHECKING:
+    from fastprice.cleaning import clean_items
+    from fastprice.estimator import PriceEstimator
+    from fastprice.items import Item, Items, load_items
+    from fastprice.metrics import Scores, score
+    from fastprice.money import parse_price
+    from fastprice.splitting import split_items
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Item": "items",
+    "Items": "items",
+    "PriceEstimator": "estimator",
+    "Scores": "metrics",
+    "clean_items": "cleaning",
+    "load_items": "items",
+    "parse_price": "money",
+    "score": "metrics",
+    "split_items": "splitting",
+}
+
+__all__ = [
+    "BaseModelError",
+    "ConfigError",
+    "DataError",
+    "FastpriceError",
+    "Item",
+    "Items",
+    "MissingDependencyError",
+    "NotFittedError",
+    "PriceEstimator",
+    "Scores",
+    "TrainingError",
+    "__version__",
+    "clean_items",
+    "load_items",
+    "parse_price",
+    "score",
+    "split_items",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'fastprice' has no attribute {name!r}")
+    value = getattr(import_module(f"fastprice.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

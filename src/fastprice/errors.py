@@ -1,0 +1,63 @@
+"""The exceptions of fastprice: one tree, so that `except FastpriceError` catches whatever a user can put right.
+
+    FastpriceError
+    ├── DataError               a file of items: missing, unreadable, an unknown column, nothing usable in it
+    ├── ConfigError             a setting: unknown key, impossible value, invalid YAML (every error at once)
+    ├── BaseModelError          a base model or a saved estimator that cannot be found, read or trained
+    ├── MissingDependencyError  an optional package or device that the request needs
+    ├── TrainingError           training that started and cannot go on (loss not finite, no labelled token)
+    └── NotFittedError          prediction before `fit` or `load`
+
+Every message is one line: what is wrong, where (file, row, column, key), and what to do. The command line prints that
+line and exits with status 2; a traceback appears only under `--debug`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+__all__ = [
+    "BaseModelError",
+    "ConfigError",
+    "DataError",
+    "FastpriceError",
+    "MissingDependencyError",
+    "NotFittedError",
+    "TrainingError",
+    "nearest_name",
+]
+
+
+class FastpriceError(Exception):
+    """Anything that a user of fastprice can put right."""
+
+
+class DataError(FastpriceError):
+    """A file of items that cannot be used, or has nothing usable in it."""
+
+
+class ConfigError(FastpriceError):
+    """Settings that make no sense; the message names every one of them."""
+
+
+class BaseModelError(FastpriceError):
+    """A base model or saved estimator that cannot be found, read or trained."""
+
+
+class MissingDependencyError(FastpriceError):
+    """An optional package, or a device, that the request needs and that is not there."""
+
+
+class TrainingError(FastpriceError):
+    """Training that cannot go on without doing harm."""
+
+
+class NotFittedError(FastpriceError, ValueError, AttributeError):
+    """Prediction was asked of an estimator that was neither fitted nor loaded (scikit-learn's base classes)."""
+
+
+def nearest_name(name: str, valid: Iterable[str]) -> str:
+    """The words ` (did you mean 'x'?)` for the valid name nearest to `name`, or nothing when none is near."""
+    matches = get_close_matches(name, list(valid), n=1)
+    return f" (did you mean {matches[0]!r}?)" if matches else ""
