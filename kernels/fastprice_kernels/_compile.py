@@ -1,0 +1,228 @@
+"""Kernels turned into machine code on a machine without a GPU, and what can be read off it.
+
+Each kernel module lists its kernels in `compile_cases() -> list[CompileCase]`: one case is one specialisation (types,
+constexprs, launch options) together with the bars that its machine code must clear. `compile_case` builds one case for
+one target with Triton's own ptxas and disassembles the result with the cuobjdump that Triton carries;
+`missed_bars` says which bars that code misses. `python -m fastprice_kernels.compile_report` does so for all of them.
+
+It needs a process in which TRITON_INTERPRET is not set: the interpreter replaces the compiler from the import on.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+__all__ = ["SHARED_LIMIT", "TARGETS", "Bars", "CompileCase", "MachineCode", "compile_case", "missed_bars"]
+
+# Bytes of shared memory that one block may use, by compute capability (CUDA C++ programming guide, table of compute
+# capabilities): Turing, A100, Ampere consumer, Ada, Hopper, Blackwell data centre, Blackwell consumer.
+SHARED_LIMIT = {
+    75: 64 * 1024,
+    80: 163 * 1024,
+    86: 99 * 1024,
+    89: 99 * 1024,
+    90: 227 * 1024,
+    100: 227 * 1024,
+    120: 99 * 1024,
+}
+TARGETS = tuple(SHARED_LIMIT)
+
+_INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.a-z]*)([^;]*)")
+_MEMORY_BITS = re.compile(r"\.(8|16|32|64|128|256)\b")
+_TENSOR_CORE = re.compile(r"^(HMMA|IMMA|QMMA|OMMA|HGMMA|QGMMA|IGMMA|UT\w*MMA)$")
+_USAGE = re.compile(r"REG:(\d+) STACK:(\d+)")
+
+
+@dataclass(frozen=True)
+class Bars:
+    """What the machine code of a case must clear. Spills and too much shared memory are barred in every case.
+
+    Attributes:
+        store_bits: every store to global memory is at least this wide.
+        shared_stores: False bars every store to shared memory, which is where a change of register layout goes.
+        fma: False bars every fp32 fused multiply-add, where bit-equality needs two roundings.
+        tensor_cores: True asks for at least one tensor-core instruction.
+        instructions_per_element: most machine instructions for one output element, by compute capability.
+    """
+
+    store_bits: int | None = None
+    shared_stores: bool = True
+    fma: bool = True
+    tensor_cores: bool = False
+    instructions_per_element: Mapping[int, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class CompileCase:
+    """One specialisation of a kernel.
+
+    Attributes:
+        name: shown in the report, unique; the public function first, such as "dequantize_nf4/bf16/nested".
+        fn: the `@triton.jit` function.
+        signature: Triton's type of each run-time argument ("*bf16", "*u8", "i32", "i64", "fp32").
+        constexprs: the value of each `tl.constexpr` argument.
+        aligned: run-time arguments that are divisible by 16 (torch's allocations are; integers where they are).
+        num_warps, num_stages, enable_fp_fusion, maxnreg: launch options, as the launcher passes them.
+        elements: output elements that one program writes; None where a loop makes the count meaningless.
+        targets: compute capabilities to build for.
+        bars: what the code must clear.
+    """
+
+    name: str
+    fn: Any
+    signature: Mapping[str, str]
+    constexprs: Mapping[str, Any] = field(default_factory=dict)
+    aligned: tuple[str, ...] = ()
+    num_warps: int = 4
+    num_stages: int = 3
+    enable_fp_fusion: bool = True
+    maxnreg: int | None = None
+    elements: int | None = None
+    targets: tuple[int, ...] = TARGETS
+    bars: Bars = field(default_factory=Bars)
+
+
+@dataclass(frozen=True)
+class MachineCode:
+    """What the machine code of one case says for one target.
+
+    `spills` counts instructions that touch thread-local memory (LDL, STL), `store_bits` is the narrowest store to
+    global memory (None where there is none), `shared_bytes` is static and dynamic shared memory of one block,
+    `shared_stores` the instructions that write it, `layout_changes` the `convert_layout`s left in Triton's IR,
+    `fma` the FFMA instructions, `tensor_cores` the matrix instructions by name, `instructions` all of them but padding.
+    """
+
+    case: str
+    target: int
+    registers: int
+    stack_bytes: int
+    spills: int
+    shared_bytes: int
+    shared_stores: int
+    layout_changes: int
+    store_bits: int | None
+    fma: int
+    tensor_cores: Mapping[str, int]
+    instructions: int
+    instructions_per_element: float | None
+    opcodes: Mapping[str, int]
+
+
+def compile_case(case: CompileCase, target: int) -> MachineCode:
+    """Builds `case` for compute capability `target` and reads the result. Triton's own cache makes a repeat cheap.
+
+    Raises:
+        RuntimeError: TRITON_INTERPRET is set, or the code cannot be built or disassembled.
+    """
+    if not isinstance(case.fn, triton.runtime.JITFunction):
+        raise RuntimeError(f"{case.name}: {case.fn!r} is no compiled kernel; unset TRITON_INTERPRET before the import")
+    names = case.fn.arg_names
+    unknown = [name for name in (*case.signature, *case.constexprs, *case.aligned) if name not in names]
+    missing = [name for name in names if name not in case.signature and name not in case.constexprs]
+    if unknown or missing:
+        raise RuntimeError(f"{case.name}: arguments unknown to the kernel {unknown}, without a type or value {missing}")
+    source = ASTSource(
+        fn=case.fn,
+        signature={name: "constexpr" if name in case.constexprs else case.signature[name] for name in names},
+        constexprs={(names.index(name),): value for name, value in case.constexprs.items()},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in case.aligned},
+    )
+    options: dict[str, Any] = {
+        "num_warps": case.num_warps,
+        "num_stages": case.num_stages,
+        "enable_fp_fusion": case.enable_fp_fusion,
+    }
+    if case.maxnreg is not None:
+        options["maxnreg"] = case.maxnreg
+    try:
+        built = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
+    except Exception as error:  # Triton raises many kinds; the report needs to know whose code failed.
+        raise RuntimeError(f"{case.name} does not build for sm_{target}: {error}") from error
+    usage, sass = _disassemble(built.asm["cubin"])
+    return _read(case, target, usage, sass, built.asm["ttgir"], built.metadata.shared)
+
+
+def missed_bars(case: CompileCase, code: MachineCode) -> list[str]:
+    """The bars of `case` that `code` misses, in words with both figures; empty when it clears them all."""
+    bars, missed = case.bars, []
+    if code.spills or code.stack_bytes:
+        missed.append(f"{code.spills} accesses to local memory and {code.stack_bytes} bytes of stack, 0 allowed")
+    if code.shared_bytes > SHARED_LIMIT[code.target]:
+        missed.append(f"{code.shared_bytes} bytes of shared memory, {SHARED_LIMIT[code.target]} there are")
+    if bars.store_bits is not None and (code.store_bits is None or code.store_bits < bars.store_bits):
+        missed.append(f"narrowest global store {code.store_bits} bits, {bars.store_bits} asked")
+    if not bars.shared_stores and code.shared_stores:
+        missed.append(f"{code.shared_stores} stores to shared memory, 0 allowed")
+    if not bars.fma and code.fma:
+        missed.append(f"{code.fma} fused multiply-adds, 0 allowed")
+    if bars.tensor_cores and not code.tensor_cores:
+        missed.append("no tensor-core instruction")
+    limit = bars.instructions_per_element.get(code.target)
+    if limit is not None and (code.instructions_per_element is None or code.instructions_per_element > limit):
+        missed.append(f"{code.instructions_per_element} instructions an output element, at most {limit} asked")
+    return [f"{code.case} on sm_{code.target}: {what}" for what in missed]
+
+
+def _disassemble(cubin: bytes) -> tuple[str, str]:
+    """The resource usage and the disassembly of one binary, as cuobjdump prints them."""
+    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.TemporaryDirectory() as folder:
+        binary = Path(folder) / "kernel.cubin"
+        binary.write_bytes(cubin)
+        printed = [
+            subprocess.run([cuobjdump, flag, binary], capture_output=True, text=True, check=True).stdout
+            for flag in ("-res-usage", "-sass")
+        ]
+    return printed[0], printed[1]
+
+
+def _read(case: CompileCase, target: int, usage: str, sass: str, ttgir: str, dynamic_shared: int) -> MachineCode:
+    registers = _USAGE.search(usage)
+    if registers is None:
+        raise RuntimeError(f"{case.name} on sm_{target}: cuobjdump printed no resource usage: {usage!r}")
+    opcodes: Counter[str] = Counter()
+    store_bits: list[int] = []
+    for line in sass.splitlines():
+        found = _INSTRUCTION.match(line)
+        if found is None:
+            continue
+        address, opcode, rest = found.groups()
+        base = opcode.split(".")[0]
+        # The code is padded with NOPs and ends in a branch to itself; neither is ever issued.
+        if base == "NOP" or (base == "BRA" and rest.split("`")[-1].strip() == f"0x{address.lstrip('0')}"):
+            continue
+        opcodes[base] += 1
+        if base == "STG":
+            width = _MEMORY_BITS.search(opcode)
+            store_bits.append(int(width[1]) if width else 8 if re.search(r"\.[US]8\b", opcode) else 32)
+    if not opcodes["EXIT"]:
+        raise RuntimeError(f"{case.name} on sm_{target}: no instructions found in the disassembly")
+    count = opcodes.total()
+    elements = case.elements
+    return MachineCode(
+        case=case.name,
+        target=target,
+        registers=int(registers[1]),
+        stack_bytes=int(registers[2]),
+        spills=opcodes["LDL"] + opcodes["STL"],
+        shared_bytes=dynamic_shared,
+        shared_stores=opcodes["STS"] + opcodes["STSM"],
+        layout_changes=ttgir.count("ttg.convert_layout"),
+        store_bits=min(store_bits, default=None),
+        fma=opcodes["FFMA"] + opcodes["FFMA2"],
+        tensor_cores={name: n for name, n in opcodes.items() if _TENSOR_CORE.match(name)},
+        instructions=count,
+        instructions_per_element=None if elements is None else round(count * 32 * case.num_warps / elements, 2),
+        opcodes=dict(opcodes),
+    )
