@@ -1,0 +1,41 @@
+"""Draws that are the same on every platform and Python version: all of them go through `Random.random()`.
+
+`Random.choice` and its kin have changed their use of the underlying bits between Python versions before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from random import Random
+from statistics import NormalDist
+from typing import TypeVar
+
+__all__ = ["normal", "pick", "shuffled", "weighted"]
+
+T = TypeVar("T")
+_NORMAL = NormalDist()
+
+
+def pick(rng: Random, options: Sequence[T]) -> T:
+    """One of `options`, each as likely as the others."""
+    return options[int(rng.random() * len(options))]
+
+
+def weighted(rng: Random, weights: Mapping[str, float]) -> str:
+    """One of the keys, with probability proportional to its weight."""
+    left = rng.random() * sum(weights.values())
+    for key, weight in weights.items():
+        left -= weight
+        if left < 0:
+            break
+    return key
+
+
+def shuffled(rng: Random, options: Sequence[T]) -> list[T]:
+    """The options in random order."""
+    return [options[place] for _, place in sorted((rng.random(), place) for place in range(len(options)))]
+
+
+def normal(rng: Random) -> float:
+    """A draw from the standard normal distribution (inverse of its cumulative, so one draw of `random()` each)."""
+    return _NORMAL.inv_cdf(min(max(rng.random(), 1e-9), 1 - 1e-9))
