@@ -1,0 +1,238 @@
+"""Train, validation and test parts that share no product.
+
+Items that belong together are joined first, and whole clusters are dealt out: the same group, the same text (whatever
+its case and white space), and near-duplicates (Jaccard similarity of the sets of three-word shingles, digits kept, of
+at least 0.8). Near-duplicates are found by MinHash with locality-sensitive hashing (Broder 1997; Leskovec, Rajaraman
+and Ullman, Mining of Massive Datasets, chapter 3) and confirmed on the shingles themselves, so none is false; about one
+in a thousand of the pairs at the threshold is missed, fewer above it.
+
+Near-duplication is not transitive: rows rendered from attributes can chain, each like the next, into one cluster that
+holds half the data. A cluster over `LARGEST` of the items is therefore taken apart again and joined at 0.9, then 0.95;
+what is still too large falls back to its explicit groups and equal texts, and the split says so in its notes. There,
+very similar items do stand on both sides.
+
+Which part an item falls into depends on the items' content and the seed, not on the order of the rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from itertools import chain
+from typing import TYPE_CHECKING
+
+from fastprice.cleaning import text_key
+from fastprice.errors import ConfigError, DataError
+from fastprice.items import Item
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+__all__ = ["LARGEST", "Split", "split_items"]
+
+LARGEST = 0.05  # of all items: the largest cluster that near-duplicates may make
+_THRESHOLDS = (0.8, 0.9, 0.95)
+_WORDS = 3  # in a shingle
+_BANDS, _ROWS = 24, 5  # a pair of similarity s is looked at with probability 1 - (1 - s^5)^24: 0.99994 at 0.8
+
+
+@dataclass(frozen=True)
+class Split:
+    """Three parts, each in the order of the rows, and what a person should know about how they were made."""
+
+    train: list[Item]
+    validation: list[Item]
+    test: list[Item]
+    notes: list[str] = field(default_factory=list)
+
+
+def split_items(
+    items: Sequence[Item],
+    *,
+    validation: float = 0.1,
+    test: float = 0.1,
+    seed: int = 0,
+    near_duplicates: bool = True,
+) -> Split:
+    """Deal the items out, never parting a group.
+
+    validation, test: the share of the items in each (0 for none); met within one cluster's size. near_duplicates:
+    join items of nearly the same text as well; costs about two seconds for
+    15,000 texts of 20 words or 5,500 of 80, on one core. Raises ConfigError for impossible shares and
+    DataError where there are fewer clusters than parts.
+    """
+    if not (0 <= validation < 1 and 0 <= test < 1 and validation + test < 1):
+        raise ConfigError(f"validation {validation} and test {test}: shares from 0, together below 1")
+    # Sorted by content, so that nothing below can depend on the order of the rows.
+    digests = [_digest(f"{item.group}\n{item.price}\n{text_key(item.text)}") for item in items]
+    order = sorted(range(len(items)), key=digests.__getitem__)
+    clusters = _Clusters(len(items))
+    notes: list[str] = []
+    first: dict[tuple[str, str], int] = {}
+    for index in order:
+        item = items[index]
+        clusters.join(index, first.setdefault(("text", text_key(item.text)), index))
+        if item.group is not None:
+            clusters.join(index, first.setdefault(("group", item.group), index))
+    if near_duplicates and len(items) > 1:
+        clusters, notes = _join_near_duplicates([text_key(item.text) for item in items], order, clusters)
+
+    members: dict[int, list[int]] = {}
+    for index in order:
+        members.setdefault(clusters.root(index), []).append(index)
+    dealt = sorted(members.values(), key=lambda cluster: _digest(f"{seed} {digests[cluster[0]]}"))
+    wanted = {name: share for name, share in (("test", test), ("validation", validation)) if share > 0}
+    if len(dealt) <= len(wanted):
+        raise DataError(
+            f"cannot split {len(items)} items into {len(wanted) + 1} parts: they are {len(dealt)} clusters that belong "
+            "together (same group or text); give more items, a finer group, or ask for fewer parts"
+        )
+    parts: dict[str, list[list[int]]] = {"train": dealt}
+    for name, share in wanted.items():
+        parts[name], parts["train"] = _take(parts["train"], round(share * len(items)))
+    chosen = {name: [items[index] for index in sorted(chain.from_iterable(part))] for name, part in parts.items()}
+    return Split(chosen["train"], chosen.get("validation", []), chosen.get("test", []), notes)
+
+
+def _take(clusters: list[list[int]], target: int) -> tuple[list[list[int]], list[list[int]]]:
+    """The clusters, in order, that bring a part nearer to `target` items (at least one of them), and the others."""
+    taken: list[list[int]] = []
+    left: list[list[int]] = []
+    room = target
+    for cluster in clusters:
+        nearer = len(cluster) < 2 * room
+        (taken if nearer else left).append(cluster)
+        room -= len(cluster) if nearer else 0
+    if not taken:
+        smallest = min(left, key=len)
+        taken, left = [smallest], [cluster for cluster in left if cluster is not smallest]
+    return taken, left
+
+
+def _digest(text: str) -> str:
+    return blake2b(text.encode("utf-8", "replace"), digest_size=16).hexdigest()
+
+
+class _Clusters:
+    """Union-find over 0 .. n - 1."""
+
+    def __init__(self, count: int) -> None:
+        self.parent = list(range(count))
+
+    def root(self, index: int) -> int:
+        parent = self.parent
+        while parent[index] != index:
+            parent[index] = parent[parent[index]]
+            index = parent[index]
+        return index
+
+    def join(self, one: int, other: int) -> None:
+        self.parent[self.root(one)] = self.root(other)
+
+    def copy(self) -> _Clusters:
+        twin = _Clusters(0)
+        twin.parent = self.parent.copy()
+        return twin
+
+
+# ---- Near-duplicates -----------------------------------------------------------------------------------------------
+
+
+def _join_near_duplicates(keys: list[str], order: list[int], groups: _Clusters) -> tuple[_Clusters, list[str]]:
+    """`groups` with near-duplicates joined wherever the cluster stays small enough, and a note if some did not."""
+    pairs = _similar_pairs([keys[index] for index in order])
+    edges = [(order[one], order[other], similarity) for one, other, similarity in pairs]
+    largest = max(1, int(LARGEST * len(keys)))
+    joined = groups.copy()
+    for threshold in _THRESHOLDS:
+        trial = joined.copy()
+        for one, other, similarity in edges:
+            if similarity >= threshold:
+                trial.join(one, other)
+        sizes: dict[int, int] = {}
+        for index in range(len(keys)):
+            root = trial.root(index)
+            sizes[root] = sizes.get(root, 0) + 1
+        left = []
+        for edge in edges:
+            if sizes[trial.root(edge[0])] <= largest:
+                if edge[2] >= threshold:
+                    joined.join(edge[0], edge[1])
+            else:
+                left.append(edge)
+        edges = left
+    edges = [edge for edge in edges if joined.root(edge[0]) != joined.root(edge[1])]
+    if not edges:
+        return joined, []
+    apart = len({index for one, other, similarity in edges for index in (one, other)})
+    return joined, [
+        f"{apart:,} of {len(keys):,} items are near-duplicates of one another in chains that would each hold more than "
+        f"{LARGEST:.0%} of the data: they were kept together only by group and equal text"
+    ]
+
+
+def _similar_pairs(keys: list[str]) -> list[tuple[int, int, float]]:
+    """Pairs of texts whose shingles have a Jaccard similarity of at least 0.8, enough of them to join every cluster."""
+    import numpy as np
+
+    values, starts = _shingles(keys)
+    signatures_KN = _min_hashes(values, starts)
+    sets = [frozenset(part.tolist()) for part in np.split(values, starts[1:])]
+    seen: set[tuple[int, int]] = set()
+    pairs = []
+    for band in range(_BANDS):
+        band_RN = signatures_KN[band * _ROWS : (band + 1) * _ROWS]
+        order = np.lexsort(band_RN)
+        same = (band_RN[:, order[1:]] == band_RN[:, order[:-1]]).all(axis=0)
+        # Neighbours within a bucket: a chain through all of it, in linear time where all pairs would be quadratic.
+        for one, other in zip(order[:-1][same].tolist(), order[1:][same].tolist(), strict=True):
+            pair = (min(one, other), max(one, other))
+            if pair in seen:
+                continue
+            seen.add(pair)
+            common = len(sets[one] & sets[other])
+            similarity = common / (len(sets[one]) + len(sets[other]) - common)
+            if similarity >= _THRESHOLDS[0]:
+                pairs.append((*pair, similarity))
+    return pairs
+
+
+def _shingles(keys: list[str]) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
+    """64-bit hashes of every text's runs of three words, one text behind the other, and where each text starts."""
+    import numpy as np
+
+    multipliers = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9], dtype=np.uint64)
+    numbers: dict[str, int] = {}
+    values, starts, total = [], [], 0
+    for key in keys:
+        words = key.split() or [""]
+        words += [""] * (_WORDS - len(words))
+        hashes = []
+        for word in words:
+            number = numbers.get(word)
+            if number is None:
+                number = numbers[word] = int.from_bytes(blake2b(word.encode(), digest_size=8).digest(), "little")
+            hashes.append(number)
+        line = np.array(hashes, dtype=np.uint64)
+        windows = np.lib.stride_tricks.sliding_window_view(line, _WORDS)
+        found = np.unique((windows * multipliers).sum(axis=1, dtype=np.uint64))
+        values.append(found)
+        starts.append(total)
+        total += len(found)
+    return np.concatenate(values), np.array(starts, dtype=np.int64)
+
+
+def _min_hashes(values: NDArray[np.uint64], starts: NDArray[np.int64]) -> NDArray[np.uint32]:
+    """MinHash signatures, (hashes, texts): the least of each text's shingles under random multiply-shift hashes."""
+    import numpy as np
+
+    random = np.random.default_rng(0)
+    multiply = random.integers(1, 2**63, size=_BANDS * _ROWS, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
+    add = random.integers(0, 2**63, size=_BANDS * _ROWS, dtype=np.uint64)
+    signatures = np.empty((len(multiply), len(starts)), dtype=np.uint32)
+    for row, (factor, summand) in enumerate(zip(multiply, add, strict=True)):
+        hashed = ((values * factor + summand) >> np.uint64(32)).astype(np.uint32)
+        signatures[row] = np.minimum.reduceat(hashed, starts)
+    return signatures
