@@ -1,0 +1,300 @@
+"""The command line. It parses, calls, and prints; everything heavy is imported inside the command that needs it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fastprice import __version__
+from fastprice.errors import ConfigError, FastpriceError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from fastprice.items import Items
+
+__all__ = ["main"]
+
+app = typer.Typer(
+    name="fastprice",
+    help="Fine-tunes language models to estimate product prices from text.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Text = Annotated[list[str] | None, typer.Option("--text", metavar="COL...", help="Text columns, or '*' for all.")]
+Price = Annotated[str | None, typer.Option("--price", metavar="COL", help="Price column.")]
+Group = Annotated[
+    list[str] | None, typer.Option("--group", metavar="COL...", help="Columns whose equal rows stay in one split.")
+]
+Drop = Annotated[list[str] | None, typer.Option("--drop", metavar="COL...", help="Columns that '*' leaves out.")]
+Data = Annotated[str | None, typer.Option("--data", metavar="FILE", help="JSONL(.gz), CSV or Parquet file.")]
+Base = Annotated[str | None, typer.Option("--base", help="'nano', a folder, or a hub id.")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE...", help="Any other setting: train.pack_tokens=4096.")
+]
+ModelDir = Annotated[Path, typer.Option("--model", metavar="DIR", help="A run's folder, or a saved estimator.")]
+ConfigFile = Annotated[Path | None, typer.Argument(metavar="[CONFIG.yaml]", help="Settings; options override them.")]
+
+_MANY_VALUES = {"--text", "--group", "--drop", "--set", "--item"}
+
+
+@app.command()
+def demo(
+    out: Annotated[str, typer.Option(help="Folder for the report and the model.")] = "fastprice-demo",
+    items: Annotated[int | None, typer.Option(help="Size of the synthetic catalogue.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of catalogue, split and training.")] = 0,
+) -> None:
+    """The whole path on a synthetic catalogue and the shipped nano model: minutes, no GPU, no data needed."""
+    from importlib.resources import files
+
+    overrides: dict[str, Any] = {"out": out, "seed": seed}
+    if items is not None:
+        overrides["data.catalogue"] = items
+    _run(Path(str(files("fastprice") / "configs" / "demo.yaml")), overrides)
+
+
+@app.command()
+def train(
+    config: ConfigFile = None,
+    data: Data = None,
+    text: Text = None,
+    price: Price = None,
+    group: Group = None,
+    drop: Drop = None,
+    out: Annotated[str | None, typer.Option("--out", metavar="DIR", help="Folder for report and model.")] = None,
+    base: Base = None,
+    method: Annotated[str | None, typer.Option(help="qlora, lora or full.")] = None,
+    engine: Annotated[str | None, typer.Option(help="auto, peft or unsloth.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the training items.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Use only so many items, drawn with the seed.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of draw, split and training.")] = None,
+    set_: Set = None,
+) -> None:
+    """Fine-tune on a file of products; evaluate base, tuned model and baselines on the same unseen items."""
+    overrides = _overrides(
+        set_,
+        {
+            "data.file": data, "data.text": text, "data.price": price, "data.group": group, "data.drop": drop,
+            "data.limit": limit, "model.base": base, "model.method": method, "model.engine": engine,
+            "train.epochs": epochs, "seed": seed, "out": out,
+        },
+    )  # fmt: skip
+    _run(config, overrides)
+
+
+@app.command()
+def inspect(
+    config: ConfigFile = None,
+    data: Data = None,
+    text: Text = None,
+    price: Price = None,
+    group: Group = None,
+    drop: Drop = None,
+    base: Base = None,
+    examples: Annotated[int, typer.Option(help="How many items to show.", min=1)] = 3,
+    set_: Set = None,
+) -> None:
+    """Show items exactly as the model will see them, the tokens that carry loss in colour; loads no model."""
+    from fastprice.config import read_config
+    from fastprice.inspection import inspect_items
+    from fastprice.pipeline import prepare_items
+
+    overrides = _overrides(
+        set_,
+        {"data.file": data, "data.text": text, "data.price": price, "data.group": group, "data.drop": drop,
+         "model.base": base},
+    )  # fmt: skip
+    settings = read_config(config, {"out": "unused", **overrides})
+    prepared = prepare_items(settings)
+
+    from fastprice.engines.bases import load_tokenizer
+
+    tokenizer = load_tokenizer(settings.model.base)
+    inspect_items(tokenizer, prepared.split.train, settings.model.max_tokens, _console(), examples=examples)
+
+
+@app.command()
+def predict(
+    model: ModelDir,
+    file: Annotated[Path | None, typer.Argument(metavar="[FILE]", help="JSONL(.gz), CSV or Parquet file.")] = None,
+    item: Annotated[list[str] | None, typer.Option("--item", metavar="TEXT...", help="Texts to price.")] = None,
+    text: Text = None,
+    out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="CSV, JSONL or Parquet to write.")] = None,
+) -> None:
+    """Estimate prices of texts, or of every row of a file."""
+    if (file is None) == (item is None):
+        raise ConfigError("predict: give either a FILE or texts with --item 'some text'")
+    if item is not None:
+        from fastprice.items import Item, Items
+
+        items = Items([Item(given, row=number) for number, given in enumerate(item, 1)])
+    else:
+        assert file is not None
+        items = _load(file, model, text, price=None)
+
+    from fastprice.predictions import check_target, write_predictions
+
+    if out is not None:
+        check_target(out)
+    estimator = _estimator(model)
+    answers = estimator.answer(items)
+    prices = estimator.predict_from(answers)
+    console = _console()
+    if out is None:
+        for each, amount in zip(items, prices, strict=True):
+            console.print(f"${amount:,.0f}\t{' '.join(each.text.split())[:90]}", highlight=False, markup=False)
+    else:
+        write_predictions(out, items, prices)
+        console.print(f"{len(items):,} prices written to {out}")
+    if answers.cut:
+        console.print(f"{answers.cut:,} texts were longer than {estimator.max_tokens} tokens: their ends were cut")
+    for reject in items.rejects:
+        console.print(f"row {reject.row} has no estimate: {reject.reason}", highlight=False, markup=False)
+
+
+@app.command()
+def evaluate(
+    model: ModelDir,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="JSONL(.gz), CSV or Parquet file with prices.")],
+    text: Text = None,
+    price: Price = None,
+) -> None:
+    """Score a saved model on the priced rows of a file."""
+    items = _load(file, model, text, price=price or _columns(model).get("price") or "price")
+
+    from fastprice.cleaning import clean_items
+
+    items = clean_items(items)
+    estimator = _estimator(model)
+
+    from fastprice.evaluation import evaluate_all
+
+    console = _console()
+    console.print(evaluate_all({str(model): estimator.predict}, items).table())
+    if items.rejects:
+        console.print(f"{len(items.rejects):,} rows were not used, such as row {items.rejects[0].row}: "
+                      f"{items.rejects[0].reason}", highlight=False, markup=False)  # fmt: skip
+
+
+@app.command()
+def doctor() -> None:
+    """Print versions and hardware, what is missing, and how to get it."""
+    from rich.text import Text as RichText
+
+    from fastprice.doctor import examine
+
+    styles = {"ok": "green", "warning": "yellow", "error": "red"}
+    console = _console()
+    findings = examine()
+    for finding in findings:
+        remedy = f" ({finding.remedy})" if finding.remedy else ""
+        console.print(RichText.assemble((f"{finding.level:8}", styles[finding.level]), f"{finding.what}{remedy}"))
+    if any(finding.level == "error" for finding in findings):
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """Entry point of the `fastprice` command: user errors are one line and status 2, tracebacks need `--debug`."""
+    # Idle OpenMP threads must sleep: spinning ones fight over the cores with whatever else runs.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    arguments = sys.argv[1:]
+    debug = "--debug" in arguments
+    if arguments == ["--version"]:
+        print(f"fastprice {__version__}")
+        return
+    try:
+        app(_one_value_each([argument for argument in arguments if argument != "--debug"]), prog_name="fastprice")
+    except FastpriceError as error:
+        if debug:
+            raise
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def _one_value_each(arguments: list[str]) -> list[str]:
+    """`--text a b` as `--text a --text b`, which is the only form that click knows."""
+    expanded: list[str] = []
+    option: str | None = None
+    first = False
+    for argument in arguments:
+        if argument.startswith("-") and len(argument) > 1:
+            option, first = (argument, True) if argument in _MANY_VALUES else (None, False)
+            expanded.append(argument)
+        elif option and not first:
+            expanded += [option, argument]
+        else:
+            expanded.append(argument)
+            first = False
+    return expanded
+
+
+def _run(config: Path | None, overrides: dict[str, Any]) -> None:
+    from fastprice.config import read_config
+    from fastprice.pipeline import run
+
+    run(read_config(config, overrides), _console())
+
+
+def _overrides(pairs: list[str] | None, options: dict[str, Any]) -> dict[str, Any]:
+    import yaml
+
+    overrides = {key: value for key, value in options.items() if value is not None}
+    for pair in pairs or []:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"--set {pair!r}: write KEY=VALUE, such as train.epochs=2")
+        try:
+            overrides[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set {pair!r}: {value!r} is not a YAML value") from error
+    return overrides
+
+
+def _columns(model: Path) -> dict[str, Any]:
+    """The data section of the run that made `model`, so that predict reads the columns that train read."""
+    from fastprice.config import read_config
+    from fastprice.pipeline import CONFIG
+
+    for folder in (model, model.parent):
+        if (folder / CONFIG).is_file():
+            return read_config(folder / CONFIG).data.model_dump()
+    return {}
+
+
+def _load(file: Path, model: Path, text: list[str] | None, *, price: str | None) -> Items:
+    from fastprice.items import load_items
+
+    trained = _columns(model)
+    columns = text or trained.get("text") or ["text"]
+    drop = [] if text else [*trained.get("drop", []), *([trained["price"]] if trained and price is None else [])]
+    return load_items(file, text=columns[0] if len(columns) == 1 else columns, price=price, drop=drop)
+
+
+def _estimator(model: Path) -> Any:
+    from fastprice.estimator import PriceEstimator
+    from fastprice.pipeline import MODEL
+
+    return PriceEstimator.load(model / MODEL if (model / MODEL / "fastprice.json").is_file() else model)
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""The settings of one run: a YAML file, or options of the command line, checked as a whole.
+
+Unknown keys and impossible values are told all at once, each with its place and the nearest valid name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from fastprice.errors import ConfigError, nearest_name
+
+__all__ = ["CleanConfig", "DataConfig", "ModelConfig", "RunConfig", "SplitConfig", "TrainConfig", "read_config"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataConfig(_Section):
+    """Where the items come from: a file with its columns, or so many items of the synthetic catalogue."""
+
+    file: str | None = None
+    catalogue: int | None = Field(None, ge=20)
+    text: list[str] = ["text"]
+    price: str = "price"
+    group: list[str] = []
+    drop: list[str] = []
+    limit: int | None = Field(None, ge=20, description="use only so many usable items, drawn with the seed")
+
+    @field_validator("text", "group", "drop", mode="before")
+    @classmethod
+    def _one_name_is_a_list(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _one_source(self) -> DataConfig:
+        if (self.file is None) == (self.catalogue is None):
+            raise ValueError("give either file (a JSONL, CSV or Parquet file) or catalogue (a number of items)")
+        return self
+
+
+class CleanConfig(_Section):
+    min_price: float = Field(0.50, gt=0)
+    max_price: float = Field(999.49, gt=0)
+    mask: Literal["own", "prices", "off"] = "own"
+
+    @model_validator(mode="after")
+    def _ordered(self) -> CleanConfig:
+        if self.min_price >= self.max_price:
+            raise ValueError("min_price must be below max_price")
+        return self
+
+
+class SplitConfig(_Section):
+    validation: float = Field(0.1, gt=0, lt=0.5)
+    test: float = Field(0.1, gt=0, lt=0.5)
+    near_duplicates: bool = True
+
+
+class ModelConfig(_Section):
+    base: str = "nano"
+    method: str = "qlora"
+    engine: str = "auto"
+    rank: int = Field(16, ge=1)
+    alpha: float | None = Field(None, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    max_tokens: int = Field(256, ge=8)
+
+
+class TrainConfig(_Section):
+    learning_rate: float | None = Field(None, gt=0)
+    epochs: float = Field(1.0, gt=0)
+    pack_tokens: int = Field(2048, ge=72)
+    accumulation: int = Field(1, ge=1)
+    warmup: float = Field(0.03, ge=0, le=1)
+    evaluations: int = Field(5, ge=0)
+    validation_items: int = Field(200, ge=1)
+    batch_size: int = Field(64, ge=1)
+
+
+class RunConfig(_Section):
+    """One run of `fastprice train`; `to_yaml` writes what `read_config` reads."""
+
+    data: DataConfig
+    clean: CleanConfig = CleanConfig()
+    split: SplitConfig = SplitConfig()
+    model: ModelConfig = ModelConfig()
+    train: TrainConfig = TrainConfig()
+    seed: int = Field(0, ge=0)
+    out: str
+
+    def estimator_params(self) -> dict[str, Any]:
+        """The constructor's arguments of a PriceEstimator."""
+        return {**self.model.model_dump(), **self.train.model_dump(), "seed": self.seed}
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
+
+
+def read_config(path: str | Path | None, overrides: Mapping[str, Any] | None = None) -> RunConfig:
+    """The settings in the YAML file `path` (none: the defaults), with `overrides` (dotted key -> value) on top.
+
+    Raises ConfigError: no such file, invalid YAML (line and column), unknown keys, impossible values.
+    """
+    settings: dict[str, Any] = {} if path is None else _read_yaml(Path(path))
+    for dotted, value in (overrides or {}).items():
+        *sections, key = dotted.split(".")
+        place = settings
+        for section in sections:
+            place = place.setdefault(section, {})
+            if not isinstance(place, dict):
+                raise ConfigError(f"{path}: {section} must hold keys, not {place!r}")
+        place[key] = value
+    if "data" not in settings:
+        raise ConfigError("no data: name a file with --data FILE, or data: file: in a config file")
+    if "out" not in settings:
+        raise ConfigError("no output folder: name one with --out DIR, or out: in a config file")
+    try:
+        return RunConfig.model_validate(settings)
+    except ValidationError as error:
+        where = "settings" if path is None else str(path)
+        raise ConfigError(f"{where}: " + "; ".join(_told(problem) for problem in error.errors())) from error
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        near = nearest_name(path.name, (other.name for other in path.parent.glob("*.y*ml")))
+        raise ConfigError(f"{path}: there is no such config file{near}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read as text ({error}); a config is a YAML file") from error
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ConfigError(f"{path}: invalid YAML{place}: {error.problem or error.context}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: invalid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: holds {type(content).__name__}, not keys such as data: and out:")
+    return content
+
+
+def _told(problem: Any) -> str:
+    """One of pydantic's problems as `key: what is wrong`, with the nearest key for an unknown one."""
+    place: tuple[str | int, ...] = problem["loc"]
+    dotted = ".".join(str(part) for part in place)
+    if problem["type"] == "extra_forbidden":
+        return f"{dotted}: unknown key{nearest_name(str(place[-1]), _keys_beside(place))}"
+    if problem["type"] == "value_error":
+        return f"{dotted}: {problem['ctx']['error']}"
+    message = problem["msg"][:1].lower() + problem["msg"][1:]
+    return f"{dotted}: {message}" + ("" if problem["type"] == "missing" else f", not {problem['input']!r:.60}")
+
+
+def _keys_beside(place: Sequence[str | int]) -> list[str]:
+    section: Any = RunConfig
+    for part in place[:-1]:
+        section = section.model_fields[part].annotation
+    return list(section.model_fields)

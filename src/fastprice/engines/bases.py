@@ -1,0 +1,67 @@
+"""Names of base models: the nano model that is shipped, a folder, or an id on the Hugging Face hub."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from fastprice.errors import BaseModelError
+
+__all__ = ["NANO", "load_config", "load_tokenizer", "resolve_base"]
+
+NANO = "nano"
+
+
+def resolve_base(base: str) -> str:
+    """A folder or hub id for `base`; "nano" is the model shipped with fastprice.
+
+    Raises BaseModelError for something that looks like a folder and is none, or that holds no model.
+    """
+    if base == NANO:
+        return str(files("fastprice") / NANO)
+    folder = Path(base).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise BaseModelError(f"base: the folder {base} holds no config.json, so it is not a transformers model")
+        return str(folder)
+    looks_local = base.startswith((".", "/", "~")) or base.count("/") > 1
+    if looks_local or not base.strip() or any(character.isspace() for character in base):
+        raise BaseModelError(
+            f"base: {base!r} is neither a folder nor a hub id; give a folder with a transformers model, "
+            f"an id such as Qwen/Qwen2.5-0.5B, or {NANO!r}"
+        )
+    return base
+
+
+def load_config(base: str) -> Any:
+    """The transformers configuration of `base` (name as given by the user)."""
+    from transformers import AutoConfig
+
+    return _load(AutoConfig, base, "configuration")
+
+
+def load_tokenizer(base: str) -> Any:
+    """The tokenizer of `base`, with a padding token that is not its end token wherever the vocabulary has one."""
+    from transformers import AutoTokenizer
+
+    tokenizer = _load(AutoTokenizer, base, "tokenizer")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _load(loader: Any, base: str, what: str) -> Any:
+    try:
+        return loader.from_pretrained(resolve_base(base))
+    except (OSError, ValueError, KeyError) as error:
+        raise base_error(base, what, error) from error
+
+
+def base_error(base: str, what: str, error: Exception) -> BaseModelError:
+    """One line for whatever transformers said when it could not load `what` of `base`."""
+    said = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return BaseModelError(
+        f"base: no {what} could be loaded from {base!r} ({said[:160]}); check the name, whether the model is gated "
+        "(hf auth login), and the network, or give a local folder"
+    )

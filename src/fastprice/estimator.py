@@ -1,0 +1,375 @@
+"""`PriceEstimator`: a language model as a scikit-learn regressor from text to dollars."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from sklearn.base import BaseEstimator, RegressorMixin
+
+from fastprice.engines import choose_engine
+from fastprice.errors import BaseModelError, ConfigError, DataError, NotFittedError
+from fastprice.items import Item
+from fastprice.methods import check_method, suggested_learning_rate
+from fastprice.prompts import encode_prompt, encode_rows
+
+if TYPE_CHECKING:
+    from fastprice.guards import TrainingEvent
+    from fastprice.training import TrainingResult
+
+__all__ = ["Answers", "PriceEstimator"]
+
+FORMAT = 1
+MANIFEST = "fastprice.json"
+ADAPTER = "adapter"
+MODEL = "model"
+# Room for the question, "Price is $" and the answer beside a text of max_tokens.
+_WRAPPER_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What the model said: `prices` in dollars (float64, NaN where it gave none); `cut` texts were too long."""
+
+    prices: NDArray[np.float64]
+    cut: int
+
+
+class PriceEstimator(RegressorMixin, BaseEstimator):  # type: ignore[misc]
+    """Fine-tunes a language model to read a product's text and say its price in dollars.
+
+    base           "nano" (shipped: shows the pipeline), a folder, or a hub id such as "Qwen/Qwen2.5-0.5B"
+    method         "qlora": NF4 base, LoRA adapters; "lora": 16-bit base (fp32 on a CPU); "full": every weight trains
+    engine         "auto", "peft" or "unsloth" (CUDA)
+    rank, alpha    of the adapters; alpha None is 2 x rank; dropout on their input
+    learning_rate  peak; None is a width-dependent default (`fastprice.methods.suggested_learning_rate`)
+    epochs         passes over the training items
+    max_tokens     longest text in tokens; longer ones lose their end
+    pack_tokens    tokens of a micro-batch; accumulation: micro-batches an optimiser step
+    evaluations    how often the validation error in dollars is taken; the best of them is kept
+    validation_items  at most this many validation items are used for it (drawn from `seed`)
+    batch_size     prompts predicted at once
+    seed           of adapter weights, order of rows, and the draw of validation items
+
+    After `fit`: `fallback_price_` (median training price, given where the model names none), `ceiling_price_` (largest
+    training price: a larger answer is taken for it), `training_` (fastprice.training.TrainingResult), `cut_` (training
+    texts that were shortened).
+    Follows scikit-learn: `get_params`, `set_params`, `clone`, `cross_val_score(estimator, items)`.
+    """
+
+    def __init__(
+        self,
+        base: str = "nano",
+        *,
+        method: str = "qlora",
+        engine: str = "auto",
+        rank: int = 16,
+        alpha: float | None = None,
+        dropout: float = 0.0,
+        learning_rate: float | None = None,
+        epochs: float = 1.0,
+        max_tokens: int = 256,
+        pack_tokens: int = 2048,
+        accumulation: int = 1,
+        warmup: float = 0.03,
+        evaluations: int = 5,
+        validation_items: int = 200,
+        batch_size: int = 64,
+        seed: int = 0,
+    ) -> None:
+        self.base = base
+        self.method = method
+        self.engine = engine
+        self.rank = rank
+        self.alpha = alpha
+        self.dropout = dropout
+        self.learning_rate = learning_rate
+        self.epochs = epochs
+        self.max_tokens = max_tokens
+        self.pack_tokens = pack_tokens
+        self.accumulation = accumulation
+        self.warmup = warmup
+        self.evaluations = evaluations
+        self.validation_items = validation_items
+        self.batch_size = batch_size
+        self.seed = seed
+
+    def prepare(self) -> PriceEstimator:
+        """Loads the base and puts untrained adapters on it, so that `predict` answers as the base does.
+
+        `fit` calls it; call it yourself only to measure the base. Raises ConfigError, BaseModelError.
+        """
+        self._check_params()
+        method = check_method(self.method)
+        self._engine = choose_engine(self.engine)
+        loaded = self._engine.load_base(self.base, method=method, max_tokens=self.max_tokens + _WRAPPER_TOKENS)
+        self._tokenizer = loaded.tokenizer
+        self._model = self._engine.attach(
+            loaded.model,
+            method=method,
+            rank=self.rank,
+            alpha=self._alpha(),
+            dropout=self.dropout,
+            seed=self.seed,
+        )
+        self.fallback_price_, self.ceiling_price_ = float("nan"), float("inf")
+        return self
+
+    def fit(
+        self,
+        train: Sequence[Item] | Sequence[str],
+        validation: Sequence[Item] | ArrayLike | None = None,
+        *,
+        on_event: Callable[[TrainingEvent], None] | None = None,
+    ) -> PriceEstimator:
+        """Fine-tunes on `train`; keeps the weights with the smallest error in dollars on `validation`.
+
+        train       Items with prices; or texts, with their prices as second argument (scikit-learn's `fit(X, y)`)
+        validation  Items with prices, or None: the last weights are kept
+        on_event    called with every logged fastprice.guards.TrainingEvent
+
+        Raises DataError for items without a price, ConfigError, BaseModelError, TrainingError.
+        """
+        from fastprice.training import train as run_training
+
+        items, validation_items = _training_items(train, validation)
+        prices = [_price_of(item) for item in items]
+        if not hasattr(self, "_model") or hasattr(self, "training_"):
+            self.prepare()
+        # Set first: validation during training predicts too.
+        self.fallback_price_, self.ceiling_price_ = float(np.median(prices)), max(prices)
+        rows = encode_rows(self._tokenizer, items, self.max_tokens)
+        self.cut_ = sum(row.cut > 0 for row in rows)
+        watched = _draw(validation_items, self.validation_items, self.seed)
+        truths = np.array([_price_of(item) for item in watched])
+
+        def validation_error() -> float:
+            return float(np.abs(self.predict(watched) - truths).mean())
+
+        learning_rate = self.learning_rate
+        if learning_rate is None:
+            learning_rate = suggested_learning_rate(self._model.config.hidden_size, check_method(self.method))
+        try:
+            self.training_: TrainingResult = run_training(
+                self._engine,
+                self._model,
+                self._tokenizer,
+                rows,
+                validation_error if watched else None,
+                epochs=self.epochs,
+                learning_rate=learning_rate,
+                pack_tokens=self.pack_tokens,
+                accumulation=self.accumulation,
+                evaluations=self.evaluations,
+                warmup=self.warmup,
+                seed=self.seed,
+                on_event=on_event,
+            )
+        except BaseException:
+            del self._model  # half-trained: never to be predicted with or saved by mistake
+            raise
+        self._engine.for_prediction(self._model)
+        return self
+
+    def predict(self, texts: Sequence[str] | Sequence[Item]) -> NDArray[np.float64]:
+        """Prices in dollars, float64 of shape (N,): finite, at most `ceiling_price_`, never missing once fitted."""
+        return self.predict_from(self.answer(texts))
+
+    def predict_from(self, answers: Answers) -> NDArray[np.float64]:
+        """The prices that `predict` gives for these answers."""
+        return np.where(np.isnan(answers.prices), self.fallback_price_, np.minimum(answers.prices, self.ceiling_price_))
+
+    def answer(self, texts: Sequence[str] | Sequence[Item], on_batch: Callable[[int], None] | None = None) -> Answers:
+        """What the model itself says of each text, before any fallback, and how many texts were too long."""
+        from fastprice.decoding import greedy_prices
+
+        if not hasattr(self, "_model"):
+            raise NotFittedError(
+                "this PriceEstimator has no model yet: call fit(train, validation) or PriceEstimator.load"
+            )
+        if isinstance(texts, str):
+            raise DataError("predict takes a list of texts, not one string: write predict([text])")
+        self._engine.for_prediction(self._model)
+        prompts = [encode_prompt(self._tokenizer, _text_of(text), self.max_tokens) for text in texts]
+        prices = greedy_prices(
+            self._model,
+            self._tokenizer,
+            [prompt.ids for prompt in prompts],
+            batch_size=self.batch_size,
+            on_batch=on_batch,
+        )
+        return Answers(prices, sum(prompt.cut > 0 for prompt in prompts))
+
+    def score(self, items: Sequence[Item] | Sequence[str], prices: ArrayLike | None = None) -> float:
+        """R² of the predictions, as scikit-learn's regressors score; for error in dollars use `fastprice.score`."""
+        from sklearn.metrics import r2_score
+
+        truths = [_price_of(item) for item in items] if prices is None else prices
+        return float(r2_score(truths, self.predict(items)))
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Writes the adapter (or, for "full", the model), the tokenizer and the settings to `folder`.
+
+        The folder appears whole or not at all; an older save in it is replaced, any other non-empty folder is refused
+        with ConfigError.
+        """
+        if not hasattr(self, "training_") or not hasattr(self, "_model"):
+            raise NotFittedError("nothing to save: this PriceEstimator was not fitted")
+        target = Path(folder)
+        if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not (target / MANIFEST).is_file())):
+            raise ConfigError(f"save: {target} exists and is not a saved estimator; give a new or empty folder")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
+            whole = Path(scratch) / "whole"
+            self._model.save_pretrained(whole / (MODEL if self.method == "full" else ADAPTER))
+            self._tokenizer.save_pretrained(whole / "tokenizer")
+            manifest = {
+                "format": FORMAT,
+                "settings": self.get_params(),
+                "fallback_price": self.fallback_price_,
+                "ceiling_price": self.ceiling_price_,
+                "best_step": self.training_.best_step,
+                "validation_mae": self.training_.best_mae,
+            }
+            (whole / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+            if target.exists():
+                shutil.move(target, Path(scratch) / "replaced")
+            shutil.move(whole, target)
+        return target
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str], *, base: str | None = None, engine: str = "auto") -> PriceEstimator:
+        """The estimator saved in `folder`, ready to predict.
+
+        `base` says where the base model is now, when it is no longer where it was at training. Raises BaseModelError
+        when the folder or its base cannot be read.
+        """
+        source = Path(folder)
+        manifest = _read_manifest(source)
+        try:
+            estimator = cls(**manifest["settings"])
+            fallback_price, ceiling_price = float(manifest["fallback_price"]), float(manifest["ceiling_price"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise BaseModelError(f"{source / MANIFEST} is damaged ({error}); train again or restore it") from error
+        estimator.set_params(engine=engine, **({} if base is None else {"base": base}))
+        estimator._check_params()
+        chosen = choose_engine(engine)
+        method = check_method(estimator.method)
+        max_tokens = estimator.max_tokens + _WRAPPER_TOKENS
+        if method == "full":
+            loaded = chosen.load_base(str(source / MODEL), method=method, max_tokens=max_tokens)
+            estimator._model = loaded.model
+        else:
+            loaded = chosen.load_base(estimator.base, method=method, max_tokens=max_tokens)
+            try:
+                estimator._model = chosen.attach_saved(loaded.model, str(source / ADAPTER))
+            except (OSError, ValueError, KeyError, RuntimeError) as error:
+                said = str(error).strip().splitlines()[0]
+                raise BaseModelError(f"the adapter in {source} cannot be put on {estimator.base!r}: {said}") from error
+        estimator._engine = chosen
+        estimator._tokenizer = loaded.tokenizer
+        estimator.fallback_price_, estimator.ceiling_price_ = fallback_price, ceiling_price
+        chosen.for_prediction(estimator._model)
+        return estimator
+
+    def __sklearn_is_fitted__(self) -> bool:
+        return hasattr(self, "_model") and not np.isnan(self.fallback_price_)
+
+    def _alpha(self) -> float:
+        return 2.0 * self.rank if self.alpha is None else self.alpha
+
+    def _check_params(self) -> None:
+        """ConfigError naming every impossible setting at once."""
+        wrong = [
+            f"{name} must be {what}, not {getattr(self, name)!r}"
+            for name, what, holds in (
+                ("rank", "at least 1", self.rank >= 1),
+                ("dropout", "from 0 to below 1", 0 <= self.dropout < 1),
+                ("learning_rate", "above 0", self.learning_rate is None or self.learning_rate > 0),
+                ("epochs", "above 0", self.epochs > 0),
+                ("max_tokens", "at least 8", self.max_tokens >= 8),
+                ("accumulation", "at least 1", self.accumulation >= 1),
+                ("warmup", "from 0 to 1", 0 <= self.warmup <= 1),
+                ("evaluations", "at least 0", self.evaluations >= 0),
+                ("validation_items", "at least 1", self.validation_items >= 1),
+                ("batch_size", "at least 1", self.batch_size >= 1),
+            )
+            if not holds
+        ]
+        if self.pack_tokens < self.max_tokens + _WRAPPER_TOKENS:
+            wrong.append(
+                f"pack_tokens ({self.pack_tokens}) must hold one text with its question: "
+                f"at least max_tokens + {_WRAPPER_TOKENS} = {self.max_tokens + _WRAPPER_TOKENS}"
+            )
+        if wrong:
+            raise ConfigError("; ".join(wrong))
+
+
+def _training_items(
+    train: Sequence[Item] | Sequence[str], second: Sequence[Item] | ArrayLike | None
+) -> tuple[list[Item], list[Item]]:
+    """(training items, validation items) from `fit(items, items)`, `fit(items)` or scikit-learn's `fit(texts, y)`."""
+    if isinstance(train, str) or len(train) == 0:
+        raise DataError("fit needs a non-empty list of items or texts to train on")
+    if all(isinstance(item, Item) for item in train):
+        items: list[Item] = list(train)  # type: ignore[arg-type]
+        if second is None:
+            return items, []
+        validation: list[Any] = list(second)  # type: ignore[arg-type]
+        if all(isinstance(item, Item) for item in validation):
+            return items, validation
+        return [Item(item.text, float(price)) for item, price in _paired(items, validation)], []
+    if second is None:
+        raise DataError("fit on texts needs their prices too: fit(texts, prices), or pass Items")
+    return [Item(str(text), float(price)) for text, price in _paired(list(train), list(second))], []  # type: ignore[arg-type]
+
+
+def _paired(left: list[Any], right: list[Any]) -> list[tuple[Any, Any]]:
+    if len(left) != len(right):
+        raise DataError(f"{len(left)} texts but {len(right)} prices: give one price for each text")
+    return list(zip(left, right, strict=True))
+
+
+def _price_of(item: Any) -> float:
+    price = getattr(item, "price", None)
+    if price is None or not np.isfinite(price) or price <= 0:
+        where = (
+            f"row {item.row}" if getattr(item, "row", None) is not None else f"item {getattr(item, 'text', item)!r:.60}"
+        )
+        raise DataError(f"{where} has no usable price ({price}): every item here needs one above 0")
+    return float(price)
+
+
+def _text_of(text: Any) -> str:
+    return text.text if isinstance(text, Item) else str(text)
+
+
+def _draw(items: list[Item], most: int, seed: int) -> list[Item]:
+    if len(items) <= most:
+        return items
+    chosen = np.random.default_rng(seed).choice(len(items), most, replace=False)
+    return [items[index] for index in sorted(chosen)]
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise BaseModelError(
+            f"{folder} is not a saved estimator: it has no {MANIFEST}; give a folder that save() wrote"
+        )
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BaseModelError(f"{path} is not valid JSON ({error}); restore it or train again") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        found = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
+        raise BaseModelError(f"{path} has format {found}, this fastprice reads format {FORMAT}; use its own version")
+    return manifest

@@ -1,0 +1,89 @@
+"""The one place where a prompt is written: training, prediction, inspection and serving share it.
+
+An item becomes
+
+    How much does this cost to the nearest dollar?
+    ⏎
+    {text}
+    ⏎
+    Price is $
+
+and the completion is the price in whole dollars, as digits, followed by the end-of-sequence token. The dollar sign ends
+the prompt, so that the completion starts with a digit in every tokenizer: no tokenizer merges "$" with a digit across
+that border because the two sides are tokenised apart. The wording is that of the course from which the problem is known
+(E. Donner, "LLM Engineering", 2024), less its cents.
+
+Only the text is ever cut: the question and "Price is $" always survive, so that a long text costs its own tail and
+never the place where the answer goes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from fastprice.errors import DataError
+
+if TYPE_CHECKING:
+    from fastprice.items import Item
+
+__all__ = ["HEAD", "IGNORE", "TAIL", "Prompt", "TrainingRow", "encode_prompt", "encode_row", "encode_rows"]
+
+HEAD = "How much does this cost to the nearest dollar?\n\n"
+TAIL = "\n\nPrice is $"
+IGNORE = -100
+# A text longer than this many characters per allowed token is cut before it is tokenised: tokenising 100,000
+# characters to keep 200 tokens is waste. Real texts hold 2 to 6 characters a token.
+_CHARACTERS_PER_TOKEN = 40
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """Token ids of one prompt, and how many tokens of its text were cut (0: none; at least 1 when characters were)."""
+
+    ids: list[int]
+    cut: int
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingRow:
+    """Token ids and labels (both length T) of a prompt and its answer; labels are `IGNORE` where no loss is taken."""
+
+    ids: list[int]
+    labels: list[int]
+    cut: int
+
+
+def answer_text(price: float) -> str:
+    """The completion for `price` dollars: whole dollars, never below one (the answer to "to the nearest dollar")."""
+    return str(max(1, round(price)))
+
+
+def encode_prompt(tokenizer: Any, text: str, max_tokens: int) -> Prompt:
+    """The prompt for `text`, with the text cut so that it takes at most `max_tokens` tokens."""
+    allowed = text[: max_tokens * _CHARACTERS_PER_TOKEN]
+    ids = _ids(tokenizer, allowed.strip())
+    cut = max(len(ids) - max_tokens, 0) or int(len(allowed) < len(text))
+    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    return Prompt([*start, *_ids(tokenizer, HEAD), *ids[:max_tokens], *_ids(tokenizer, TAIL)], cut)
+
+
+def encode_row(tokenizer: Any, item: Item, max_tokens: int) -> TrainingRow:
+    """The training row of a priced item; raises DataError for an item without a price or a tokenizer without an end."""
+    if item.price is None:
+        raise DataError(f"row {item.row}: an item without a price cannot be trained on; drop it or give it a price")
+    if tokenizer.eos_token_id is None:
+        raise DataError("the base model's tokenizer has no end-of-sequence token; set tokenizer.eos_token first")
+    prompt = encode_prompt(tokenizer, item.text, max_tokens)
+    answer = [*_ids(tokenizer, answer_text(item.price)), tokenizer.eos_token_id]
+    return TrainingRow([*prompt.ids, *answer], [IGNORE] * len(prompt.ids) + answer, prompt.cut)
+
+
+def encode_rows(tokenizer: Any, items: Sequence[Item], max_tokens: int) -> list[TrainingRow]:
+    """`encode_row` for each item, in order."""
+    return [encode_row(tokenizer, item, max_tokens) for item in items]
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])

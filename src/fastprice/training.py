@@ -1,0 +1,230 @@
+"""Builds and runs TRL's `SFTTrainer` on packs, with the loss on the price alone.
+
+The rows come tokenised, labelled and packed (prompts.py, packing.py), so that TRL and Unsloth, which prepare data sets
+differently, both leave them as they are. An evaluation is not a loss: it is the error in dollars on validation items,
+by the same prediction code that users call, and the checkpoint with the smallest one is kept.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastprice.engines import Engine
+from fastprice.errors import TrainingError
+from fastprice.guards import Curves, FiniteGuard, TrainingEvent
+from fastprice.packing import pack_rows
+from fastprice.prompts import IGNORE, TrainingRow
+
+__all__ = ["TrainingResult", "train"]
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a run left behind: every logged event, the kept step and its validation error in dollars, the cost."""
+
+    events: list[TrainingEvent]
+    best_step: int | None
+    best_mae: float | None
+    tokens: int
+    seconds: float
+
+
+def train(
+    engine: Engine,
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[TrainingRow],
+    validate: Callable[[], float] | None,
+    *,
+    epochs: float,
+    learning_rate: float,
+    pack_tokens: int,
+    accumulation: int,
+    evaluations: int,
+    warmup: float,
+    seed: int,
+    on_event: Callable[[TrainingEvent], None] | None = None,
+) -> TrainingResult:
+    """Trains whatever in `model` requires a gradient on `rows`, in place.
+
+    validate      the validation error in dollars of the model as it stands; None: no evaluation, the last step is kept
+    pack_tokens   tokens of one pack (a micro-batch); accumulation: packs an optimiser step
+    evaluations   how many times `validate` runs over the whole training, evenly spread, the end included
+    warmup        share of the steps over which the learning rate rises; it then falls along a cosine
+
+    Raises TrainingError when no row carries a label or the loss stops being finite.
+    """
+    from datasets import Dataset
+    from transformers import PrinterCallback
+
+    if not any(label != IGNORE for row in rows for label in row.labels):
+        raise TrainingError("no token carries loss: there is nothing to learn from; check the prices and max_tokens")
+    packs = Dataset.from_list(pack_rows(rows, pack_tokens, seed))
+    steps = max(1, round(epochs * -(-len(packs) // accumulation)))
+    curves = Curves(on_event)
+    with tempfile.TemporaryDirectory(prefix="fastprice-") as folder, _quiet():
+        trainer = _trainer_class()(
+            validate=validate,
+            engine=engine,
+            model=model,
+            args=_arguments(
+                engine,
+                model,
+                folder,
+                steps=steps,
+                evaluate_every=max(1, -(-steps // evaluations)) if validate and evaluations else None,
+                learning_rate=learning_rate,
+                accumulation=accumulation,
+                warmup_steps=round(warmup * steps),
+                seed=seed,
+            ),
+            train_dataset=packs,
+            eval_dataset=packs.select([0]) if validate and evaluations else None,
+            data_collator=engine.collator(),
+            processing_class=tokenizer,
+            callbacks=[curves, FiniteGuard()],
+        )
+        trainer.remove_callback(PrinterCallback)
+        if engine.name == "peft":
+            _restore_precision(model)
+        engine.for_training(model)
+        trainer.train()
+    best = trainer.state.best_metric
+    return TrainingResult(
+        events=curves.events,
+        best_step=_step_of(trainer.state.best_model_checkpoint),
+        best_mae=None if best is None else float(best),
+        tokens=int(trainer._total_train_tokens),
+        seconds=curves.seconds,
+    )
+
+
+def _trainer_class() -> Any:
+    """SFTTrainer with an evaluation in dollars; made on demand, as importing Unsloth replaces `trl.SFTTrainer`."""
+    from trl import SFTTrainer
+
+    class PriceTrainer(SFTTrainer):  # type: ignore[misc]
+        def __init__(self, *, validate: Callable[[], float] | None, engine: Engine, **kwargs: Any) -> None:
+            super().__init__(**kwargs)
+            self._validate = validate
+            self._engine = engine
+
+        def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
+            assert self._validate is not None
+            self._engine.for_prediction(self.model)
+            try:
+                metrics = {f"{metric_key_prefix}_mae": self._validate()}
+                self.log(metrics)  # while in eval mode, or TRL would close its training averages here
+            finally:
+                self._engine.for_training(self.model)
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+            return metrics
+
+    return PriceTrainer
+
+
+def _arguments(
+    engine: Engine,
+    model: Any,
+    folder: str,
+    *,
+    steps: int,
+    evaluate_every: int | None,
+    learning_rate: float,
+    accumulation: int,
+    warmup_steps: int,
+    seed: int,
+) -> Any:
+    from trl import SFTConfig
+
+    cuda = torch.cuda.is_available()
+    bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+    options: dict[str, Any] = {}
+    if evaluate_every:
+        options = {
+            "eval_strategy": "steps",
+            "eval_steps": evaluate_every,
+            "save_strategy": "steps",
+            "save_steps": evaluate_every,
+            "save_total_limit": 1,
+            "save_only_model": True,
+            "load_best_model_at_end": True,
+            "metric_for_best_model": "eval_mae",
+            "greater_is_better": False,
+        }
+    else:
+        options = {"eval_strategy": "no", "save_strategy": "no"}
+    return SFTConfig(
+        output_dir=folder,
+        max_steps=steps,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=accumulation,
+        learning_rate=learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=warmup_steps,
+        optim="adamw_torch",
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        logging_steps=max(1, steps // 100),
+        logging_nan_inf_filter=False,
+        disable_tqdm=True,
+        report_to="none",
+        seed=seed,
+        data_seed=seed,
+        bf16=bf16,
+        fp16=cuda and not bf16,
+        use_cpu=not cuda,
+        # Unsloth sets its own checkpointing at load.
+        gradient_checkpointing=cuda and engine.name == "peft",
+        dataloader_pin_memory=cuda,
+        remove_unused_columns=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        max_length=None,
+        packing=False,
+        **options,
+    )
+
+
+def _restore_precision(model: Any) -> None:
+    """Puts the trainable weights of a 4-bit model back into fp32.
+
+    SFTTrainer turns them into bf16, where an update smaller than 1/256 of a weight is lost; optimiser steps on adapters
+    of a few megabytes deserve fp32. Under autocast the matrix products run in bf16 all the same.
+    """
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def _step_of(checkpoint: str | None) -> int | None:
+    return None if checkpoint is None else int(Path(checkpoint).name.rpartition("-")[2])
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps the trainer's own log lines and advice off the screen; errors still raise."""
+    from transformers.utils import logging as transformers_logging
+
+    loggers = [logging.getLogger(name) for name in ("trl", "accelerate", "peft")]
+    levels = [logger.level for logger in loggers]
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
