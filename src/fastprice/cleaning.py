@@ -12,6 +12,7 @@ price ("R7 370" at $370) is left alone, and so is a price spelt out in words.
 
 from __future__ import annotations
 
+import math
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -42,7 +43,7 @@ def clean_items(
 
     min_price, max_price: the dollars an item may cost, both ends included; items without a price (for prediction)
     pass. min_chars: the least number of characters a text has besides masks. mask: "own" replaces the item's own price
-    by "[price]" (to the cent, or rounded by at most half a dollar and 1 %), "prices" every mention of money, "off"
+    by "[price]" (to the cent, or in whole dollars where the other has cents), "prices" every mention of money, "off"
     nothing. Rejects and notes of `items` are kept and added to. Raises ConfigError for impossible settings.
     """
     if mask not in ("prices", "own", "off"):
@@ -85,8 +86,10 @@ def repair_text(text: str) -> str:
     Newlines stay, one at a time; every other run of white space becomes one space.
     """
     lines = unicodedata.normalize("NFC", text).replace("\r\n", "\n").replace("\r", "\n")
-    # Cc control, Cf format (zero-width space, BOM, soft hyphen, direction marks), Cs half surrogate pairs.
-    kept = "".join(c for c in lines if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf", "Cs"))
+    kept = lines.replace("\t", " ")
+    if not kept.replace("\n", " ").isprintable():  # a quick look that spares most texts the slow one
+        # Cc control, Cf format (zero-width space, BOM, soft hyphen, direction marks), Cs half surrogate pairs.
+        kept = "".join(c for c in kept if c == "\n" or unicodedata.category(c) not in ("Cc", "Cf", "Cs"))
     return _LINES.sub("\n", _BLANKS.sub(" ", kept)).strip()
 
 
@@ -108,4 +111,9 @@ def _masked(text: str, price: float | None, mask: str) -> tuple[str, int]:
 
 
 def _same_price(written: float, price: float) -> bool:
-    return abs(written - price) <= max(0.005, min(0.5, 0.01 * price))
+    """To the cent; or one of them in whole dollars, rounded (within 1 %) or with the other's cents cut off."""
+    if abs(written - price) < 0.005:
+        return True
+    if not (written.is_integer() or float(price).is_integer()):
+        return False
+    return abs(written - price) <= min(0.5, 0.01 * price) or math.floor(written) == math.floor(price)

@@ -155,10 +155,11 @@ def load_items(
 def _nothing_usable(items: Items, wanted: _Columns) -> str:
     reason, count = Counter(reject.reason for reject in items.rejects).most_common(1)[0]
     row = next(reject.row for reject in items.rejects if reject.reason == reason)
-    columns = f"column {wanted.price!r}" if "price" in reason else f"text from {', '.join(map(repr, wanted.text))}"
+    where = f"column {wanted.price!r}, " if "price" in reason else ""
+    where = f"text of {', '.join(map(repr, wanted.text))}, " if reason == "no text" else where
     return (
-        f"{items.source}: none of its {len(items.rejects):,} rows is usable ({columns}): {reason!r} in {count:,} of "
-        f"them, first in row {row}; name other columns or mend the file"
+        f"{items.source}: none of its {len(items.rejects):,} rows is usable; the most frequent reason, in {count:,} of "
+        f"them: {reason} ({where}first in row {row}); name another column or mend the file"
     )
 
 
@@ -200,13 +201,10 @@ class _Columns:
         for name in (*text, *((self.price,) if self.price is not None else ()), *self.group, *sorted(self.drop)):
             if name in present:
                 continue
-            only = next(iter(present))
-            hint = (
-                "; its fields seem to be separated by something else than the ending says"
-                if len(present) == 1 and re.search(r"[;\t,|]", only)
-                else ""
-            )
-            listed = ", ".join(list(present)[:60]) + (", ..." if len(present) > 60 else "")
+            names = [_shown(other if other.isprintable() else repr(other), 60) for other in present]
+            listed = ", ".join(names[:60]) + (", ..." if len(names) > 60 else "")
+            one = len(names) == 1 and re.search(r"[;\t|,]", names[0])
+            hint = f" (is {one[0]!r} what separates its fields?)" if one else ""
             raise DataError(f"{path}: no column {name!r}{nearest_name(name, present)}; its columns are: {listed}{hint}")
 
 

@@ -48,10 +48,13 @@ _AFTER = re.compile(
 )
 _SCALE = re.compile(rf"(?P<glued>[km])(?![^\W_])|[{_SPACE}]{{0,2}}(?P<word>thousand|million)\b", re.IGNORECASE)
 _ASKED = re.compile(
-    rf"(?<![a-z])(?:asking|price|priced)(?:[{_SPACE}](?:price|is|of|at))?[{_SPACE}]?[:=]?[{_SPACE}]{{0,2}}\Z",
+    rf"(?<![a-z])(?:asking|price|priced)(?:[{_SPACE}](?:price|is|of|at|for))?[{_SPACE}]?[:=]?[{_SPACE}]{{0,2}}\Z",
     re.IGNORECASE,
 )
-_OFFER = re.compile(rf"[{_SPACE}]{{0,2}}(?:/[{_SPACE}]?)?(?:obo\b|o\.b\.o|or best offer\b)", re.IGNORECASE)
+_OFFER = re.compile(
+    rf"[{_SPACE}]{{0,2}}(?:/[{_SPACE}]?)?(?:obo\b|o\.b\.o|b/o\b|or best offer\b|(?:per|a) month\b|(?<=/)mo(?:nth)?\b)",
+    re.IGNORECASE,
+)
 _MINUS = re.compile(rf"(?<!\w)[-−–](?:[A-Z]{{0,3}}[$€£¥₹])?[{_SPACE}]?\Z")
 _FULL_WIDTH = str.maketrans("０１２３４５６７８９＄￥￡．，", "0123456789$¥£.,")
 _SCALES = {"k": 1e3, "thousand": 1e3, "m": 1e6, "million": 1e6}
@@ -117,27 +120,29 @@ def _plain(text: str) -> str:
 def _numbers(text: str) -> Iterator[tuple[re.Match[str], tuple[int, int] | None, float]]:
     """Each number with its span as a mention of money (None for a bare number) and its value (NaN when negative)."""
     used, ranged = 0, -1  # end of the last mention; where a "-" glued to it would let a range go on ("$80-90")
+    begin = len(text) - len(text.lstrip())
     for run in _RUN.finditer(text):
         start, end = run.span()
         floor = max(used, start - _REACH)
         before = _BEFORE.search(text, floor, start)
         scale = _SCALE.match(text, end)
         after = _AFTER.match(text, scale.end() if scale else end)
-        glued = end < len(text) and text[end].isalpha() and not (scale or after)
-        in_range = ranged == start and not glued
-        money = before is not None or after is not None or in_range
         offer = _OFFER.match(text, scale.end() if scale else end)
-        asked = not glued and (offer is not None or _ASKED.search(text, floor, start) is not None)
-        euro = (before is not None and "€" in before[0]) or (after is not None and "€" in after[0])
-        euro = euro or any("eur" in side[0].lower() for side in (before, after) if side)
+        in_word = before is None and _ends_word(text, start)
+        unit = not (scale or after or offer) and (text[end : end + 1].isalpha() or text[end : end + 1] == "%")
+        money = before is not None or (not in_word and (after is not None or (ranged == start and not unit)))
+        asked = not in_word and not unit and bool(offer or _ASKED.search(text, floor, start))
+        euro = any("€" in side[0] or "eur" in side[0].lower() for side in (before, after) if side)
         value = _value(run[0], euro=euro)
         if scale and (money or scale["glued"] in ("k", "K")):
             value *= _SCALES[(scale["glued"] or scale["word"]).lower()]
             end = scale.end()
-        if after is not None:
+        if after is not None and money:
             value = value / 100 if after["cents"] else value
             end = after.end()
-        if _MINUS.search(text, floor, start):
+        # Within prose, sellers put a dash before "$80" as a bullet; it is a sign only where the text begins.
+        minus = _MINUS.search(text, floor, start)
+        if minus and (minus.start() == begin or not (money or asked)):
             value = math.nan
         mention = None
         if money or asked:
@@ -146,10 +151,16 @@ def _numbers(text: str) -> Iterator[tuple[re.Match[str], tuple[int, int] | None,
         yield run, mention, value
 
 
+def _ends_word(text: str, index: int) -> bool:
+    """Whether a letter or underscore stands right before `index` ("DDR4"); other scripts need no space ("只要80")."""
+    before = text[index - 1 : index]
+    return before == "_" or (before.isascii() and before.isalpha())
+
+
 def _stands_alone(text: str, run: re.Match[str]) -> bool:
     """Whether a bare number may be a price: not part of a word ("DDR4", "16GB") and no percentage."""
     start, end = run.span()
-    if start and (text[start - 1].isalpha() or text[start - 1] == "_"):
+    if _ends_word(text, start):
         return False
     scale = _SCALE.match(text, end)
     if scale and scale["glued"] in ("k", "K"):
