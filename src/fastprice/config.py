@@ -25,12 +25,12 @@ class DataConfig(_Section):
     """Where the items come from: a file with its columns, or so many items of the synthetic catalogue."""
 
     file: str | None = None
-    catalogue: int | None = Field(None, ge=20)
+    catalogue: int | None = Field(default=None, ge=20)
     text: list[str] = ["text"]
     price: str = "price"
     group: list[str] = []
     drop: list[str] = []
-    limit: int | None = Field(None, ge=20, description="use only so many usable items, drawn with the seed")
+    limit: int | None = Field(default=None, ge=20, description="use only so many usable items, drawn with the seed")
 
     @field_validator("text", "group", "drop", mode="before")
     @classmethod
@@ -45,8 +45,8 @@ class DataConfig(_Section):
 
 
 class CleanConfig(_Section):
-    min_price: float = Field(0.50, gt=0)
-    max_price: float = Field(999.49, gt=0)
+    min_price: float = Field(default=0.50, gt=0)
+    max_price: float = Field(default=999.49, gt=0)
     mask: Literal["own", "prices", "off"] = "own"
 
     @model_validator(mode="after")
@@ -57,8 +57,8 @@ class CleanConfig(_Section):
 
 
 class SplitConfig(_Section):
-    validation: float = Field(0.1, gt=0, lt=0.5)
-    test: float = Field(0.1, gt=0, lt=0.5)
+    validation: float = Field(default=0.1, gt=0, lt=0.5)
+    test: float = Field(default=0.1, gt=0, lt=0.5)
     near_duplicates: bool = True
 
 
@@ -66,21 +66,21 @@ class ModelConfig(_Section):
     base: str = "nano"
     method: str = "qlora"
     engine: str = "auto"
-    rank: int = Field(16, ge=1)
-    alpha: float | None = Field(None, gt=0)
-    dropout: float = Field(0.0, ge=0, lt=1)
-    max_tokens: int = Field(256, ge=8)
+    rank: int = Field(default=16, ge=1)
+    alpha: float | None = Field(default=None, gt=0)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    max_tokens: int = Field(default=256, ge=8)
 
 
 class TrainConfig(_Section):
-    learning_rate: float | None = Field(None, gt=0)
-    epochs: float = Field(1.0, gt=0)
-    pack_tokens: int = Field(2048, ge=72)
-    accumulation: int = Field(1, ge=1)
-    warmup: float = Field(0.03, ge=0, le=1)
-    evaluations: int = Field(5, ge=0)
-    validation_items: int = Field(200, ge=1)
-    batch_size: int = Field(64, ge=1)
+    learning_rate: float | None = Field(default=None, gt=0)
+    epochs: float = Field(default=1.0, gt=0)
+    pack_tokens: int = Field(default=2048, ge=72)
+    accumulation: int = Field(default=1, ge=1)
+    warmup: float = Field(default=0.03, ge=0, le=1)
+    evaluations: int = Field(default=5, ge=0)
+    validation_items: int = Field(default=200, ge=1)
+    batch_size: int = Field(default=64, ge=1)
 
 
 class RunConfig(_Section):
@@ -91,7 +91,7 @@ class RunConfig(_Section):
     split: SplitConfig = SplitConfig()
     model: ModelConfig = ModelConfig()
     train: TrainConfig = TrainConfig()
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     out: str
 
     def estimator_params(self) -> dict[str, Any]:

@@ -48,5 +48,5 @@ def suggested_learning_rate(hidden_size: int, method: Method) -> float:
     For adapters, the fit over 14 Llama and Qwen models of Thinking Machines, "LoRA Without Regret" (2025), Llama's
     exponent: 5e-4 x (2000 / hidden_size) ** 0.775; a tenth of it when every weight trains, as they found.
     """
-    adapter_rate = 5e-4 * float(2000 / hidden_size) ** 0.775
+    adapter_rate: float = 5e-4 * (2000 / hidden_size) ** 0.775
     return adapter_rate if method != "full" else adapter_rate / 10

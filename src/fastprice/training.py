@@ -113,6 +113,8 @@ def _trainer_class() -> Any:
     from trl import SFTTrainer
 
     class PriceTrainer(SFTTrainer):  # type: ignore[misc]
+        control: Any
+
         def __init__(self, *, validate: Callable[[], float] | None, engine: Engine, **kwargs: Any) -> None:
             super().__init__(**kwargs)
             self._validate = validate

@@ -1,0 +1,48 @@
+# Two commands: `make demo` and `make test`. Both make .venv when it is not there.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# A CUDA machine gets Unsloth, and the CUDA build of PyTorch brings its own triton: the pin of it is for CPUs.
+GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo yes)
+# Unsloth's own dependencies pull a CUDA torchvision beside a CPU torch, so on a CPU it comes without them, for the
+# contract tests alone.
+UNSLOTH := unsloth==2026.10.7 unsloth_zoo==2026.10.7
+
+.PHONY: demo test lint format nano clean
+
+demo: $(VENV)/.installed
+	$(BIN)/fastprice demo
+
+test: $(VENV)/.installed-dev lint
+	HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Remakes the shipped nano model: about 20 minutes on one CPU thread.
+nano: $(VENV)/.installed
+	$(BIN)/python scripts/make_nano.py
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache fastprice-demo
+
+$(VENV)/.constraints: constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(if $(GPU),grep -v '^triton==' constraints.txt,cat constraints.txt) > $@
+
+# torch goes first, alone: later packages then keep the build that is there.
+$(VENV)/.installed: $(VENV)/.constraints pyproject.toml
+	$(BIN)/pip install --quiet --constraint $< torch
+	$(BIN)/pip install --quiet --constraint $< --editable $(if $(GPU),'.[gpu]',.)
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/pip install --quiet --constraint $(VENV)/.constraints --editable '.[dev]'
+	$(if $(GPU),,$(BIN)/pip install --quiet --no-deps $(UNSLOTH))
+	touch $@

@@ -1,0 +1,55 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastprice.engines.bases import load_tokenizer
+from fastprice.errors import DataError
+from fastprice.items import Item
+from fastprice.prompts import HEAD, IGNORE, TAIL, answer_text, encode_prompt, encode_row
+
+TOKENIZER = load_tokenizer("nano")
+
+
+def test_a_row_is_the_prompt_and_then_the_price_alone_carries_loss() -> None:
+    row = encode_row(TOKENIZER, Item("a red kettle", 129.6), 64)
+    labelled = [label for label in row.labels if label != IGNORE]
+    assert TOKENIZER.decode(labelled[:-1]) == "130"
+    assert labelled[-1] == TOKENIZER.eos_token_id
+    assert row.labels[-len(labelled) :] == labelled == row.ids[-len(labelled) :]
+    assert TOKENIZER.decode(row.ids[1 : -len(labelled)]) == f"{HEAD}a red kettle{TAIL}"
+
+
+def test_training_and_prediction_see_the_same_prompt() -> None:
+    text = "Lamp, 40 W"
+    row = encode_row(TOKENIZER, Item(text, 5.0), 64)
+    prompt = encode_prompt(TOKENIZER, text, 64)
+    assert row.ids[: len(prompt.ids)] == prompt.ids
+
+
+@given(st.text(max_size=400), st.integers(8, 40))
+def test_whatever_the_text_the_question_and_its_end_survive(text: str, most: int) -> None:
+    prompt = encode_prompt(TOKENIZER, text, most)
+    wrapper = encode_prompt(TOKENIZER, "", most).ids
+    tail = TOKENIZER(TAIL, add_special_tokens=False)["input_ids"]
+    assert prompt.ids[-len(tail) :] == tail
+    assert len(prompt.ids) <= len(wrapper) + most
+
+
+def test_a_long_text_loses_its_end_and_the_loss_is_counted() -> None:
+    long = " ".join(f"word{number}" for number in range(300))
+    prompt = encode_prompt(TOKENIZER, long, 20)
+    assert prompt.cut > 0
+    assert "word0" in TOKENIZER.decode(prompt.ids)
+    assert "word299" not in TOKENIZER.decode(prompt.ids)
+    assert encode_prompt(TOKENIZER, "short", 20).cut == 0
+    assert encode_prompt(TOKENIZER, "x" * 100_000, 20).cut > 0
+
+
+@pytest.mark.parametrize(("price", "answer"), [(0.4, "1"), (0.5, "1"), (1.4, "1"), (99.5, "100"), (999.49, "999")])
+def test_answers_are_whole_dollars_from_one_up(price: float, answer: str) -> None:
+    assert answer_text(price) == answer
+
+
+def test_an_item_without_a_price_is_refused_by_row() -> None:
+    with pytest.raises(DataError, match="row 7"):
+        encode_row(TOKENIZER, Item("a", None, row=7), 64)
