@@ -195,6 +195,6 @@ def _offer(rng: Random, product: Product) -> Offer:
 def _ending(rng: Random, price: float) -> float:
     """`price` moved to a nearby figure with an ending that shops like; always at least $0.99, in whole cents."""
     if price >= 250 and rng.random() < 0.4:
-        return round(max(10 * round(price / 10) - (1 if rng.random() < 0.6 else 0), 1.0), 2)
+        return 10.0 * round(price / 10) - (1.0 if rng.random() < 0.6 else 0.0)
     ending = pick(rng, _ENDINGS)
     return max(round((round(price - ending) + ending) * _CENTS) / _CENTS, 0.99)

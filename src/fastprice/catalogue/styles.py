@@ -48,17 +48,24 @@ def write_text(
     }
     pack = _pack(rng, pieces, bool(extra))
     if style.startswith("sheet"):
-        lines = [f"{name}: {_valued(value, units.get(name, '') if 'units' in style else '')}" for name, value in kept.items()]
+        unit_of = units if "units" in style else {}
+        lines = [f"{name}: {value} {unit_of.get(name, '')}".rstrip() for name, value in kept.items()]
         lines += [f"color: {colour}"] * bool(colour)
         if rng.random() < 0.3:
             lines = shuffled(rng, lines)
-        lines += [f"condition: {condition}"] * bool(condition) + [f"quantity: {pieces}"] * (pieces > 1) + [f"includes: {extra}"] * bool(extra)
+        lines += (
+            [f"condition: {condition}"] * bool(condition)
+            + [f"quantity: {pieces}"] * (pieces > 1)
+            + [f"includes: {extra}"] * bool(extra)
+        )
         head = f"{slug}\n{brand} {model}" if "units" not in style else f"{brand} {model} {noun}"
         return "\n".join([head, *lines]), kept
     phrases = [_phrase(name, value, units.get(name, "")) for name, value in kept.items()]
     tail = [words for words in (colour, condition, pack, extra) if words]
     if style == "title":
-        return " ".join([f"{brand} {model} {noun}", *phrases[:2], "-", ", ".join([*phrases[2:], *tail])]).rstrip(" -"), kept
+        return " ".join([f"{brand} {model} {noun}", *phrases[:2], "-", ", ".join([*phrases[2:], *tail])]).rstrip(
+            " -"
+        ), kept
     if style == "list":
         listed = ", ".join([f"{brand} {model} {noun}", *phrases, *tail])
         return listed + ("" if rng.random() < 0.5 else ". " + _filler(rng, FILLERS)), kept
@@ -71,9 +78,9 @@ def _prose(rng: Random, name: str, noun: str, phrases: list[str], tail: list[str
     opening = pick(
         rng,
         (
-            f"The {name} is a {noun} with {phrases[0]} and {phrases[1]}.",
-            f"Meet the {name}: a {noun} offering {phrases[0]}, {phrases[1]}.",
-            f"This {noun} by {name} comes with {phrases[0]} and {phrases[1]}.",
+            f"{name}, {noun} with {phrases[0]} and {phrases[1]}.",
+            f"Meet the {name} {noun}, offering {phrases[0]} and {phrases[1]}.",
+            f"The {name} {noun} comes with {phrases[0]} and {phrases[1]}.",
         ),
     )
     sentences = [opening]
@@ -112,16 +119,14 @@ def _pack(rng: Random, pieces: int, with_extra: bool) -> str:
 
 
 def _phrase(name: str, value: str, unit: str) -> str:
-    """An attribute as words: "16 GB memory", "gold efficiency", "wifi", "no wifi"."""
+    """An attribute as words: "16 GB memory", "gold efficiency", "2600 rpm", "wifi", "no wifi"."""
     if value in ("yes", "no"):
         return name if value == "yes" else f"no {name}"
     if value == "none":
         return f"no {name}"
-    return f"{_valued(value, unit)} {name}"
-
-
-def _valued(value: str, unit: str) -> str:
-    return f"{value} {unit}" if unit else value
+    if not unit or any(word.startswith(unit.lower()) for word in name.split() if len(unit) > 1):
+        return f"{value} {name}"
+    return f"{value} {unit} {name}"
 
 
 def _filler(rng: Random, sentences: tuple[str, ...]) -> str:
