@@ -23,6 +23,7 @@ from fastprice.cleaning import clean_items
 from fastprice.config import RunConfig
 from fastprice.errors import ConfigError, DataError
 from fastprice.items import Items, load_items
+from fastprice.methods import check_method
 from fastprice.splitting import Split, split_items
 
 if TYPE_CHECKING:
@@ -105,6 +106,7 @@ def prepare_items(config: RunConfig) -> Prepared:
 def run(config: RunConfig, console: Console) -> RunResult:
     """Does the whole job of `config`, showing it on `console`; see the module's docstring."""
     out = _output_folder(config)
+    check_method(config.model.method)
     prepared = prepare_items(config)
     split = prepared.split
     _say_counts(console, prepared)
