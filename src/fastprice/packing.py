@@ -2,7 +2,7 @@
 
 Price texts are short (about 100-180 tokens) and uneven, so a padded batch computes a third or more of its positions for
 nothing. Here the texts of a micro-batch are laid end to end in one row of T tokens, position ids restart at each text,
-and attention runs within each text alone.
+and attention runs within each text alone (attention.py).
 
 Rows are shuffled, then filled best-fit-decreasing (Johnson 1973; TRL calls it "bfd") within windows of a few hundred
 rows. Best fit over the whole set would put texts of equal length, and so of like content, into one optimiser step.
@@ -17,15 +17,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 
 from fastprice.errors import ConfigError
 from fastprice.prompts import IGNORE, TrainingRow
 
-__all__ = ["PACKED_ATTENTION", "PackCollator", "best_fit", "pack_rows", "register_packed_attention"]
+__all__ = ["PackCollator", "best_fit", "pack_rows"]
 
-PACKED_ATTENTION = "fastprice_packed"
 _WINDOW = 512  # rows shuffled together before they are fitted
 
 
@@ -100,81 +97,3 @@ class PackCollator:
             "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
             self.lengths_key: torch.tensor(lengths, dtype=torch.int32) if self.as_tensor else tuple(lengths),
         }
-
-
-def register_packed_attention() -> None:
-    """Makes `PACKED_ATTENTION` known to transformers; `model.set_attn_implementation(PACKED_ATTENTION)` then uses it.
-
-    No mask function is registered under that name, so transformers builds no (T, T) mask.
-    """
-    from transformers import AttentionInterface
-
-    AttentionInterface.register(PACKED_ATTENTION, packed_attention)
-
-
-def packed_attention(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    pack_lengths: tuple[int, ...] | None = None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """Causal attention within each text of a pack, in transformers' attention interface.
-
-    query: (1, heads, T, head_dim); key, value: (1, key heads, T, head_dim); returns ((1, T, heads, head_dim), None).
-    One scaled-dot-product call a text: on a CPU that beats a padded batch, which would compute the padding too.
-    """
-    if pack_lengths is None:
-        raise ConfigError(
-            "packed attention was called without pack_lengths: collate batches with fastprice.packing.PackCollator"
-        )
-    outputs = [
-        _text_attention(q, k, v, scaling=scaling, dropout=dropout, window=sliding_window, softcap=softcap)
-        for q, k, v in zip(
-            query.split(pack_lengths, dim=2),
-            key.split(pack_lengths, dim=2),
-            value.split(pack_lengths, dim=2),
-            strict=True,
-        )
-    ]
-    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
-
-
-def _text_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    scaling: float | None,
-    dropout: float,
-    window: int | None,
-    softcap: float | None,
-) -> Tensor:
-    """Causal attention over one text: (1, heads, T, head_dim) in and out; a window only where the text exceeds it."""
-    tokens = query.shape[2]
-    banded = window is not None and tokens > window
-    if softcap is None and not banded:
-        return F.scaled_dot_product_attention(
-            query, key, value, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=True
-        )
-    allowed = torch.ones(tokens, tokens, dtype=torch.bool, device=query.device).tril()
-    if banded:
-        assert window is not None
-        allowed = allowed.triu(1 - window)
-    if softcap is None:
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask=allowed, dropout_p=dropout, scale=scaling, enable_gqa=True
-        )
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    scores = torch.tanh(scores / softcap) * softcap
-    weights = scores.masked_fill(~allowed, -torch.inf).softmax(-1, dtype=torch.float32).to(query.dtype)
-    return F.dropout(weights, dropout) @ value

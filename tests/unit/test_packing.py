@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from transformers import Gemma2Config, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
+from fastprice.attention import PACKED_ATTENTION, register_packed_attention
 from fastprice.errors import ConfigError
-from fastprice.packing import PACKED_ATTENTION, PackCollator, best_fit, pack_rows, register_packed_attention
+from fastprice.packing import PackCollator, best_fit, pack_rows
 from fastprice.prompts import IGNORE, TrainingRow
 
 SIZES = {

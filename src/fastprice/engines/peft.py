@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 
+from fastprice.attention import PACKED_ATTENTION, register_packed_attention
 from fastprice.engines import Loaded
 from fastprice.engines.bases import base_error, load_tokenizer, resolve_base
 from fastprice.methods import Method, lora_config
-from fastprice.packing import PACKED_ATTENTION, PackCollator, register_packed_attention
+from fastprice.packing import PackCollator
 
 __all__ = ["PeftEngine"]
 
