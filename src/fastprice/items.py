@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -92,8 +93,10 @@ class Items(list[Item]):
                     lines.write(json.dumps({"row": reject.row, "reason": reject.reason, "text": reject.text}) + "\n")
             half.replace(path)
         except OSError as error:
-            half.unlink(missing_ok=True)
             raise DataError(f"{path}: cannot write the rejects: {error.strerror}") from error
+        finally:
+            if half.exists():
+                half.unlink()
 
 
 def load_items(
@@ -400,8 +403,6 @@ def _check_there(path: Path) -> None:
         beside = [other.name for other in path.parent.iterdir()]
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except ValueError as error:  # a NUL in the name
-        raise DataError(f"{str(path)!r}: is no file name: {error}") from error
     raise DataError(f"{path}: no such file{nearest_name(path.name, beside)}")
 
 
@@ -462,8 +463,8 @@ def _json_kind(value: Any) -> str:
 
 def _read_csv(stream: io.BufferedReader[Any], path: Path, delimiter: str = ",") -> _Table:
     # Bytes that are not UTF-8 survive as lone surrogates, so that the row that holds them can be named.
-    lines = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
-    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    lines = (line.decode("utf-8", "surrogateescape") for line in stream)
+    reader = csv.reader(chain([next(lines).removeprefix("\ufeff")], lines), delimiter=delimiter, strict=True)
     try:
         header = [cell.strip() for cell in next(filter(None, reader), [])]
     except csv.Error as error:

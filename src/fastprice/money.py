@@ -56,6 +56,11 @@ _OFFER = re.compile(
     re.IGNORECASE,
 )
 _MINUS = re.compile(rf"(?<!\w)[-−–](?:[A-Z]{{0,3}}[$€£¥₹])?[{_SPACE}]?\Z")
+# Wherever one of the above could match, one of these stands within reach: most numbers are spared the closer look.
+_HINT = re.compile(
+    rf"[$€£¥₹¢]|{_CODES}|dollar|buck|euro|cent|thousand|million|asking|price|obo|o\.b|b/o|best offer|month|/mo",
+    re.IGNORECASE,
+)
 _FULL_WIDTH = str.maketrans("０１２３４５６７８９＄￥￡．，", "0123456789$¥£.,")
 _SCALES = {"k": 1e3, "thousand": 1e3, "m": 1e6, "million": 1e6}
 
@@ -78,13 +83,11 @@ def parse_price(text: str) -> float | None:
     """
     plain = _plain(text)
     bare: float | None = None
-    for run, mention, value in _numbers(plain):
-        if not 0 < value < math.inf:
-            continue
-        if mention is not None:
-            return value
-        if bare is None and _stands_alone(plain, run):
-            bare = value
+    for run, mention in _numbers(plain):
+        if mention is not None and 0 < mention.value < math.inf:
+            return mention.value
+        if mention is None and bare is None:
+            bare = _bare_price(plain, run)
     return bare
 
 
@@ -97,9 +100,7 @@ def format_price(price: float) -> str:
 
 def find_prices(text: str) -> Iterator[PriceMention]:
     """Every price mentioned as money, in order, without overlaps: beside a currency, or asked ("80 obo")."""
-    for _, mention, value in _numbers(_plain(text)):
-        if mention is not None and 0 <= value < math.inf:
-            yield PriceMention(*mention, value)
+    return (mention for _, mention in _numbers(_plain(text)) if mention is not None and 0 <= mention.value < math.inf)
 
 
 def mask_prices(text: str, mask: str = "[price]") -> tuple[str, int]:
@@ -117,12 +118,19 @@ def _plain(text: str) -> str:
     return text.translate(_FULL_WIDTH)  # one character for one: positions stay those of `text`
 
 
-def _numbers(text: str) -> Iterator[tuple[re.Match[str], tuple[int, int] | None, float]]:
-    """Each number with its span as a mention of money (None for a bare number) and its value (NaN when negative)."""
+def _numbers(text: str) -> Iterator[tuple[re.Match[str], PriceMention | None]]:
+    """Each number, with what it is as a mention of money (its value NaN when negative), or None for a bare number."""
     used, ranged = 0, -1  # end of the last mention; where a "-" glued to it would let a range go on ("$80-90")
     begin = len(text) - len(text.lstrip())
+    hints = (hint.start() for hint in _HINT.finditer(text))
+    hint = next(hints, math.inf)
     for run in _RUN.finditer(text):
         start, end = run.span()
+        while hint < start - _REACH:
+            hint = next(hints, math.inf)
+        if hint > end + _REACH and ranged != start:
+            yield run, None
+            continue
         floor = max(used, start - _REACH)
         before = _BEFORE.search(text, floor, start)
         scale = _SCALE.match(text, end)
@@ -132,8 +140,10 @@ def _numbers(text: str) -> Iterator[tuple[re.Match[str], tuple[int, int] | None,
         unit = not (scale or after or offer) and (text[end : end + 1].isalpha() or text[end : end + 1] == "%")
         money = before is not None or (not in_word and (after is not None or (ranged == start and not unit)))
         asked = not in_word and not unit and bool(offer or _ASKED.search(text, floor, start))
-        euro = any("€" in side[0] or "eur" in side[0].lower() for side in (before, after) if side)
-        value = _value(run[0], euro=euro)
+        if not (money or asked):
+            yield run, None
+            continue
+        value = _value(run[0], euro=any("€" in side[0] or "eur" in side[0].lower() for side in (before, after) if side))
         if scale and (money or scale["glued"] in ("k", "K")):
             value *= _SCALES[(scale["glued"] or scale["word"]).lower()]
             end = scale.end()
@@ -142,31 +152,30 @@ def _numbers(text: str) -> Iterator[tuple[re.Match[str], tuple[int, int] | None,
             end = after.end()
         # Within prose, sellers put a dash before "$80" as a bullet; it is a sign only where the text begins.
         minus = _MINUS.search(text, floor, start)
-        if minus and (minus.start() == begin or not (money or asked)):
+        if minus and minus.start() == begin:
             value = math.nan
-        mention = None
-        if money or asked:
-            mention = (before.start() if before else start, end)
-            used, ranged = end, end + 1 if money and text[end : end + 1] in ("-", "–") else -1
-        yield run, mention, value
+        used, ranged = end, end + 1 if money and text[end : end + 1] in ("-", "–") else -1
+        yield run, PriceMention(before.start() if before else start, end, value)
+
+
+def _bare_price(text: str, run: re.Match[str]) -> float | None:
+    """A bare number as a price; None for part of a word ("DDR4-3200", "16GB"), a percentage, or what is not above 0."""
+    start, end = run.span()
+    hyphened = text[start - 1 : start] in ("-", "–") and text[max(0, start - 2) : start - 1].isalnum()
+    if hyphened or _ends_word(text, start) or _MINUS.search(text, max(0, start - _REACH), start):
+        return None
+    scale = _SCALE.match(text, end)
+    thousands = scale is not None and scale["glued"] in ("k", "K")
+    if not thousands and (text[end : end + 1].isalpha() or text[end : end + 1] in ("%", "_")):
+        return None
+    value = _value(run[0], euro=False) * (1e3 if thousands else 1)
+    return value if 0 < value < math.inf else None
 
 
 def _ends_word(text: str, index: int) -> bool:
     """Whether a letter or underscore stands right before `index` ("DDR4"); other scripts need no space ("只要80")."""
-    before = text[index - 1 : index]
+    before = text[max(0, index - 1) : index]
     return before == "_" or (before.isascii() and before.isalpha())
-
-
-def _stands_alone(text: str, run: re.Match[str]) -> bool:
-    """Whether a bare number may be a price: not part of a word ("DDR4", "16GB") and no percentage."""
-    start, end = run.span()
-    if _ends_word(text, start):
-        return False
-    scale = _SCALE.match(text, end)
-    if scale and scale["glued"] in ("k", "K"):
-        return True
-    following = text[end : end + 1]
-    return not (following.isalpha() or following in ("%", "_"))
 
 
 def _value(run: str, *, euro: bool) -> float:

@@ -18,6 +18,7 @@ Which part an item falls into depends on the items' content and the seed, not on
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -38,6 +39,7 @@ LARGEST = 0.05  # of all items: the largest cluster that near-duplicates may mak
 _SMALL = 20  # or this many items, in a small set, though never more than a quarter of it
 _THRESHOLDS = (0.8, 0.9, 0.95)
 _WORDS = 3  # in a shingle
+_NEIGHBOURS = 4  # looked at on either side within a bucket
 _BANDS, _ROWS = 24, 5  # a pair of similarity s is looked at with probability 1 - (1 - s^5)^24: 0.99994 at 0.8
 
 
@@ -93,19 +95,19 @@ def split_items(
             "together (same group or text); give more items, a finer group, or ask for fewer parts"
         )
     parts: dict[str, list[list[int]]] = {"train": dealt}
-    for name, share in wanted.items():
-        parts[name], parts["train"] = _take(parts["train"], round(share * len(items)))
+    for later, (name, share) in enumerate(wanted.items()):
+        parts[name], parts["train"] = _take(parts["train"], round(share * len(items)), leave=len(wanted) - later)
     chosen = {name: [items[index] for index in sorted(chain.from_iterable(part))] for name, part in parts.items()}
     return Split(chosen["train"], chosen.get("validation", []), chosen.get("test", []), notes)
 
 
-def _take(clusters: list[list[int]], target: int) -> tuple[list[list[int]], list[list[int]]]:
-    """The clusters, in order, that bring a part nearer to `target` items (at least one of them), and the others."""
+def _take(clusters: list[list[int]], target: int, *, leave: int) -> tuple[list[list[int]], list[list[int]]]:
+    """The clusters, in order, that bring a part nearer to `target` items, and the others: at least 1 and `leave`."""
     taken: list[list[int]] = []
     left: list[list[int]] = []
     room = target
     for cluster in clusters:
-        nearer = len(cluster) < 2 * room
+        nearer = len(cluster) < 2 * room and len(taken) < len(clusters) - leave
         (taken if nearer else left).append(cluster)
         room -= len(cluster) if nearer else 0
     if not taken:
@@ -150,22 +152,14 @@ def _join_near_duplicates(keys: list[str], order: list[int], groups: _Clusters) 
     largest = int(min(max(LARGEST * len(keys), _SMALL), len(keys) / 4))
     joined = groups.copy()
     for threshold in _THRESHOLDS:
+        near = [(one, other) for one, other, similarity in edges if similarity >= threshold]
         trial = joined.copy()
-        for one, other, similarity in edges:
-            if similarity >= threshold:
-                trial.join(one, other)
-        sizes: dict[int, int] = {}
-        for index in range(len(keys)):
-            root = trial.root(index)
-            sizes[root] = sizes.get(root, 0) + 1
-        left = []
-        for edge in edges:
-            if sizes[trial.root(edge[0])] <= largest:
-                if edge[2] >= threshold:
-                    joined.join(edge[0], edge[1])
-            else:
-                left.append(edge)
-        edges = left
+        for one, other in near:
+            trial.join(one, other)
+        sizes = Counter(trial.root(index) for index in range(len(keys)))
+        for one, other in near:
+            if sizes[trial.root(one)] <= largest:
+                joined.join(one, other)
     edges = [edge for edge in edges if joined.root(edge[0]) != joined.root(edge[1])]
     if not edges:
         return joined, []
@@ -186,19 +180,21 @@ def _similar_pairs(keys: list[str]) -> list[tuple[int, int, float]]:
     seen: set[tuple[int, int]] = set()
     pairs = []
     for band in range(_BANDS):
-        band_RN = signatures_KN[band * _ROWS : (band + 1) * _ROWS]
-        order = np.lexsort(band_RN)
-        same = (band_RN[:, order[1:]] == band_RN[:, order[:-1]]).all(axis=0)
-        # Neighbours within a bucket: a chain through all of it, in linear time where all pairs would be quadratic.
-        for one, other in zip(order[:-1][same].tolist(), order[1:][same].tolist(), strict=True):
-            pair = (min(one, other), max(one, other))
-            if pair in seen:
-                continue
-            seen.add(pair)
-            common = len(np.intersect1d(sets[one], sets[other], assume_unique=True))
-            similarity = common / (len(sets[one]) + len(sets[other]) - common)
-            if similarity >= _THRESHOLDS[0]:
-                pairs.append((*pair, similarity))
+        # Sorted by this band and then the next, so that in a large bucket the likest texts lie side by side. Looking
+        # at a few neighbours only keeps the work linear where all pairs of a bucket would make it quadratic.
+        order = np.lexsort(np.roll(signatures_KN, -band * _ROWS, axis=0)[2 * _ROWS - 1 :: -1])
+        band_RN = signatures_KN[band * _ROWS : (band + 1) * _ROWS, order]
+        for step in range(1, _NEIGHBOURS + 1):
+            same = (band_RN[:, step:] == band_RN[:, :-step]).all(axis=0)
+            ones, others = order[:-step][same], order[step:][same]
+            for one, other in zip(np.minimum(ones, others).tolist(), np.maximum(ones, others).tolist(), strict=True):
+                if (one, other) in seen:
+                    continue
+                seen.add((one, other))
+                common = len(np.intersect1d(sets[one], sets[other], assume_unique=True))
+                similarity = common / (len(sets[one]) + len(sets[other]) - common)
+                if similarity >= _THRESHOLDS[0]:
+                    pairs.append((one, other, similarity))
     return pairs
 
 

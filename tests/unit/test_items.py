@@ -1,0 +1,527 @@
+"""Reading items: every format, every way a file can be bad, and the law that no row vanishes."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import gzip
+import io
+import json
+import pickle
+import subprocess
+import sys
+import tempfile
+from datetime import date
+from decimal import Decimal
+from pathlib import Path
+
+import polars
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from fastprice.errors import DataError
+from fastprice.items import Item, Items, Reject, load_items
+
+SHARED = Path(__file__).parents[3] / "shared" / "data"
+ROWS = [
+    {"name": "Desk lamp", "about": "brass, 40 cm", "kind": "light", "price": 25},
+    {"name": "Chair", "about": None, "kind": "seat", "price": 80.5},
+    {"name": "Sofa", "about": "three seats", "kind": None, "price": 1299.99},
+]
+
+
+def jsonl(path: Path, *rows: object) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def write(path: Path, rows: list[dict]) -> Path:
+    """The rows in the format that the path's ending asks for."""
+    kind = path.name.removesuffix(".gz").rpartition(".")[2]
+    if kind == "parquet":
+        polars.DataFrame(rows, infer_schema_length=None).write_parquet(path)
+        return path
+    text = io.StringIO()
+    if kind in ("csv", "tsv"):
+        writer = csv.DictWriter(text, rows[0], delimiter="\t" if kind == "tsv" else ",")
+        writer.writeheader()
+        writer.writerows(rows)
+    else:
+        text.writelines(json.dumps(row) + "\n" for row in rows)
+    data = text.getvalue().encode("utf-8")
+    path.write_bytes(gzip.compress(data) if path.name.endswith(".gz") else data)
+    return path
+
+
+def error(path: Path, **options: object) -> str:
+    """The message of the DataError that loading raises: one line that names the file."""
+    with pytest.raises(DataError) as caught:
+        load_items(path, **{"text": "name", "price": "price", **options})
+    message = str(caught.value)
+    assert "\n" not in message
+    assert str(path) in message
+    return message.replace(str(path), "FILE")
+
+
+# ---- What is read --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["a.jsonl", "a.ndjson", "a.jsonl.gz", "a.csv", "a.csv.gz", "a.tsv", "a.tsv.gz", "a.parquet", "A.JSONL", "A.CSV.GZ"],
+)
+def test_every_format_gives_the_same_items(tmp_path: Path, name: str) -> None:
+    path = write(tmp_path / name.lower(), ROWS).rename(tmp_path / name)
+    items = load_items(path, text=["name", "about"], price="price", group="kind")
+    assert items == [
+        Item("Desk lamp\nbrass, 40 cm", 25.0, "light", 1),
+        Item("Chair", 80.5, "seat", 2),
+        Item("Sofa\nthree seats", 1299.99, None, 3),
+    ]
+    assert isinstance(items, Items)
+    assert isinstance(items, list)
+    assert items.rejects == []
+    assert items.source == str(path)
+
+
+def test_the_text_column_is_called_text_unless_told(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "a.jsonl", {"text": "A lamp", "other": 1})
+    assert load_items(path) == [Item("A lamp", None, None, 1)]
+    assert load_items(str(path), text="text")[0].price is None
+
+
+def test_values_are_rendered_with_their_columns_names(tmp_path: Path) -> None:
+    row = {
+        "name": "Vengeance 16 GB",
+        "price": 50,
+        "cas_latency": 15.0,
+        "speed": [4, 3200],
+        "modular": False,
+        "backlit": True,
+        "color": None,
+        "ratio": 2.5,
+        "os": ["Windows", "macOS"],
+        "story": ["It has been in the family for forty long years.", "Short end."],
+        "attrs": {"size": "L", "depth_cm": 10, "more": {"wheels": [20, 28]}, "none": None},
+        "parts": [{"kind": "fan"}, {"kind": "duct"}],
+        "broken": float("nan"),
+        "empty": "  ",
+        "nothing": [],
+    }
+    path = jsonl(tmp_path / "a.jsonl", row)
+    expected = [
+        "Vengeance 16 GB",
+        "cas latency: 15",
+        "speed: 4, 3200",
+        "modular: no",
+        "backlit: yes",
+        "ratio: 2.5",
+        "Windows, macOS",
+        "It has been in the family for forty long years.",
+        "Short end.",
+        "size: L",
+        "depth cm: 10",
+        "wheels: 20, 28",
+        "kind: fan",
+        "kind: duct",
+    ]
+    assert load_items(path, text="*", price="price")[0].text.split("\n") == expected
+    assert load_items(path, text=["speed", "name", "color"])[0].text == "speed: 4, 3200\nVengeance 16 GB"
+
+
+def test_csv_numbers_and_booleans_are_labelled_too(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text('name,cas_latency,modular,price\nLamp,15,True,"$1,299.99"\n"a ""quoted""\nname",007,x,5\n')
+    items = load_items(path, text=["name", "cas_latency", "modular"], price="price")
+    assert items[0] == Item("Lamp\ncas latency: 15\nmodular: yes", 1299.99, None, 1)
+    assert items[1] == Item('a "quoted"\nname\ncas latency: 007\nx', 5.0, None, 2)
+
+
+def test_parquet_types_of_every_kind_are_read(tmp_path: Path) -> None:
+    frame = polars.DataFrame(
+        {
+            "name": [b"Lamp", b"Chair"],
+            "price": [Decimal("10.50"), None],
+            "made": [date(2020, 1, 2), None],
+            "tags": [["red", "tall"], []],
+            "spec": [{"watts": 40}, {"watts": None}],
+        }
+    )
+    frame.write_parquet(tmp_path / "a.parquet")
+    items = load_items(tmp_path / "a.parquet", text="*", price="price")
+    assert items == [Item("Lamp\nmade: 2020-01-02\nred, tall\nwatts: 40", 10.5, None, 1)]
+    assert items.rejects == [Reject(2, "no price", "Chair")]
+
+
+def test_a_column_that_gives_the_price_away_is_left_out_of_every_column(tmp_path: Path) -> None:
+    row = {"name": "SSD", "price": 80, "price_per_gb": 0.08, "MSRP": 99, "costume": "cow", "attrs": {"price": "$80"}}
+    path = jsonl(tmp_path / "a.jsonl", row)
+    items = load_items(path, text="*", price="price", drop=["name"])
+    assert items[0].text == "cow"
+    assert items.notes == [
+        "left out of the text, since they may hold the price in disguise: price_per_gb, MSRP, attrs.price"
+    ]
+    named = load_items(path, text=["name", "price_per_gb"], price="price")
+    assert named[0].text == "SSD\nprice per gb: 0.08"
+    assert len(named.notes) == 1
+    assert "price_per_gb" in named.notes[0]
+    assert load_items(path, text="name", price="price").notes == []
+
+
+def test_groups_of_several_columns_are_joined_and_none_when_one_is_missing(tmp_path: Path) -> None:
+    rows = [{"text": "x", "a": "lamp", "b": 5.0}, {"text": "x", "a": "lamp"}, {"text": "x", "a": " ", "b": 1}]
+    path = jsonl(tmp_path / "a.jsonl", *rows)
+    assert [item.group for item in load_items(path, group=["a", "b"])] == ["lamp | 5", None, None]
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        (None, "no price"),
+        ("", "no price"),
+        ("  ", "no price"),
+        ("abc", "price 'abc' is not a price"),
+        ("N/A", "price 'N/A' is not a price"),
+        (True, "price True is not a price"),
+        ([5], "price [5] is not a price"),
+        ({"usd": 5}, "price '{\"usd\": 5}' is not a price"),
+        (0, "price is 0"),
+        ("0.00", "price is 0"),
+        ("$0.00", "price is 0"),
+        (-5, "price is negative (-5)"),
+        ("-5", "price is negative (-5)"),
+        (float("nan"), "price is nan"),
+        ("nan", "price is nan"),
+        (float("inf"), "price is infinite"),
+        ("1e400", "price is infinite"),
+        (10**400, "price is infinite"),
+    ],
+)
+def test_a_row_without_a_usable_price_is_a_reject(tmp_path: Path, value: object, reason: str) -> None:
+    path = jsonl(tmp_path / "a.jsonl", {"name": "good", "price": 5}, {"name": "bad", "price": value})
+    items = load_items(path, text="name", price="price")
+    assert items == [Item("good", 5.0, None, 1)]
+    (reject,) = items.rejects
+    assert (reject.row, reject.text) == (2, "bad")
+    assert reject.reason.replace("price {", "price '{").replace("} is not", "}' is not") == reason
+    assert len(load_items(path, text="name")) == 2  # where no price is named, none is needed
+
+
+@pytest.mark.parametrize(
+    ("value", "price"), [(5, 5.0), ("$1,299.99", 1299.99), ("15 dollars", 15.0), ("1e2", 100.0), ("12.5 USD", 12.5)]
+)
+def test_a_price_is_a_number_or_text(tmp_path: Path, value: object, price: float) -> None:
+    items = load_items(jsonl(tmp_path / "a.jsonl", {"text": "x", "price": value}), price="price")
+    assert items[0].price == price
+    assert type(items[0].price) is float
+
+
+def test_prices_in_other_currencies_are_noted(tmp_path: Path) -> None:
+    items = load_items(
+        jsonl(tmp_path / "a.jsonl", {"text": "x", "price": "5 €"}, {"text": "y", "price": "$5"}), price="price"
+    )
+    assert items.notes == ["1 prices are in another currency than dollars and were taken as they stand"]
+
+
+def test_bad_lines_are_rejects_with_their_row(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    deep = b'{"text": ' + b"[" * 3000 + b"]" * 3000 + b"}"
+    lines = [
+        b'{"text": "one"}',
+        b"",
+        b"{oops",
+        b"[1, 2]",
+        b'"text"',
+        b'{"text": "\xff"}',
+        b'{"text": " "}',
+        b"null",
+        b"7",
+        deep,
+    ]
+    path.write_bytes(b"\r\n".join([*lines, b'{"text": "two \\ud800"}']))
+    items = load_items(path)
+    assert items == [Item("one", row=1), Item("two ?", row=11)]
+    reasons = {reject.row: reject.reason for reject in items.rejects}
+    assert list(reasons) == [3, 4, 5, 6, 7, 8, 9, 10]
+    assert reasons[3].startswith("not JSON: Expecting property name")
+    assert reasons[4].startswith("not a JSON object but a list")
+    assert reasons[5] == "not a JSON object but a string"
+    assert reasons[6].startswith("not JSON: 'utf-8' codec can't decode byte 0xff")
+    assert reasons[7] == "no text"
+    assert reasons[8] == "not a JSON object but null"
+    assert reasons[9] == "not a JSON object but a number"
+    assert "recursion" in reasons[10] or "nested" in reasons[10]
+    assert all(len(reject.text) <= 200 for reject in items.rejects)
+
+
+def test_ragged_and_broken_csv_rows_are_rejects_with_their_row(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes(b'\xef\xbb\xbfname, price\n\nLamp,5\nChair\nSofa,6,7\n"Bed"x,8\nCaf\xe9,9\n"two\nlines",10\n')
+    items = load_items(path, text="name", price="price")
+    assert items == [Item("Lamp", 5.0, None, 1), Item("two\nlines", 10.0, None, 6)]
+    assert [(reject.row, reject.reason) for reject in items.rejects] == [
+        (2, "1 fields where the header has 2"),
+        (3, "3 fields where the header has 2"),
+        (4, "line 6 is not CSV: ',' expected after '\"'"),
+        (5, "line 7 is not UTF-8; save the file as UTF-8"),
+    ]
+
+
+# ---- What is refused -----------------------------------------------------------------------------------------------
+
+
+def test_a_missing_file_names_the_nearest(tmp_path: Path) -> None:
+    jsonl(tmp_path / "products.jsonl", ROWS[0])
+    assert error(tmp_path / "product.jsonl") == "FILE: no such file (did you mean 'products.jsonl'?)"
+    assert "no folder" in error(tmp_path / "nowhere" / "a.jsonl")
+
+
+def test_files_that_are_no_data_at_all(tmp_path: Path) -> None:
+    assert "is a folder" in error(tmp_path)
+    (tmp_path / "a.xlsx").write_bytes(b"PK\x03\x04")
+    assert "its ending is none of .jsonl" in error(tmp_path / "a.xlsx")
+    with pytest.raises(DataError, match="no such file"):
+        load_items("a\0b.jsonl")
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.parquet", "a.jsonl.gz", "a.tsv"])
+def test_empty_files(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"")
+    assert error(tmp_path / name) == "FILE: the file is empty"
+    if name.endswith(".gz"):
+        (tmp_path / name).write_bytes(gzip.compress(b""))
+        assert error(tmp_path / name) == "FILE: the file is empty"
+
+
+def test_files_without_rows(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("name,price\n")
+    polars.DataFrame({"name": [], "price": []}).write_parquet(tmp_path / "a.parquet")
+    for name in ("a.csv", "a.parquet"):
+        assert error(tmp_path / name) == "FILE: has a header and no rows; is it the right file?"
+    (tmp_path / "a.jsonl").write_text("\n \n")
+    assert error(tmp_path / "a.jsonl") == "FILE: has no rows; is it the right file?"
+    (tmp_path / "b.csv").write_text("\n\n")
+    assert error(tmp_path / "b.csv") == "FILE: has no rows; is it the right file?"
+
+
+CSV_TEXT = b"name,price\nLamp,5\nChair,6\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "said"),
+    [
+        ("a.parquet", CSV_TEXT, "is not Parquet, as its ending says, but text"),
+        ("a.parquet", gzip.compress(CSV_TEXT), "is not Parquet, as its ending says, but gzip"),
+        ("a.parquet", b"PAR1" + bytes(100) + b"PAR1", "the Parquet data is damaged or cut off"),
+        ("a.parquet", b"PAR1", "the Parquet data is damaged or cut off"),
+        ("a.csv.gz", CSV_TEXT, "is not gzip, as its ending says"),
+        ("a.csv.gz", gzip.compress(CSV_TEXT * 500)[:-40], "gzip data is damaged or cut off"),
+        ("a.csv.gz", gzip.compress(bytes(range(256)) * 9, mtime=0)[:60] + b"junk" * 9, "damaged or cut off"),
+        ("a.csv", gzip.compress(CSV_TEXT), "is not CSV text, as its ending says, but gzip; end its name in .gz"),
+        ("a.csv", b"PAR1xxxx", "but Parquet; end its name in .parquet"),
+        ("a.csv", b"PK\x03\x04xxxx", "but a zip archive or spreadsheet"),
+        ("a.csv", bytes(range(256)), "but binary data"),
+        ("a.csv", CSV_TEXT.decode().encode("utf-16"), "but UTF-16 text; save it as UTF-8"),
+        ("a.csv", CSV_TEXT.decode().encode("utf-16-le"), "but UTF-16 text; save it as UTF-8"),
+        ("a.jsonl", '{"name": "x"}'.encode("utf-16"), "but UTF-16 text; save it as UTF-8"),
+        ("a.csv", b"<!DOCTYPE html><html>", "but a web page"),
+        ("a.csv", b'{"name": "Lamp", "price": 5}\n', "looks like JSON"),
+        ("a.csv", b"na\xffme,price\nLamp,5\n", "the header is not UTF-8"),
+        ("a.csv", b'"name"x,price\nLamp,5\n', "the header (line 1) is not CSV"),
+        ("a.csv", b"name,price,name\nLamp,5,x\n", "the header names column 'name' twice (fields 1, 3)"),
+        ("a.csv", b'name,price\nLamp,5\n"Chair,6\nSofa,7\n', "row 2 (line 3): a quote is opened and never closed"),
+        ("a.jsonl", CSV_TEXT, "is not JSON Lines, as its ending says"),
+        ("a.jsonl", CSV_TEXT * 10, "is not JSON Lines, as its ending says: row 5"),
+        ("a.jsonl", b'[{"name": "Lamp", "price": 5}]', "not a JSON object but a list (is the file one JSON array?"),
+        ("a.jsonl", b"[\n  {\n", "is not JSON Lines"),
+    ],
+)
+def test_a_file_that_is_not_what_its_ending_says(tmp_path: Path, name: str, data: bytes, said: str) -> None:
+    (tmp_path / name).write_bytes(data)
+    assert said in error(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.parquet"])
+def test_an_unknown_column_names_the_nearest_and_all(tmp_path: Path, name: str) -> None:
+    path = write(tmp_path / name, ROWS)
+    columns = "its columns are: name, about, kind, price"
+    assert error(path, price="prise") == f"FILE: no column 'prise' (did you mean 'price'?); {columns}"
+    for option in ({"text": ["name", "abuot"]}, {"group": "abuot"}, {"text": "*", "drop": ["abuot"]}):
+        assert error(path, **option) == f"FILE: no column 'abuot' (did you mean 'about'?); {columns}"
+
+
+def test_a_column_that_only_some_lines_have_is_known(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "a.jsonl", {"name": "x", "price": 5}, {"name": "y", "price": 6, "late": "z"})
+    assert [item.text for item in load_items(path, text=["name", "late"], price="price")] == ["x", "y\nz"]
+
+
+def test_the_wrong_separator_is_hinted_at(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("name;price\nLamp;5\n")
+    assert "is ';' what separates its fields?" in error(tmp_path / "a.csv")
+
+
+def test_a_file_without_a_usable_price_says_why_and_where(tmp_path: Path) -> None:
+    path = jsonl(
+        tmp_path / "a.jsonl", {"name": "x", "price": "ask"}, {"name": "y", "price": None}, {"name": "z", "price": None}
+    )
+    assert error(path) == (
+        "FILE: none of its 3 rows is usable; the most frequent reason, in 2 of them: no price (column 'price', "
+        "first in row 2); name another column or mend the file"
+    )
+    assert "no text (text of 'about', first in row 1)" in error(jsonl(path, {"about": "", "price": 5}), text="about")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"text": []}, "no text column is named"),
+        ({"text": ["*", "name"]}, "not both"),
+        ({"text": ["name", "price"]}, "both the price and part of the text"),
+        ({"text": ["name", "about"], "drop": ["about"]}, "both dropped and part of the text"),
+    ],
+)
+def test_contradictions_are_refused(tmp_path: Path, options: dict, said: str) -> None:
+    assert said in error(write(tmp_path / "a.jsonl", ROWS), **options)
+
+
+# ---- Laws ----------------------------------------------------------------------------------------------------------
+
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=8)
+    | st.sampled_from(["$5", "1,299", "0"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=5,
+)
+OBJECTS = st.dictionaries(st.sampled_from(["name", "price", "a", "b c", "unit_cost"]), VALUES, max_size=5)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(OBJECTS | VALUES | st.just("{bad"), max_size=12), st.booleans(), st.sampled_from(["*", "name"]))
+def test_no_row_of_json_lines_vanishes(rows: list, priced: bool, text: str) -> None:
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows if row != ""]
+    lines = [line.replace("\n", " ") for line in lines if line.strip()]
+    lines += [json.dumps({"name": "last", "price": 5})]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "a.jsonl"
+        path.write_text("\n".join(lines), encoding="utf-8", errors="surrogatepass", newline="")
+        try:
+            items = load_items(path, text=text, price="price" if priced else None)
+        except DataError as error:
+            assert "is not JSON" in str(error)  # noqa: PT017 (five lines in a row that are not JSON)
+            return
+    assert len(items) + len(items.rejects) == len(lines)
+    assert sorted([item.row for item in items] + [reject.row for reject in items.rejects]) == list(
+        range(1, len(lines) + 1)
+    )
+    for item in items:
+        assert item.text.strip()
+        item.text.encode("utf-8")
+        assert (item.price is None) != priced
+        assert item.price is None or 0 < item.price < float("inf")
+
+
+CELLS = st.text(alphabet=st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=6)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.lists(CELLS, min_size=1, max_size=4), max_size=12))
+@example([["x", "\n"], ['"', "5"], ["a\rb", "6", ""]])
+def test_no_row_of_csv_vanishes(rows: list[list[str]]) -> None:
+    rows = [row for row in rows if row != [""]] + [["last", "5"]]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "a.csv"
+        with path.open("w", encoding="utf-8", newline="") as stream:
+            csv.writer(stream, quoting=csv.QUOTE_ALL).writerows([["name", "price"], *rows])
+        items = load_items(path, text="name", price="price")
+    assert len(items) + len(items.rejects) == len(rows)
+    for row, item in ((rows[item.row - 1], item) for item in items):
+        assert len(row) == 2
+        assert row[0].strip() in item.text
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.binary(max_size=200), st.sampled_from(["a.jsonl", "a.csv", "a.tsv", "a.csv.gz", "a.parquet"]), st.booleans())
+def test_any_bytes_give_items_or_one_line(junk: bytes, name: str, packed: bool) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / name
+        path.write_bytes(gzip.compress(junk) if packed else junk)
+        try:
+            load_items(path, text="*")
+        except DataError as error:
+            assert "\n" not in str(error)  # noqa: PT017
+            assert str(path) in str(error)  # noqa: PT017
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_damaged_parquet_and_gzip_give_items_or_one_line(data: st.DataObject) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = write(Path(folder) / data.draw(st.sampled_from(["a.parquet", "a.jsonl.gz"])), ROWS * 20)
+        content = bytearray(path.read_bytes())
+        for _ in range(data.draw(st.integers(1, 4))):
+            content[data.draw(st.integers(4, len(content) - 1))] = data.draw(st.integers(0, 255))
+        path.write_bytes(content[: data.draw(st.integers(len(content) // 2, len(content)))])
+        try:
+            load_items(path, text="*", price="price")
+        except DataError as error:
+            assert "\n" not in str(error)  # noqa: PT017
+
+
+# ---- Items ---------------------------------------------------------------------------------------------------------
+
+
+def test_rejects_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    items = Items([], rejects=[Reject(3, "no price", "Café"), Reject(None, "x")])
+    target = tmp_path / "rejects.jsonl"
+    items.write_rejects(target)
+    assert [json.loads(line) for line in target.read_text("utf-8").splitlines()] == [
+        {"row": 3, "reason": "no price", "text": "Café"},
+        {"row": None, "reason": "x", "text": ""},
+    ]
+    broken = Items([], rejects=[Reject(1, "fine"), Reject(2, object())])  # type: ignore[arg-type]
+    with pytest.raises(TypeError):
+        broken.write_rejects(target)
+    assert len(target.read_text("utf-8").splitlines()) == 2
+    with pytest.raises(DataError, match="cannot write the rejects"):
+        items.write_rejects(tmp_path / "nowhere" / "rejects.jsonl")
+    assert [path.name for path in tmp_path.iterdir()] == ["rejects.jsonl"]
+
+
+def test_items_survive_copying_and_pickling() -> None:
+    items = Items([Item("x", 5.0)], rejects=[Reject(2, "no price")], source="here", notes=["note"])
+    for twin in (copy.copy(items), copy.deepcopy(items), pickle.loads(pickle.dumps(items))):
+        assert (twin, twin.rejects, twin.source, twin.notes) == (items, items.rejects, "here", ["note"])
+
+
+def test_importing_items_brings_in_nothing_heavy() -> None:
+    code = "import sys, fastprice.items; print(*{name.partition('.')[0] for name in sys.modules})"
+    modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"polars", "pyarrow", "pandas", "numpy", "torch", "datasets"}.intersection(modules)
+
+
+# ---- The shared real data ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data are not here")
+def test_pc_parts() -> None:
+    path = SHARED / "pc_parts" / "pc_parts_2025-07-23.jsonl.gz"
+    items = load_items(path, text="*", price="price", group=["category", "name"])
+    assert (len(items), len(items.rejects)) == (16_222, 50_556)
+    assert {reject.reason for reject in items.rejects} == {"no price"}
+    assert "price_per_gb" in items.notes[0]
+    assert not any("price per gb" in item.text for item in items)
+    assert all(item.group and item.group.count(" | ") >= 1 for item in items)
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data are not here")
+def test_walmart_amazon() -> None:
+    path = SHARED / "er_products" / "walmart_amazon.csv"
+    items = load_items(path, text=["title", "brand"], price="price", group="modelno")
+    reasons = [reject.reason for reject in items.rejects]
+    assert (len(items), reasons.count("no price"), reasons.count("price is 0")) == (6_137, 771, 27)
+    assert len(items) + len(items.rejects) == 6_935
