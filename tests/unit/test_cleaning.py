@@ -128,8 +128,6 @@ def test_impossible_settings_are_refused() -> None:
 
 WORDS = ["lamp", "Lamp", " ", "$5", "5 dollars", "\u200b", "x", "\n", "5"]
 TEXTS = st.lists(st.sampled_from(WORDS), max_size=5).map("".join)
-    "".join
-)
 
 
 @settings(max_examples=200)
