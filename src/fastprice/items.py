@@ -16,6 +16,7 @@ left out. CSV has no types, so cells that look like a number, true or false get 
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import io
@@ -29,7 +30,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -110,8 +110,8 @@ def load_items(
     """Read a file of products.
 
     text: one column, or several joined by newlines in that order; "*" takes every column but `price`, those in
-    `drop`, and those whose name says that they hold the price in disguise (price, cost, msrp, usd, amount); what was
-    left out stands in `.notes`. Naming such a column yourself is allowed and noted.
+    `drop`, a nameless one (an index that pandas wrote), and those whose name says that they hold the price in disguise
+    (price, cost, msrp, usd, amount): these stand in `.notes`. Naming such a column yourself is allowed and noted.
     price: the column of the price, a number or text such as "$1,299.99". Where it is given, rows without a usable
     price become rejects; where not, items have no price.
     group: one column or several (joined by " | "); a row where any of them is missing has no group.
@@ -134,14 +134,15 @@ def load_items(
             try:
                 body = renderer.text(record)
                 amount, problem = _price(record.get(price)) if price is not None else (None, "")
+                together = _group(record, wanted.group)
                 problem = problem or ("" if body else "no text")
             except RecursionError:
-                body, amount, problem = "", None, "nested too deeply"
+                body, problem = "", "nested too deeply"
             if problem:
                 items.rejects.append(Reject(row, problem, _shown(body or record)))
                 continue
             foreign += isinstance(record.get(price or ""), str) and bool(_FOREIGN.search(record[price or ""]))
-            items.append(Item(body, amount, _group(record, wanted.group), row))
+            items.append(Item(body, amount, together, row))
         if not rows:
             raise DataError(f"{path}: has {'a header and ' if table.columns else ''}no rows; is it the right file?")
         if not table.columns:
@@ -224,7 +225,7 @@ class _Renderer:
         names: Iterable[str] = record if self.every else self.wanted.text
         lines: list[str] = []
         for name in names:
-            if self.every and (name == self.wanted.price or name in self.wanted.drop):
+            if self.every and (not name or name == self.wanted.price or name in self.wanted.drop):
                 continue
             lines += self._lines(name, name, record.get(name), nested=False)
         # Half a surrogate pair can be written in JSON, but not encoded again.
@@ -383,6 +384,8 @@ def _opened(path: Path) -> Iterator[_Table]:
                 raise DataError(f"{path}: the file is empty")
             if kind := _binary_kind(head):
                 raise DataError(f"{path}: is not {ending[1:].upper()} text, as its ending says, but {kind}")
+            if head.startswith(codecs.BOM_UTF8):
+                stream.read(len(codecs.BOM_UTF8))
             yield readers[ending](stream, path)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(f"{path}: the gzip data is damaged or cut off ({error}); fetch or make it again") from error
@@ -431,8 +434,7 @@ def _read_jsonl(stream: io.BufferedReader[Any], path: Path) -> _Table:
 
     def rows() -> Iterator[tuple[int, dict[str, Any] | str, str]]:
         parsed, failed = False, 0
-        for number, line in enumerate(stream, 1):
-            raw = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+        for number, raw in enumerate(stream, 1):
             if not raw.strip():
                 continue
             try:
@@ -463,8 +465,14 @@ def _json_kind(value: Any) -> str:
 
 def _read_csv(stream: io.BufferedReader[Any], path: Path, delimiter: str = ",") -> _Table:
     # Bytes that are not UTF-8 survive as lone surrogates, so that the row that holds them can be named.
-    lines = (line.decode("utf-8", "surrogateescape") for line in stream)
-    reader = csv.reader(chain([next(lines).removeprefix("\ufeff")], lines), delimiter=delimiter, strict=True)
+    raw: list[str] = []  # the lines of the row being read
+
+    def lines() -> Iterator[str]:
+        for line in stream:
+            raw.append(line.decode("utf-8", "surrogateescape"))
+            yield raw[-1]
+
+    reader = csv.reader(lines(), delimiter=delimiter, strict=True)
     try:
         header = [cell.strip() for cell in next(filter(None, reader), [])]
     except csv.Error as error:
@@ -482,6 +490,7 @@ def _read_csv(stream: io.BufferedReader[Any], path: Path, delimiter: str = ",") 
     def rows() -> Iterator[tuple[int, dict[str, Any] | str, str]]:
         number = 0
         while True:
+            raw.clear()
             first = reader.line_num + 1
             try:
                 cells = next(reader)
@@ -489,20 +498,26 @@ def _read_csv(stream: io.BufferedReader[Any], path: Path, delimiter: str = ",") 
                 return
             except csv.Error as error:
                 number += 1
+                where = f"line {first}" + (f" to {reader.line_num}" if reader.line_num > first else "")
                 if "end of data" in str(error) or "field limit" in str(error):
+                    size = (
+                        "to the end of the file"
+                        if "end" in str(error)
+                        else f"over {csv.field_size_limit():,} characters"
+                    )
                     raise DataError(
-                        f"{path}: row {number} (line {first}): a quote is opened and never closed; close or double it"
+                        f"{path}: row {number} ({where}): a field runs {size}; is a quote in it never closed?"
                     ) from error
-                yield number, "", f"line {first} is not CSV: {error}"
+                yield number, _shown("".join(raw).strip()), f"{where} is not CSV: {error}"
                 continue
             if not cells:
                 continue
             number += 1
-            joined = delimiter.join(cells)
-            if any("\udc80" <= character <= "\udcff" for character in joined):
-                yield number, _shown(joined), f"line {first} is not UTF-8; save the file as UTF-8"
+            text = "".join(raw).strip()
+            if any("\udc80" <= character <= "\udcff" for character in text):
+                yield number, _shown(text), f"line {first} is not UTF-8; save the file as UTF-8"
             elif len(cells) != len(header):
-                yield number, _shown(joined), f"{len(cells)} fields where the header has {len(header)}"
+                yield number, _shown(text), f"{len(cells)} fields where the header has {len(header)}"
             else:
                 yield number, dict(zip(header, cells, strict=True)), ""
 

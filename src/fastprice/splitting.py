@@ -91,8 +91,8 @@ def split_items(
     wanted = {name: share for name, share in (("test", test), ("validation", validation)) if share > 0}
     if len(dealt) <= len(wanted):
         raise DataError(
-            f"cannot split {len(items)} items into {len(wanted) + 1} parts: they are {len(dealt)} clusters that belong "
-            "together (same group or text); give more items, a finer group, or ask for fewer parts"
+            f"cannot split {len(items)} items into {len(wanted) + 1} parts: by group and text, no more than "
+            f"{len(dealt)} of them may be separated; give more items, a finer group, or ask for fewer parts"
         )
     parts: dict[str, list[list[int]]] = {"train": dealt}
     for later, (name, share) in enumerate(wanted.items()):

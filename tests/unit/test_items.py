@@ -257,15 +257,29 @@ def test_bad_lines_are_rejects_with_their_row(tmp_path: Path) -> None:
 
 def test_ragged_and_broken_csv_rows_are_rejects_with_their_row(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
-    path.write_bytes(b'\xef\xbb\xbfname, price\n\nLamp,5\nChair\nSofa,6,7\n"Bed"x,8\nCaf\xe9,9\n"two\nlines",10\n')
+    path.write_bytes(
+        b'\xef\xbb\xbfname, price\n\nLamp,5\nChair\nSofa,6,7\n"Bed,8\nTable"x,8\nCaf\xe9,9\n"two\nlines",10\n'
+    )
     items = load_items(path, text="name", price="price")
     assert items == [Item("Lamp", 5.0, None, 1), Item("two\nlines", 10.0, None, 6)]
     assert [(reject.row, reject.reason) for reject in items.rejects] == [
         (2, "1 fields where the header has 2"),
         (3, "3 fields where the header has 2"),
-        (4, "line 6 is not CSV: ',' expected after '\"'"),
-        (5, "line 7 is not UTF-8; save the file as UTF-8"),
+        (4, "line 6 to 7 is not CSV: ',' expected after '\"'"),
+        (5, "line 8 is not UTF-8; save the file as UTF-8"),
     ]
+    assert [reject.text for reject in items.rejects] == ["Chair", "Sofa,6,7", '"Bed,8\nTable"x,8', "Caf?,9"]
+
+
+@pytest.mark.parametrize(("name", "data"), [("a.csv.gz", b'"text"\nLamp\n'), ("a.jsonl.gz", b'{"text": "Lamp"}')])
+def test_a_byte_order_mark_is_no_part_of_the_data(tmp_path: Path, name: str, data: bytes) -> None:
+    (tmp_path / name).write_bytes(gzip.compress(b"\xef\xbb\xbf" + data))
+    assert load_items(tmp_path / name) == [Item("Lamp", row=1)]
+
+
+def test_a_nameless_index_is_no_part_of_every_column(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(",name,kind\n0,Lamp,light\n")
+    assert load_items(tmp_path / "a.csv", text="*")[0].text == "Lamp\nlight"
 
 
 # ---- What is refused -----------------------------------------------------------------------------------------------
@@ -330,7 +344,16 @@ CSV_TEXT = b"name,price\nLamp,5\nChair,6\n"
         ("a.csv", b"na\xffme,price\nLamp,5\n", "the header is not UTF-8"),
         ("a.csv", b'"name"x,price\nLamp,5\n', "the header (line 1) is not CSV"),
         ("a.csv", b"name,price,name\nLamp,5,x\n", "the header names column 'name' twice (fields 1, 3)"),
-        ("a.csv", b'name,price\nLamp,5\n"Chair,6\nSofa,7\n', "row 2 (line 3): a quote is opened and never closed"),
+        (
+            "a.csv",
+            b"name,price\nLamp,5\n" + b"x" * 200_000 + b",6\n",
+            "row 2 (line 3): a field runs over 131,072 characters",
+        ),
+        (
+            "a.csv",
+            b'name,price\nLamp,5\n"Chair,6\nSofa,7\n',
+            "row 2 (line 3 to 4): a field runs to the end of the file",
+        ),
         ("a.jsonl", CSV_TEXT, "is not JSON Lines, as its ending says"),
         ("a.jsonl", CSV_TEXT * 10, "is not JSON Lines, as its ending says: row 5"),
         ("a.jsonl", b'[{"name": "Lamp", "price": 5}]', "not a JSON object but a list (is the file one JSON array?"),

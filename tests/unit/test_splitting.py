@@ -129,7 +129,7 @@ def test_a_giant_chain_leaves_stricter_near_duplicates_joined() -> None:
 
 def test_too_few_clusters_and_impossible_shares_are_told() -> None:
     same = [Item(f"thing {n}", 5.0, "one group") for n in range(50)]
-    with pytest.raises(DataError, match="cannot split 50 items into 3 parts: they are 1 clusters"):
+    with pytest.raises(DataError, match="cannot split 50 items into 3 parts: by group and text, no more than 1"):
         split_items(same)
     with pytest.raises(DataError, match="0 items"):
         split_items([])
