@@ -169,7 +169,7 @@ def _backward_cpu(dh: Tensor, e: Tensor, g: Tensor, kind: str) -> None:
     g.copy_(dg)
 
 
-_LIBRARY = torch.library.Library("fastprice_kernels", "FRAGMENT")
+_LIBRARY = torch.library.Library("fastprice", "FRAGMENT")
 _LIBRARY.define("glu_forward(Tensor e, Tensor g, Tensor(a!) out, str kind) -> ()")
 _LIBRARY.define("glu_backward(Tensor(a!) dh, Tensor(b!) e, Tensor(c!) g, str kind) -> ()")
 _LIBRARY.impl("glu_forward", _forward_cpu, "CPU")
@@ -178,12 +178,12 @@ _LIBRARY.impl("glu_backward", _backward_cpu, "CPU")
 _LIBRARY.impl("glu_backward", _backward_cuda, "CUDA")
 
 
-@torch.library.register_fake("fastprice_kernels::glu_forward", lib=_LIBRARY)
+@torch.library.register_fake("fastprice::glu_forward", lib=_LIBRARY)
 def _(e: Tensor, g: Tensor, out: Tensor, kind: str) -> None:
     return None
 
 
-@torch.library.register_fake("fastprice_kernels::glu_backward", lib=_LIBRARY)
+@torch.library.register_fake("fastprice::glu_backward", lib=_LIBRARY)
 def _(dh: Tensor, e: Tensor, g: Tensor, kind: str) -> None:
     return None
 
@@ -216,7 +216,7 @@ def glu_forward(e: Tensor, g: Tensor, kind: str, *, out: Tensor | None = None) -
     """
     out = torch.empty_like(e, memory_format=torch.contiguous_format) if out is None else out
     _check(kind, e=e, g=g, out=out)
-    torch.ops.fastprice_kernels.glu_forward(e, g, out, kind)
+    torch.ops.fastprice.glu_forward(e, g, out, kind)
     return out
 
 
@@ -230,7 +230,7 @@ def glu_backward_(dh: Tensor, e: Tensor, g: Tensor, kind: str) -> tuple[Tensor, 
         ValueError: an unknown activation, or tensors that differ in shape, dtype or device.
     """
     _check(kind, e=e, g=g, dh=dh)
-    torch.ops.fastprice_kernels.glu_backward(dh, e, g, kind)
+    torch.ops.fastprice.glu_backward(dh, e, g, kind)
     return dh, e, g
 
 

@@ -89,8 +89,8 @@ def test_extreme_inputs_stay_finite(kind):
 
 def test_ops_pass_opcheck():
     dh, e, g = make((4, 6), torch.float32)
-    torch.library.opcheck(torch.ops.fastprice_kernels.glu_forward.default, (e, g, torch.empty(4, 6), "silu"))
-    torch.library.opcheck(torch.ops.fastprice_kernels.glu_backward.default, (dh, e, g, "gelu"))
+    torch.library.opcheck(torch.ops.fastprice.glu_forward.default, (e, g, torch.empty(4, 6), "silu"))
+    torch.library.opcheck(torch.ops.fastprice.glu_backward.default, (dh, e, g, "gelu"))
 
 
 def test_compiles_without_graph_breaks():
