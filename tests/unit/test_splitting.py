@@ -117,6 +117,12 @@ def test_a_chain_of_near_duplicates_is_not_made_one_giant_cluster() -> None:
     assert f"more than {LARGEST * 400:.0f} items" in split.notes[0]
 
 
+def test_texts_that_are_merely_alike_are_no_near_duplicates() -> None:
+    # Each shares 60 of its 80 words with the next: a Jaccard similarity of 0.6. Were they joined, a note would say so.
+    alike = [Item(" ".join(f"w{word}" for word in range(start, start + 80)), 5.0) for start in range(0, 4000, 20)]
+    assert split_items(alike).notes == []
+
+
 def test_a_giant_chain_leaves_stricter_near_duplicates_joined() -> None:
     # A chain at 0.8 (a shift by two words), each link of which has a twin that is nearly identical (above 0.95).
     items = []
