@@ -10,9 +10,9 @@ The interactions: the first two attributes of a category reinforce each other (`
 more for a good specification than a cheap one. Brand, category, specifications, condition and quantity are words and
 numbers of the text, so the text must be read to guess the price; some styles leave minor attributes out, as sellers do.
 
-What can be reached (measured on 10,000 items, seed 0; `tests/unit/test_catalogue.py` holds it to these): guessing
-`fair` itself has a mean absolute error of @FLOOR_MAE@ and a hit rate (within $40 or 20 %) of @FLOOR_HITS@; the
-median price as a constant has @CONST_MAE@ and @CONST_HITS@. No text contains a price, nor the sign "$".
+What can be reached (10,000 items, seed 0; `tests/unit/test_catalogue.py` holds the catalogue to these figures):
+guessing `fair` itself has a mean absolute error of $19.6 and a hit rate (within $40 or 20 %) of 95.9 %; the median
+price as a constant has $147.1 and 33.4 %. No text contains a price, nor the sign "$".
 
 The generator draws from `random.Random(seed).random()` alone, in one sequence, so the same seed gives the same items
 on every platform, and a shorter catalogue is the beginning of a longer one.
@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -40,7 +41,7 @@ NOISE = 0.13
 _OPEN_PRODUCTS = 40
 _REPEAT = 0.35
 _ENDINGS = (0.99, 0.99, 0.99, 0.95, 0.49, 0.0, 0.0)
-_CENTS = 100
+_NUMBER = re.compile(r"\d+(?:\.\d+)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +190,8 @@ def _offer(rng: Random, product: Product) -> Offer:
         pieces=pieces,
         extra=extra,
     )
+    if price in map(float, _NUMBER.findall(text)):
+        price = round(price - 0.01, 2)  # a specification that happens to equal the price would look like a leak
     return Offer(text, price, fair, product, condition, pieces, facts)
 
 
@@ -197,4 +200,4 @@ def _ending(rng: Random, price: float) -> float:
     if price >= 250 and rng.random() < 0.4:
         return 10.0 * round(price / 10) - (1.0 if rng.random() < 0.6 else 0.0)
     ending = pick(rng, _ENDINGS)
-    return max(round((round(price - ending) + ending) * _CENTS) / _CENTS, 0.99)
+    return max(round((round(price - ending) + ending) * 100) / 100, 0.99)

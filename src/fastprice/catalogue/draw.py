@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from random import Random
 from statistics import NormalDist
 from typing import TypeVar
@@ -23,12 +25,8 @@ def pick(rng: Random, options: Sequence[T]) -> T:
 
 def weighted(rng: Random, weights: Mapping[str, float]) -> str:
     """One of the keys, with probability proportional to its weight."""
-    left = rng.random() * sum(weights.values())
-    for key, weight in weights.items():
-        left -= weight
-        if left < 0:
-            break
-    return key
+    bounds = list(accumulate(weights.values()))
+    return list(weights)[min(bisect(bounds, rng.random() * bounds[-1]), len(bounds) - 1)]
 
 
 def shuffled(rng: Random, options: Sequence[T]) -> list[T]:

@@ -95,9 +95,11 @@ BRANDS: dict[str, dict[str, float]] = {
 }
 
 MODEL_WORDS = (
-    "Pro Max Lite Plus Air Core Prime Elite Nova Edge Flex Ultra Classic Sport Studio Home Force Aero Vista Terra "
-    "Pulse Origin Atlas Comet Breeze Summit Harbor Ember Drift Orbit Vector Onyx Ranger Silk Haven Storm Echo Pixel"
-).split()
+    "Pro", "Max", "Lite", "Plus", "Air", "Core", "Prime", "Elite", "Nova", "Edge", "Flex", "Ultra", "Classic",
+    "Sport", "Studio", "Home", "Force", "Aero", "Vista", "Terra", "Pulse", "Origin", "Atlas", "Comet", "Breeze",
+    "Summit", "Harbor", "Ember", "Drift", "Orbit", "Vector", "Onyx", "Ranger", "Silk", "Haven", "Storm", "Echo",
+    "Pixel",
+)  # fmt: skip
 
 COLOURS: dict[str, float] = {
     "Black": 1.0,
@@ -181,8 +183,8 @@ SELLER_TALK = (
 SHORTHAND = {
     "with ": "w/ ",
     "wireless": "wirless",
-    "stainless": "stainles",
-    "condition": "cond",
+    "stainless": "stainlss",
+    "quality": "qualty",
     "graphics": "graphix",
     "excellent": "excelent",
     "and ": "& ",
