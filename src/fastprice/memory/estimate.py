@@ -1,0 +1,310 @@
+"""`estimate_memory`: the peak of GPU memory while training or evaluating, from a model's configuration alone.
+
+Pure arithmetic: one layer of each kind and the loss head are played on a tape of sizes (tape.py, layers.py), and the
+peak is the highest of these moments of a step in its steady state (gradients of an earlier micro-batch present, the
+optimiser's states made):
+
+    forward      the last layer, with the activations kept of all layers before it
+    loss head    forward and backward, with the activations kept of all layers
+    backward     the last layer of those that keep their activations, and the last of those recomputed, each at its start
+    optimiser    its temporaries, with no activations
+
+Layers that recompute are the first ones: their turn in backward comes last, when the others have let go of theirs.
+
+Two parts are assumptions, not arithmetic, and no simulation can see them: the CUDA context (with cuBLAS's workspace) and
+the allocator's slack. `tensor_bytes` is the peak without them.
+
+Engines: "peft" is checked operation by operation against the real model code (docs/memory-errors.md). "fastprice" is
+PEFT's form with fused LoRA layers and an MLP that keeps gate and up alone. "unsloth" is the fused form, every layer
+recomputed with its input kept on the host (two layers' inputs on the device), bf16 logits for all tokens overwritten by
+their gradient. Neither of the last two can be simulated without a GPU: their figures are arithmetic.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal
+
+from fastprice.errors import ConfigError, nearest_name
+from fastprice.memory.layers import NF4_BLOCK, Work, evaluation_head, layer_forward, loss_head
+from fastprice.memory.shapes import ModelShape, read_shape
+from fastprice.memory.tape import Peak, Tape
+from fastprice.methods import check_method
+
+__all__ = ["OPTIMIZERS", "MemoryEstimate", "estimate_memory"]
+
+GIB = 1 << 30
+ENGINES = ("peft", "unsloth", "fastprice")
+STREAM_SLOTS = 2  # a streamed layer computes while the next one arrives
+
+# Bytes of state, and of temporaries during the step, for each trainable weight. PyTorch's AdamW takes the "foreach" way
+# on CUDA, which holds the square roots of all second moments at once; its fused way has none. bitsandbytes keeps both
+# moments in 8 bits, with an fp32 scale for 256 of them.
+OPTIMIZERS: dict[str, tuple[float, float]] = {
+    "adamw_torch": (8.0, 4.0),
+    "adamw_torch_fused": (8.0, 0.0),
+    "adamw_bnb_8bit": (2 + 8 / 256, 0.0),
+    "adamw_8bit": (2 + 8 / 256, 0.0),
+    "sgd": (0.0, 0.0),
+}
+
+# Assumed: what a CUDA context takes with PyTorch's kernels loaded lazily, and cuBLAS's workspace (32 MiB on Hopper).
+CUDA_CONTEXT = 512 << 20
+# Assumed: what the caching allocator holds beyond the tensors, as a share of all that comes and goes.
+SLACK = 0.04
+
+Loss = Literal["full", "completion"]
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Peak bytes, and what they are made of at that moment (name -> bytes, adding up to `peak_bytes`).
+
+    moment   the moment of the step at which the peak falls: "forward", "loss head", "backward", "optimiser"
+    """
+
+    peak_bytes: int
+    breakdown: dict[str, int]
+    moment: str
+
+    @property
+    def tensor_bytes(self) -> int:
+        """The peak without the CUDA context and the allocator's slack: what PyTorch calls "allocated"."""
+        return self.peak_bytes - self.breakdown["CUDA context"] - self.breakdown["allocator slack"]
+
+    def table(self) -> str:
+        """The breakdown as lines of text, largest first."""
+        lines = [f"{size / GIB:8.2f} GiB  {name}" for name, size in self.by_size() if size]
+        return "\n".join([*lines, f"{self.peak_bytes / GIB:8.2f} GiB  peak, at the {self.moment}"])
+
+    def by_size(self) -> list[tuple[str, int]]:
+        return sorted(self.breakdown.items(), key=lambda item: -item[1])
+
+
+def estimate_memory(
+    base: Any,
+    *,
+    method: str = "qlora",
+    rank: int = 16,
+    tokens: int = 4096,
+    sequences: int = 1,
+    optimizer: str = "adamw_torch",
+    recompute: str | int = "all",
+    loss_head: str = "full",
+    labelled: float = 1.0,
+    engine: str = "peft",
+    streaming: int = 0,
+    phase: str = "train",
+) -> MemoryEstimate:
+    """Peak GPU memory of fine-tuning `base` (folder, hub id, shipped name, or transformers configuration).
+
+    tokens      tokens of a micro-batch in all, in `sequences` texts of equal length
+    recompute   "all", "none", or the number of layers (the first ones) whose activations are recomputed
+    loss_head   "full": logits for all positions; "completion": for the `labelled` share of them, in chunks
+    streaming   frozen layers whose weights come from the host when needed
+    phase       "train", or "eval": a forward pass with a cache of keys and values; "completion" then means the logits
+                of one position of each text
+
+    Raises ConfigError for settings that make no sense, BaseModelError for a base that cannot be read.
+    """
+    check_method(method)
+    _one_of("optimizer", optimizer, tuple(OPTIMIZERS))
+    _one_of("loss_head", loss_head, ("full", "completion"))
+    _one_of("engine", engine, ENGINES)
+    _one_of("phase", phase, ("train", "eval"))
+    shape = read_shape(base)
+    _whole("tokens", tokens, 1)
+    _whole("rank", rank, 1, min(shape.width, shape.key_width))
+    _whole("sequences", sequences, 1, tokens)
+    _whole("streaming", streaming, 0, shape.layers)
+    if streaming and method != "qlora":
+        raise ConfigError(f"streaming: only a frozen 4-bit base is streamed, and the method is {method!r}, not 'qlora'")
+    if not isinstance(labelled, int | float) or not 0 <= labelled <= 1:
+        raise ConfigError(f"labelled: {labelled!r} is not a share of the tokens, from 0 to 1")
+    recomputed = _layers_recomputed(recompute, shape)
+    if engine == "unsloth":
+        recomputed = shape.layers
+    return _estimate(
+        shape, method, rank, tokens, sequences, optimizer, recomputed, loss_head, labelled, engine, streaming, phase
+    )
+
+
+@lru_cache(maxsize=4096)
+def _estimate(
+    shape: ModelShape,
+    method: str,
+    rank: int,
+    tokens: int,
+    sequences: int,
+    optimizer: str,
+    recomputed: int,
+    head: str,
+    labelled: float,
+    engine: str,
+    streaming: int,
+    phase: str,
+) -> MemoryEstimate:
+    work = Work(tokens, sequences, method, rank, fused=engine != "peft")
+    static = _weights(shape, method, streaming)
+    trained = shape.parameters if method == "full" else shape.layers * shape.adapter_weights(rank)
+    state, temporary = OPTIMIZERS[optimizer]
+    static["adapters"] = 0 if method == "full" else 4 * trained
+    static["optimiser"] = int(state * trained)
+    static["gradients"] = 4 * trained if phase == "train" else 0
+    copies = (
+        0 if work.fused else 2 * (shape.layers * shape.layer_linear_weights if method == "full" else trained)
+    )  # autocast keeps the bf16 copies of trained weights until the forward pass ends
+    # Token and position ids and labels (8 bytes each), cosines and sines.
+    static["workspace and dequantised buffers"] = 24 * tokens + 4 * tokens * shape.head_dim
+    if phase == "eval":
+        moments = [_evaluation(shape, work, sequences if head == "completion" else tokens, copies)]
+    else:
+        rows = None if head == "full" else round(labelled * tokens)
+        moments = _training(shape, work, recomputed, rows, engine, copies)
+        moments.append(("optimiser", {"workspace and dequantised buffers": int(temporary * trained)}))
+    moment, parts = max(moments, key=lambda found: sum(found[1].values()))
+    breakdown = {name: static.get(name, 0) + parts.get(name, 0) for name in _NAMES}
+    moving = sum(parts.values()) + static["gradients"]
+    breakdown["CUDA context"] = CUDA_CONTEXT
+    breakdown["allocator slack"] = int(SLACK * moving)
+    return MemoryEstimate(sum(breakdown.values()), breakdown, moment)
+
+
+_NAMES = (
+    "base weights (bf16)",
+    "base weights (fp32)",
+    "base weights (nf4)",
+    "quantisation statistics",
+    "adapters",
+    "gradients",
+    "optimiser",
+    "activations kept",
+    "recompute peak",
+    "loss head",
+    "workspace and dequantised buffers",
+)
+
+
+def _weights(shape: ModelShape, method: str, streaming: int) -> dict[str, int]:
+    """Bytes of the base. NF4 with double quantisation: half a byte a weight, a byte for 64, four bytes for 64 x 256,
+    and for each layer the two code tables and the offset (16 + 256 + 1 fp32 numbers)."""
+    linear = shape.layers * shape.layer_linear_weights
+    if method == "full":
+        return {"base weights (fp32)": 4 * shape.parameters}
+    if method == "lora":
+        return {"base weights (bf16)": 2 * shape.parameters}
+    resident = shape.layers - streaming + min(streaming, STREAM_SLOTS)
+    blocks = [-(-each.weights // NF4_BLOCK) for each in shape.linears]
+    statistics = sum(count + 4 * -(-count // 256) + 4 * (16 + 256 + 1) for count in blocks)
+    return {
+        "base weights (bf16)": 2 * (shape.parameters - linear),
+        "base weights (nf4)": resident * (shape.layer_linear_weights // 2),
+        "quantisation statistics": resident * statistics,
+    }
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A layer's bytes: kept for its backward pass, and at the peaks of its forward and of its backward."""
+
+    kept: int
+    forward: Peak
+    backward: Peak
+
+
+def _play(shape: ModelShape, work: Work, *, first: bool = False) -> _Layer:
+    """`first`: nothing asks for the gradient of the layer's input."""
+    stream = work.stream * work.tokens * shape.width
+    tape = Tape()
+    x = tape.source(stream, gradient=not first)
+    output = layer_forward(tape, shape, work, x)
+    forward = tape.peak
+    tape.drop(output)
+    kept = tape.total
+    tape.peak = Peak()
+    tape.backward(output)
+    return _Layer(kept, forward, tape.peak)
+
+
+def _training(
+    shape: ModelShape, work: Work, recomputed: int, rows: int | None, engine: str, copies: int
+) -> list[tuple[str, dict[str, int]]]:
+    stream = work.stream * work.tokens * shape.width
+    layer = _play(shape, work)
+    first = _play(shape, work, first=True) if recomputed == 0 else layer
+    keeping = shape.layers - recomputed
+    # Of recomputed layers the input is kept; Unsloth's go to the host, one coming back while another is used.
+    inputs = stream * (min(recomputed, 2) if engine == "unsloth" else recomputed)
+    kept = inputs + max(0, keeping - 1) * layer.kept + (first.kept if keeping else 0)
+    copy_share = copies * recomputed // shape.layers  # the copies that no kept layer holds itself
+
+    head = Tape()
+    loss_head(head, shape, work, head.source(stream), rows=rows, in_place=engine == "unsloth" and rows is None)
+    head_parts = {"activations kept": kept, "loss head": head.peak.total}
+    moments = [("loss head", head_parts)]
+
+    plain = Tape(record=False)
+    layer_forward(plain, shape, work, plain.source(stream))
+    if keeping:
+        last = first if keeping == 1 and recomputed == 0 else layer
+        before = kept - last.kept
+        moments.append(
+            ("forward", _split(last.forward, before + stream, "workspace and dequantised buffers", copy_share))
+        )
+        moments.append(("backward", _split(last.backward, before, "workspace and dequantised buffers", 0)))
+    else:
+        moments.append(("forward", _split(plain.peak, kept, "recompute peak", copies)))
+    if recomputed:
+        again = max(layer.forward, layer.backward, key=lambda peak: peak.total)
+        # In the forward pass of the recomputation the gradient of the layer's output waits; in its backward it is counted.
+        waiting = stream if again is layer.forward else 0
+        parts = _split(again, inputs + waiting, "recompute peak", 0)
+        parts["recompute peak"] += parts["activations kept"] - inputs
+        parts["activations kept"] = inputs
+        moments.append(("backward", parts))
+    return moments
+
+
+def _split(peak: Peak, kept: int, flow: str, copies: int) -> dict[str, int]:
+    parts = {"activations kept": kept + peak.parts.get("saved", 0), "adapters": peak.parts.get("copies", 0) + copies}
+    workspace = "workspace and dequantised buffers"
+    parts[workspace] = peak.parts.get("dequantised", 0)
+    parts[flow] = parts.get(flow, 0) + peak.parts.get("flow", 0)
+    return parts
+
+
+def _evaluation(shape: ModelShape, work: Work, rows: int, copies: int) -> tuple[str, dict[str, int]]:
+    stream = work.stream * work.tokens * shape.width
+    cache = 4 * work.tokens * shape.key_width * shape.layers
+    layer = Tape(record=False)
+    layer_forward(layer, shape, work, layer.source(stream), cache=True)
+    parts = _split(layer.peak, 0, "workspace and dequantised buffers", copies)
+    parts["activations kept"] = cache + stream
+    head = Tape(record=False)
+    evaluation_head(head, shape, work, head.source(stream), rows)
+    if head.peak.total > layer.peak.total:
+        return "loss head", {"activations kept": cache + stream, "loss head": head.peak.total, "adapters": copies}
+    return "forward", parts
+
+
+def _layers_recomputed(recompute: str | int, shape: ModelShape) -> int:
+    if recompute == "all":
+        return shape.layers
+    if recompute == "none":
+        return 0
+    if isinstance(recompute, str):
+        raise ConfigError(f"recompute: {recompute!r} is not 'all', 'none' or a number of layers")
+    _whole("recompute", recompute, 0, shape.layers)
+    return recompute
+
+
+def _whole(name: str, value: Any, least: int, most: int | None = None) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least or (most is not None and value > most):
+        bounds = f"at least {least:,}" if most is None else f"from {least:,} to {most:,}"
+        raise ConfigError(f"{name}: {value!r} is not a whole number {bounds}")
+
+
+def _one_of(name: str, value: Any, valid: tuple[str, ...]) -> None:
+    if value not in valid:
+        raise ConfigError(f"{name}: {value!r} is not one of {', '.join(valid)}{nearest_name(str(value), valid)}")
