@@ -11,10 +11,12 @@ into something that writes prices while its embeddings and head stay frozen, and
 * questions about a text, asked before it or after it, whose answers are words or whole numbers found, rounded, added
   or multiplied: the same shape as "how much does this cost?", so that adapters have circuits to steer, and digits are
   well trained as outputs;
-* number drills (sorting, rounding, products), because a price is a number;
+* the facts of a text once more, in another order: several look-ups in one document, which is what makes a network this
+  small learn to look up at all within a few million tokens (with questions alone it copied 30 % of an answer's tokens);
+* number drills (sorting, rounding, sums), because a price is a number;
 * the very wrapper of the price prompt, with nothing after it and no loss there: known characters, no answer.
 
-No document holds a price: the sign "$" is never followed by a digit. Answers weigh five times as much as text in the
+No document holds a price: the sign "$" is never followed by a digit. Answers weigh ten times as much as text in the
 loss, because one digit of an answer says more about reading than the next random specification does.
 
 Batch `i` depends on the seed and `i` alone, so a run that is interrupted goes on from `checkpoint.pt` as if it had not
@@ -47,12 +49,12 @@ PAD, BOS, EOS = "<|pad|>", "<|bos|>", "<|eos|>"
 VOCABULARY = 2048
 CONTEXT = 256
 ROWS = 4
-ANSWER_WEIGHT = 5.0
+TEXT_WEIGHT, INVENTED_WEIGHT, ANSWER_WEIGHT = 0.5, 0.2, 5.0
 PEAK_RATE = 3e-3
 # Catalogue seeds from here on are for pretraining; fine-tuning and tests use small ones.
 FIRST_SEED = 1_000_000
 HELD_OUT_SEED = 900_000
-KINDS = {"text": 16.0, "asked": 36.0, "quiz": 32.0, "drill": 8.0, "wrapper": 8.0}
+KINDS = {"text": 8.0, "recall": 36.0, "asked": 30.0, "quiz": 16.0, "drill": 4.0, "wrapper": 6.0}
 # One piece is one digit, one run of letters with the space before it, one run of line ends, or one run of signs with
 # the space after them: so ": " costs one token, and digits never merge with anything.
 PIECES = r"\p{N}| ?\p{L}+|\n+|[^\p{L}\p{N}\n]+"
@@ -66,14 +68,15 @@ class Segment:
     """A stretch of a document, and the weight of its tokens in the loss."""
 
     text: str
-    weight: float = 1.0
+    weight: float = TEXT_WEIGHT
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """What a document asks about: a text, the facts it states, and questions with answers that it alone can ask."""
+    """What a document asks about: a text, its weight, its facts, and questions (with lead and answer) of its own."""
 
     text: str
+    weight: float
     facts: dict[str, str]
     own: list[tuple[str, str, str]]
 
@@ -88,18 +91,26 @@ def documents(seed: int) -> Iterator[list[Segment]]:
         if kind == "drill":
             yield _drill(rng)
         elif kind == "wrapper":
-            yield [Segment(f"{HEAD}{source.text}{TAIL}")]
+            yield [Segment(f"{HEAD}{source.text}{TAIL}", source.weight)]
         elif kind == "asked":
             question, lead, answer = _question(rng, source)
-            yield [Segment(f"{question}\n\n{source.text}\n\n{lead}"), Segment(answer + EOS, ANSWER_WEIGHT)]
+            yield [
+                Segment(f"{question}\n\n{source.text}\n\n{lead}", source.weight),
+                Segment(answer + EOS, ANSWER_WEIGHT),
+            ]
+        elif kind == "recall":
+            parts = [Segment(source.text + "\n", source.weight)]
+            for name, value in shuffled(rng, tuple(source.facts.items())):
+                parts += [Segment(f"\n{name}: ", TEXT_WEIGHT), Segment(value, ANSWER_WEIGHT)]
+            yield [*parts, Segment(EOS)]
         elif kind == "quiz":
             asked = [_question(rng, source) for _ in range(3 + int(rng.random() * 3))]
-            parts = [Segment(source.text + "\n")]
+            parts = [Segment(source.text + "\n", source.weight)]
             for question, lead, answer in asked:
                 parts += [Segment(f"\n{question}\n{lead}"), Segment(answer, ANSWER_WEIGHT)]
             yield [*parts, Segment(EOS)]
         else:
-            yield [Segment(source.text + EOS)]
+            yield [Segment(source.text + EOS, source.weight)]
 
 
 def _offered(rng: Random, offer: Offer) -> Source:
@@ -126,7 +137,7 @@ def _offered(rng: Random, offer: Offer) -> Source:
     if len(places) > 1:
         mean = str(round(sum(places) / len(places)))
         own += [("Where do all its numbers stand on average from 0 to 99?", f"Place is {_sign(rng)}", mean)] * 2
-    return Source(offer.text, offer.facts, own)
+    return Source(offer.text, TEXT_WEIGHT, offer.facts, own)
 
 
 def _invented(rng: Random) -> Source:
@@ -148,7 +159,7 @@ def _invented(rng: Random) -> Source:
         ("What is its name?", "Name: ", title),
         ("How many lines has the sheet?", f"Lines are {_sign(rng)}", str(2 + len(lines))),
     ]
-    return Source("\n".join([slug, title, *lines]), facts, own)
+    return Source("\n".join([slug, title, *lines]), INVENTED_WEIGHT, facts, own)
 
 
 def _question(rng: Random, source: Source) -> tuple[str, str, str]:
@@ -156,12 +167,12 @@ def _question(rng: Random, source: Source) -> tuple[str, str, str]:
     numbers = {name: float(value) for name, value in source.facts.items() if _is_number(value)}
     whole = {name: round(number) for name, number in numbers.items() if number.is_integer()}
     shape = rng.random()
-    if shape < 0.35:
+    if shape < 0.3:
         return pick(rng, source.own)
-    if shape < 0.55 or not numbers:
+    if shape < 0.6 or not numbers:
         name = pick(rng, tuple(source.facts))
         return f"What is the {name}?", f"{name.capitalize()}: ", source.facts[name]
-    if shape < 0.8 or len(whole) < 2:
+    if shape < 0.85 or len(whole) < 2:
         name = pick(rng, tuple(numbers))
         unit, words = pick(rng, ((1, "whole number"), (10, "ten"), (100, "hundred")))
         rounded = _rounded(numbers[name], unit)
@@ -179,23 +190,17 @@ def _question(rng: Random, source: Source) -> tuple[str, str, str]:
 def _drill(rng: Random) -> list[Segment]:
     """A few exercises of one kind, numbers alone."""
     parts: list[Segment] = []
-    kind = int(rng.random() * 6)
+    kind = int(rng.random() * 4)
     for _ in range(4 + int(rng.random() * 6)):
         a, b, c = (int(10 ** (3.2 * rng.random())) for _ in range(3))
         if kind == 0:
             task, answer = f"Sort {a} {b} {c}: ", " ".join(map(str, sorted((a, b, c))))
         elif kind == 1:
-            a, b = a % 100, b % 100
-            task, answer = f"{a} x {b} = ", str(a * b)
-        elif kind == 2:
             task, answer = f"{a} + {b} = ", str(a + b)
-        elif kind == 3:
+        elif kind == 2:
             task, answer = f"Nearest ten of {a}: ", str(_rounded(a, 10))
-        elif kind == 4:
-            task, answer = f"Larger of {a} and {b}: ", str(max(a, b))
         else:
-            percent = 10 * (1 + int(rng.random() * 9))
-            task, answer = f"{percent} % of {a}: ", str(_rounded(a * percent / 100, 1))
+            task, answer = f"Larger of {a} and {b}: ", str(max(a, b))
         parts += [Segment(task), Segment(answer, ANSWER_WEIGHT / 2), Segment("\n")]
     return [*parts[:-1], Segment(EOS)]
 
@@ -216,11 +221,9 @@ def _is_number(value: str) -> bool:
 
 def _word(rng: Random) -> str:
     """An invented word of one to three syllables."""
-    onsets, vowels = (
-        "b c d f g h j k l m n p r s t v w z st tr ch sh gr bl pr qu".split(),
-        "a e i o u ea io er an in or al".split(),
-    )
-    ends = ["", "", "n", "r", "s", "x", "l", "t", "ck", "ng"]
+    onsets = ("b", "c", "d", "f", "g", "h", "k", "l", "m", "n", "p", "r", "s", "t", "v", "z", "st", "tr", "ch", "gr")
+    vowels = ("a", "e", "i", "o", "u", "ea", "io", "er", "an", "in", "or", "al")
+    ends = ("", "", "n", "r", "s", "x", "l", "t", "ck", "ng")
     return "".join(pick(rng, onsets) + pick(rng, vowels) + pick(rng, ends) for _ in range(1 + int(rng.random() * 3)))
 
 
@@ -330,8 +333,8 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=6,
+        intermediate_size=512,
+        num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=2 * CONTEXT,
@@ -344,7 +347,7 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
 
 def pretrain(out: Path, *, seed: int, minutes: float | None, steps: int | None) -> dict[str, Any]:
-    """Train for `minutes` of wall time or for `steps`, whichever is given; write weights and log; return the figures."""
+    """Train for `minutes` of wall time or for `steps`, whichever is given; write weights and log; return figures."""
     torch.manual_seed(seed)
     tokenizer = make_tokenizer(HELD_OUT_SEED + 1)
     tokenizer.save_pretrained(out)
@@ -423,13 +426,14 @@ knows nothing of the world: accuracy comes from a real base model.
 
 ## What it read
 Documents made by `scripts/make_nano.py` from the synthetic catalogue `fastprice.catalogue` (catalogue seeds from
-{first_seed:,} on; small seeds are left for fine-tuning and tests), all of them price-free: the sign "$" is never followed by
-a digit, and no answer is an amount of money.
+{first_seed:,} on; small seeds are left for fine-tuning and tests), all of them price-free: the sign "$" is never
+followed by a digit, and no answer is an amount of money.
 
 - plain product texts in every style of the catalogue, and sheets of invented words and random values;
 - questions about a text with answers to be found, rounded, counted, added or multiplied, or that say where a number
   stands in its category's range from 0 to 99;
-- number drills: sorting, rounding, sums, products, percentages;
+- a text followed by its facts in another order;
+- number drills: sorting, rounding, sums, the larger of two;
 - the wrapper of the price prompt ("How much does this cost ... Price is $"), with nothing after it and no loss there.
 
 The catalogue's price process is not in these documents: neither base prices, nor what a brand or a condition is worth,
