@@ -144,8 +144,9 @@ def predict(
     if out is not None:
         check_target(out)
     estimator = _estimator(model)
-    answers = estimator.answer(items)
-    prices = estimator.predict_from(answers)
+    prompts = estimator.prompts(items)
+    prices = estimator.guesses(estimator.distributions(prompts))
+    cut = sum(prompt.cut > 0 for prompt in prompts)
     console = _console()
     if out is None:
         for each, amount in zip(items, prices, strict=True):
@@ -153,8 +154,8 @@ def predict(
     else:
         write_predictions(out, items, prices)
         console.print(f"{len(items):,} prices written to {out}")
-    if answers.cut:
-        console.print(f"{answers.cut:,} texts were longer than {estimator.max_tokens} tokens: their ends were cut")
+    if cut:
+        console.print(f"{cut:,} texts were longer than {estimator.max_tokens} tokens: their ends were cut")
     for reject in items.rejects:
         console.print(f"row {reject.row} has no estimate: {reject.reason}", highlight=False, markup=False)
 

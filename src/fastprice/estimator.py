@@ -7,7 +7,6 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,28 +18,22 @@ from fastprice.engines import choose_engine
 from fastprice.errors import BaseModelError, ConfigError, DataError, NotFittedError
 from fastprice.items import Item
 from fastprice.methods import check_method, suggested_learning_rate
-from fastprice.prompts import encode_prompt, encode_rows
+from fastprice.prompts import Prompt, encode_prompt, encode_rows
 
 if TYPE_CHECKING:
+    from fastprice.distribution import PriceDistribution
     from fastprice.guards import TrainingEvent
     from fastprice.training import TrainingResult
 
-__all__ = ["Answers", "PriceEstimator"]
+__all__ = ["PriceEstimator"]
 
 FORMAT = 1
 MANIFEST = "fastprice.json"
 ADAPTER = "adapter"
 MODEL = "model"
+UNTRAINED_CEILING = 999.0  # dollars: the largest price that a base model is asked about before it has seen any
 # Room for the question, "Price is $" and the answer beside a text of max_tokens.
 _WRAPPER_TOKENS = 64
-
-
-@dataclass(frozen=True)
-class Answers:
-    """What the model said: `prices` in dollars (float64, NaN where it gave none); `cut` texts were too long."""
-
-    prices: NDArray[np.float64]
-    cut: int
 
 
 class PriceEstimator(RegressorMixin, BaseEstimator):  # type: ignore[misc]
@@ -59,9 +52,9 @@ class PriceEstimator(RegressorMixin, BaseEstimator):  # type: ignore[misc]
     batch_size     prompts predicted at once
     seed           of adapter weights, order of rows, and the draw of validation items
 
-    After `fit`: `fallback_price_` (median training price, given where the model names none), `ceiling_price_` (largest
-    training price: a larger answer is taken for it), `training_` (fastprice.training.TrainingResult), `cut_` (training
-    texts that were shortened).
+    After `fit`: `fallback_price_` (median training price, for a text that gives no price any probability),
+    `ceiling_price_` (largest training price, and the largest that is estimated), `training_`
+    (fastprice.training.TrainingResult), `cut_` (training texts that were shortened).
     Follows scikit-learn: `get_params`, `set_params`, `clone`, `cross_val_score(estimator, items)`.
     """
 
@@ -120,7 +113,7 @@ class PriceEstimator(RegressorMixin, BaseEstimator):  # type: ignore[misc]
             dropout=self.dropout,
             seed=self.seed,
         )
-        self.fallback_price_, self.ceiling_price_ = float("nan"), float("inf")
+        self.fallback_price_, self.ceiling_price_ = float("nan"), UNTRAINED_CEILING
         return self
 
     def fit(
@@ -179,34 +172,62 @@ class PriceEstimator(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         self._engine.for_prediction(self._model)
         return self
 
-    def predict(self, texts: Sequence[str] | Sequence[Item]) -> NDArray[np.float64]:
-        """Prices in dollars, float64 of shape (N,): finite, at most `ceiling_price_`, never missing once fitted."""
-        return self.predict_from(self.answer(texts))
+    def predict(self, texts: Sequence[str] | Sequence[Item], *, loss: str = "mae") -> NDArray[np.float64]:
+        """Prices in dollars, float64 of shape (N,), never missing once fitted.
 
-    def predict_from(self, answers: Answers) -> NDArray[np.float64]:
-        """The prices that `predict` gives for these answers."""
-        return np.where(np.isnan(answers.prices), self.fallback_price_, np.minimum(answers.prices, self.ceiling_price_))
+        loss  what the guesses should make small: "mae" (the median of each text's distribution), "mse" (its mean),
+              "rmsle", "mape", "hits"; ConfigError names the known ones
+        """
+        return self.guesses(self.predict_distribution(texts), loss)
 
-    def answer(self, texts: Sequence[str] | Sequence[Item], on_batch: Callable[[int], None] | None = None) -> Answers:
-        """What the model itself says of each text, before any fallback, and how many texts were too long."""
+    def predict_distribution(
+        self, texts: Sequence[str] | Sequence[Item], *, on_batch: Callable[[int], None] | None = None
+    ) -> list[PriceDistribution]:
+        """p(price | text) over whole dollars from 1 to `ceiling_price_`, from the model's own next-token probabilities.
+
+        `on_batch` is told how many texts are done. See fastprice.decoding.
+        """
+        return self.distributions(self.prompts(texts), on_batch=on_batch)
+
+    def predict_greedy(self, texts: Sequence[str] | Sequence[Item]) -> NDArray[np.float64]:
+        """The price that the model writes when each next token is the likeliest: the usual way, for comparison.
+
+        Dollars, float64 of shape (N,); NaN where what it writes is no price, at most `ceiling_price_`.
+        """
         from fastprice.decoding import greedy_prices
 
-        if not hasattr(self, "_model"):
-            raise NotFittedError(
-                "this PriceEstimator has no model yet: call fit(train, validation) or PriceEstimator.load"
-            )
+        prompts = [prompt.ids for prompt in self.prompts(texts)]
+        prices = greedy_prices(self._model, self._tokenizer, prompts, batch_size=self.batch_size)
+        return np.minimum(prices, self.ceiling_price_)
+
+    def prompts(self, texts: Sequence[str] | Sequence[Item]) -> list[Prompt]:
+        """The prompts of `texts` as the model reads them; each tells how many tokens of its text were cut."""
+        self._check_fitted()
         if isinstance(texts, str):
             raise DataError("predict takes a list of texts, not one string: write predict([text])")
+        return [encode_prompt(self._tokenizer, _text_of(text), self.max_tokens) for text in texts]
+
+    def distributions(
+        self, prompts: Sequence[Prompt], *, on_batch: Callable[[int], None] | None = None
+    ) -> list[PriceDistribution]:
+        """`predict_distribution` for texts that are prompts already."""
+        from fastprice.decoding import price_distributions
+
+        self._check_fitted()
         self._engine.for_prediction(self._model)
-        prompts = [encode_prompt(self._tokenizer, _text_of(text), self.max_tokens) for text in texts]
-        prices = greedy_prices(
+        return price_distributions(
             self._model,
             self._tokenizer,
             [prompt.ids for prompt in prompts],
+            max_price=max(1, round(self.ceiling_price_)),
             batch_size=self.batch_size,
             on_batch=on_batch,
         )
-        return Answers(prices, sum(prompt.cut > 0 for prompt in prompts))
+
+    def guesses(self, distributions: Sequence[PriceDistribution], loss: str = "mae") -> NDArray[np.float64]:
+        """The best guess of each distribution for `loss`, in dollars; `fallback_price_` for an empty distribution."""
+        prices = np.array([each.estimate(loss) for each in distributions], dtype=np.float64)
+        return np.where(np.isnan(prices), self.fallback_price_, prices)
 
     def score(self, items: Sequence[Item] | Sequence[str], prices: ArrayLike | None = None) -> float:
         """R² of the predictions, as scikit-learn's regressors score; for error in dollars use `fastprice.score`."""
@@ -216,7 +237,7 @@ class PriceEstimator(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         return float(r2_score(truths, self.predict(items)))
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Writes the adapter (or, for "full", the model), the tokenizer and the settings to `folder`.
+        """Writes the adapter (or, for "full", the model and its tokenizer) and the settings to `folder`.
 
         The folder appears whole or not at all; an older save in it is replaced, any other non-empty folder is refused
         with ConfigError.
@@ -229,8 +250,11 @@ class PriceEstimator(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
             whole = Path(scratch) / "whole"
-            self._model.save_pretrained(whole / (MODEL if self.method == "full" else ADAPTER))
-            self._tokenizer.save_pretrained(whole / "tokenizer")
+            if self.method == "full":
+                self._model.save_pretrained(whole / MODEL)
+                self._tokenizer.save_pretrained(whole / MODEL)
+            else:
+                self._model.save_pretrained(whole / ADAPTER)
             manifest = {
                 "format": FORMAT,
                 "settings": self.get_params(),
@@ -279,6 +303,12 @@ class PriceEstimator(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         estimator.fallback_price_, estimator.ceiling_price_ = fallback_price, ceiling_price
         chosen.for_prediction(estimator._model)
         return estimator
+
+    def _check_fitted(self) -> None:
+        if not hasattr(self, "_model"):
+            raise NotFittedError(
+                "this PriceEstimator has no model yet: call fit(train, validation) or PriceEstimator.load"
+            )
 
     def __sklearn_is_fitted__(self) -> bool:
         return hasattr(self, "_model") and not np.isnan(self.fallback_price_)

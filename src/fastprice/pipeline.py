@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -135,11 +135,8 @@ def run(config: RunConfig, console: Console) -> RunResult:
     train_prices = np.array([item.price for item in split.train])
     median = float(np.median(train_prices))
 
-    def base_answers(texts: list[str]) -> Any:
-        return np.minimum(estimator.answer(texts).prices, train_prices.max())
-
     with console.status("measuring the base model as it comes"):
-        base = evaluate_model(f"{config.model.base}, untrained", base_answers, split.test, fallback=median)
+        base = evaluate_model(f"{config.model.base}, untrained", estimator.predict, split.test, fallback=median)
     with Progress() as progress:
         estimator.fit(split.train, split.validation, on_event=progress)
     training = estimator.training_
@@ -157,18 +154,15 @@ def run(config: RunConfig, console: Console) -> RunResult:
             baseline.fit(texts, train_prices)
             results.append(evaluate_model(baseline.name, baseline.predict, split.test))
     with console.status("measuring the tuned model"):
-        tuned = evaluate_model(
-            f"{config.model.base}, tuned", lambda texts: _tuned_answers(estimator, texts), split.test, fallback=median
+        tuned = evaluate_model(f"{config.model.base}, tuned", estimator.predict, split.test)
+        greedy = evaluate_model(
+            f"{config.model.base}, tuned, greedy text", estimator.predict_greedy, split.test, fallback=median
         )
-    evaluation = Evaluation(list(split.test), true_prices(split.test), [*results, base, tuned])
+    evaluation = Evaluation(list(split.test), true_prices(split.test), [*results, base, greedy, tuned])
     console.print(evaluation.table())
     _write_results(out, config, prepared, evaluation, training.events)
     console.print(f"report: {out / REPORT}\nmodel:  {out / MODEL}")
     return RunResult(out, evaluation)
-
-
-def _tuned_answers(estimator: Any, texts: list[str]) -> Any:
-    return np.minimum(estimator.answer(texts).prices, estimator.ceiling_price_)
 
 
 def _write_results(
