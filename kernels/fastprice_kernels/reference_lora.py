@@ -58,7 +58,7 @@ def completion_cross_entropy(
 ) -> Tensor:
     """Cross-entropy of full logits: hidden (..., S, D), head (V, D), labels (..., S); 0 where nothing is labelled."""
     if shift:
-        labels = F.pad(labels[..., 1:], (0, 1), value=ignore_index)
+        labels = torch.cat([labels[..., 1:], torch.full_like(labels[..., :1], ignore_index)], -1)
     logits = F.linear(hidden, head_weight, bias) * logit_scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
