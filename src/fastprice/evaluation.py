@@ -105,12 +105,23 @@ class Evaluation:
 
     def table(self) -> Table:
         """The comparison as a rich table for the terminal; the best of each column is bold."""
+        from rich.box import SIMPLE_HEAD
         from rich.table import Table
         from rich.text import Text
 
-        table = Table(title=f"{len(self.items)} unseen items", caption="\n".join(self.footnotes()) or None)
-        for position, heading in enumerate(self.headings()):
-            table.add_column(heading, justify="right" if position else "left", no_wrap=bool(position))
+        # Without side borders and edge padding the whole table fits a terminal of 80 columns.
+        table = Table(
+            title=f"{len(self.items)} unseen items",
+            caption="\n".join(self.footnotes()) or None,
+            caption_justify="left",
+            box=SIMPLE_HEAD,
+            show_edge=False,
+            pad_edge=False,
+            padding=(0, 1, 0, 0),
+        )
+        table.add_column(self.headings()[0], overflow="fold")
+        for heading in self.headings()[1:]:
+            table.add_column(heading, justify="right", no_wrap=True)
         for row in self.cells():
             # Text, not str: a model's name may hold square brackets, which rich would read as markup.
             table.add_row(*(Text(text, style="bold" if is_best else "") for text, is_best in row))
@@ -245,7 +256,7 @@ def _cell(metric: str, figure: Figure) -> str:
 
 
 def _milliseconds(value: float) -> str:
-    return f"{value:.3f}" if value < 0.1 else f"{value:.1f}"
+    return f"{value:.1f}" if value >= 0.05 else "<0.1"
 
 
 def _escape(text: str) -> str:
