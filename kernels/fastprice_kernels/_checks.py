@@ -42,6 +42,9 @@ def read_state(packed: Tensor, quant_state: Any) -> NF4State:
     kind, blocksize, dtype = quant_state.quant_type, quant_state.blocksize, quant_state.dtype
     if kind != "nf4":
         raise ValueError(f"the quant state is of type {kind!r}, this kernel reads 'nf4'")
+    # bitsandbytes turns weights over in place on some CPUs (AVX512-BF16) at the first forward in eval mode.
+    if getattr(quant_state, "packing_format_for_cpu", False):
+        raise ValueError("the weight was repacked by bitsandbytes for its CPU inference, this kernel reads plain NF4")
     if blocksize not in BLOCK_SIZES:
         raise ValueError(f"the quant state has blocks of {blocksize}, bitsandbytes makes {BLOCK_SIZES}")
     if dtype not in DTYPES:

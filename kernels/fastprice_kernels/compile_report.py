@@ -1,0 +1,126 @@
+"""Builds every kernel for every GPU generation, on any machine, and prints what its machine code says.
+
+    python -m fastprice_kernels.compile_report [--check] [--json FILE] [--only TEXT] [--targets 80,90]
+
+One row for each kernel and target: registers a thread, spills (instructions that touch thread-local memory), bytes of
+shared memory a block, width in bits of the narrowest store to global memory, tensor-core instructions, instructions
+for one output element. `--check` exits with 1 when a bar is missed and names it; a kernel that does not build always
+does. Every module of this package that defines `compile_cases()` is reported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from importlib import import_module
+from multiprocessing import get_context
+from pathlib import Path
+from pkgutil import iter_modules
+
+from fastprice_kernels._compile import TARGETS, CompileCase, MachineCode, compile_case, missed_bars
+
+__all__ = ["main"]
+
+_PROCESSES = 2
+
+
+def find_cases(only: str = "") -> dict[tuple[str, str], CompileCase]:
+    """Every case whose name contains `only`, by its module and name.
+
+    Raises:
+        RuntimeError: two cases of a module share a name.
+    """
+    cases: dict[tuple[str, str], CompileCase] = {}
+    for found in iter_modules([str(Path(__file__).parent)]):
+        # Private modules hold no kernels, and this one may be running as __main__.
+        if found.name.startswith("_") or found.name == "compile_report":
+            continue
+        module = import_module(f"fastprice_kernels.{found.name}")
+        for case in module.compile_cases() if hasattr(module, "compile_cases") else ():
+            key = (found.name, case.name)
+            if key in cases:
+                raise RuntimeError(f"{found.name}.compile_cases() gives two cases named {case.name!r}")
+            if only in case.name:
+                cases[key] = case
+    return cases
+
+
+def build(module: str, name: str, target: int) -> tuple[MachineCode | str, list[str]]:
+    """The machine code of one case and the bars that it misses; what went wrong, twice, where it does not build.
+
+    Runs in a worker process: a kernel cannot be pickled, so it is found again by name.
+    """
+    cases = {case.name: case for case in import_module(f"fastprice_kernels.{module}").compile_cases()}
+    try:
+        code = compile_case(cases[name], target)
+    except RuntimeError as error:
+        return str(error), [str(error)]
+    return code, missed_bars(cases[name], code)
+
+
+def build_all(
+    cases: dict[tuple[str, str], CompileCase], targets: Sequence[int]
+) -> Iterator[tuple[MachineCode | str, list[str]]]:
+    """`build` for every case and every one of `targets` that the case has, in order, two at a time."""
+    work = [(module, name, target) for (module, name), case in cases.items() for target in targets]
+    work = [(module, name, target) for module, name, target in work if target in cases[module, name].targets]
+    with ProcessPoolExecutor(_PROCESSES, mp_context=get_context("spawn")) as pool:
+        yield from pool.map(build, *zip(*work, strict=True), chunksize=4) if work else ()
+
+
+def format_row(code: MachineCode) -> str:
+    """One line of the table."""
+    tensor = "+".join(f"{count} {name}" for name, count in code.tensor_cores.items()) or "-"
+    store = code.store_bits or "-"
+    each = "-" if code.instructions_per_element is None else f"{code.instructions_per_element:.2f}"
+    return (
+        f"{code.case:<44} {code.target:>4} {code.registers:>5} {code.spills:>6} {code.shared_bytes:>7} {store:>6} "
+        f"{tensor:>12} {each:>7}"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prints the report; the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m fastprice_kernels.compile_report", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--check", action="store_true", help="exit with 1 when a bar is missed")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure there as well")
+    parser.add_argument("--only", default="", metavar="TEXT", help="kernels whose name contains TEXT")
+    parser.add_argument("--targets", default=",".join(map(str, TARGETS)), help="compute capabilities, comma-separated")
+    options = parser.parse_args(arguments)
+    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        parser.error("TRITON_INTERPRET is set, which replaces the compiler; unset it")
+    targets = [int(text) for text in options.targets.split(",") if text.isdecimal()]
+    if not targets or not set(targets) <= set(TARGETS):
+        parser.error(f"--targets {options.targets}: there are {', '.join(map(str, TARGETS))}")
+    cases = find_cases(options.only)
+    if not cases:
+        parser.error(f"--only {options.only}: no kernel has this in its name")
+
+    print(
+        f"{'kernel':<44} {'sm':>4} {'regs':>5} {'spills':>6} {'shared':>7} {'store':>6} {'tensor cores':>12} {'instr':>7}"
+    )
+    rows, missed, broken = [], [], False
+    for code, complaints in build_all(cases, targets):
+        missed += complaints
+        if isinstance(code, str):
+            broken = True
+            print(code, flush=True)
+        else:
+            print(format_row(code), flush=True)
+            rows.append({**asdict(code), "missed": complaints})
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    for complaint in missed:
+        print(f"missed: {complaint}", file=sys.stderr)
+    print(f"{len(cases)} kernels, {len(rows)} builds, {len(missed)} bars missed")
+    return 1 if broken or (options.check and missed) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,345 @@
+# mypy: disable-error-code="no-untyped-def"
+# (a @triton.jit function's arguments are Triton's, not Python's)
+"""A product of a few rows with an NF4 weight, dequantised inside the product: for generation.
+
+    y = x W^T + bias        x (T, K), T <= 16 rows;  W (N, K) in NF4;  y (T, N)
+
+Floor. W's codes and scales are read once: 0.516 bytes an element, 8.65 MB for 4096x4096, 2.0 us at an H200's measured
+4.3 TB/s and 8.7 us at an RTX 4090's 1.0 TB/s. At that pace an H200's SM would have to take in 36 elements a cycle,
+which leaves 3.5 instructions an element; this kernel has about 8 to 10 in its loop, so on an H200 it is bound by
+instructions, at some 40 % of the memory bandwidth, while a 4090 leaves 21 instructions and stays bound by memory.
+
+Nothing of this has been timed. Until it is, CUDA calls go to bitsandbytes' own fused product wherever bitsandbytes is
+installed (`backend="auto"`), because "at least as fast as theirs" is not shown; `backend="triton"` asks for this
+kernel, and the GPU benchmark compares the two. Set `OWN_IS_FASTER` by what it finds.
+
+One program holds ROWS rows of W and walks along K; tensor cores multiply its dequantised tile by x^T, whose rows are
+padded to 16. W is rounded to x's dtype before, as dequantising first would do. Where N alone gives too few programs to
+fill the GPU, K is split between programs and a second, small kernel adds the partial sums in a fixed order: equal
+inputs give equal bits, which atomics would not.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastprice_kernels._checks import DTYPES, NF4State, read_state
+from fastprice_kernels._compile import TARGETS, Bars, CompileCase
+from fastprice_kernels.nf4 import _scales, _weights, dequantize_nf4
+from fastprice_kernels.reference import nf4_matmul_reference, nf4_reference
+
+__all__ = ["MAX_ROWS", "compile_cases", "nf4_matmul_small"]
+
+MAX_ROWS = 16
+OWN_IS_FASTER = False  # than bitsandbytes, on CUDA: not measured, hence not claimed
+_PEER_THERE = find_spec("bitsandbytes") is not None
+
+ROWS = 64  # rows of W a program
+WORDS = 16  # words of eight elements along K a step
+COLUMNS = 1024  # outputs of one program of `_add_parts`
+
+
+@triton.jit(do_not_specialize=["tokens", "steps"])
+def _product(
+    x,
+    packed,
+    code,
+    absmax,
+    code2,
+    absmax2,
+    offset,
+    bias,
+    out,
+    tokens,
+    n,
+    row_words,
+    steps,
+    BLOCK: tl.constexpr,
+    BLOCK2: tl.constexpr,
+    ROWS: tl.constexpr,
+    WORDS: tl.constexpr,
+    NESTED: tl.constexpr,
+    EVEN: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """Rows N = ROWS of W and `steps` steps of K = 8 * WORDS columns a program; F words in a tile, T = 16 tokens.
+
+    With PARTS, program (i, part) writes its fp32 sums to `out` (part, tokens, n), without bias.
+    """
+    K: tl.constexpr = WORDS * 8
+    tile_F = tl.max_contiguous(tl.arange(0, ROWS * WORDS), 1)
+    row_F = tl.program_id(0) * ROWS + tile_F // WORDS
+    row_N = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    token_T = tl.arange(0, 16)
+    words = packed.to(tl.pointer_type(tl.uint32), bitcast=True)
+    table = tl.load(code + tl.arange(0, 16))
+    sum_N_T = tl.zeros((ROWS, 16), tl.float32)
+    first = tl.program_id(1) * steps
+    for step in range(first, first + steps):
+        word_F = step * WORDS + tile_F % WORDS
+        index_F = (row_F * row_words + word_F).to(tl.uint32)
+        k_K = step * K + tl.arange(0, K)
+        mask_T_K = (token_T < tokens)[:, None]
+        mask_F = None
+        if not EVEN:
+            mask_F = (row_F < n) & (word_F < row_words)
+            index_F = tl.where(mask_F, index_F, 0)
+            mask_T_K = mask_T_K & (k_K < row_words * 8)[None, :]
+        block_F = index_F // (BLOCK // 8)
+        scale_F = _scales(code2, absmax2, offset, tl.load(absmax + block_F), block_F // BLOCK2, NESTED)
+        if not EVEN:
+            scale_F = tl.where(mask_F, scale_F, 0.0)
+        word = tl.load(words + index_F, mask=mask_F)
+        x_T_K = tl.load(x + (token_T * row_words * 8)[:, None] + k_K[None, :], mask=mask_T_K, other=0.0)
+        w_N_K = tl.reshape(_weights(table, word, scale_F, ROWS * WORDS, 8).to(x.dtype.element_ty), ROWS, K)
+        sum_N_T = tl.dot(w_N_K, tl.trans(x_T_K), sum_N_T, input_precision="ieee")
+
+    index_N_T = (token_T * n)[None, :] + row_N[:, None]
+    mask_N_T = (row_N < n)[:, None] & (token_T < tokens)[None, :]
+    if PARTS:
+        tl.store(out + tl.program_id(1) * tokens * n + index_N_T, sum_N_T, mask=mask_N_T)
+    else:
+        if bias is not None:
+            sum_N_T += tl.load(bias + row_N, mask=row_N < n, other=0.0).to(tl.float32)[:, None]
+        tl.store(out + index_N_T, sum_N_T.to(out.dtype.element_ty), mask=mask_N_T)
+
+
+@triton.jit(do_not_specialize=["size"])
+def _add_parts(parts, bias, out, size, n, PARTS: tl.constexpr, COLUMNS: tl.constexpr):
+    """out (size,) = sum over the PARTS of `parts` (PARTS, size), in order, + bias (n,) repeated."""
+    index = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    mask = index < size
+    total = tl.zeros((COLUMNS,), tl.float32)
+    for part in tl.static_range(PARTS):
+        total += tl.load(parts + part * size + index, mask=mask, other=0.0)
+    if bias is not None:
+        total += tl.load(bias + index % n, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + index, total.to(out.dtype.element_ty), mask=mask)
+
+
+def _fits(n: int, k: int, packed_address: int) -> bool:
+    """Whether `_product` can read a weight (n, k): rows of whole words, and word numbers in 32 bits."""
+    return k % 8 == 0 and packed_address % 4 == 0 and n * k > 0 and n * (k // 8) < 2**31
+
+
+def _parts(n: int, k: int, processors: int) -> tuple[int, int]:
+    """(parts, steps): how many programs share a row's K, so that two programs a processor are there, and their steps.
+
+    `parts` is a power of two at most 16, so that few variants of `_add_parts` are compiled.
+    """
+    all_steps, programs = -(-k // (WORDS * 8)), -(-n // ROWS)
+    parts = 1
+    while parts < 16 and parts * 2 <= all_steps and programs * parts < 2 * processors:
+        parts *= 2
+    return parts, -(-all_steps // parts)
+
+
+def _launch(
+    processors: int,
+    x_TK: Tensor,
+    packed: Tensor,
+    code: Tensor,
+    absmax: Tensor,
+    code2: Tensor | None,
+    absmax2: Tensor | None,
+    offset: Tensor | None,
+    bias: Tensor | None,
+    blocksize: int,
+    blocksize2: int,
+    n: int,
+) -> Tensor:
+    """`_product` and, where K is split, `_add_parts`; x contiguous, everything checked."""
+    tokens, k = x_TK.shape
+    parts, steps = _parts(n, k, processors)
+    out_TN = torch.empty((tokens, n), dtype=x_TK.dtype, device=x_TK.device)
+    sums = out_TN if parts == 1 else torch.empty((parts, tokens, n), dtype=torch.float32, device=x_TK.device)
+    _product[(-(-n // ROWS), parts)](
+        x_TK,
+        packed,
+        code,
+        absmax,
+        code2,
+        absmax2,
+        offset,
+        bias if parts == 1 else None,
+        sums,
+        tokens,
+        n,
+        k // 8,
+        steps,
+        BLOCK=blocksize,
+        BLOCK2=blocksize2,
+        ROWS=ROWS,
+        WORDS=WORDS,
+        NESTED=code2 is not None,
+        EVEN=n % ROWS == 0 and k == parts * steps * WORDS * 8,
+        PARTS=parts > 1,
+        num_warps=4,
+        num_stages=1,
+        # In 16 bits, W is then bit for bit what `dequantize_nf4` gives; in fp32 the product itself is made of FMAs.
+        enable_fp_fusion=x_TK.dtype == torch.float32,
+    )
+    if parts > 1:
+        grid = (-(-tokens * n // COLUMNS),)
+        _add_parts[grid](sums, bias, out_TN, tokens * n, n, PARTS=parts, COLUMNS=COLUMNS, num_warps=4)
+    return out_TN
+
+
+_library = torch.library.Library("fastprice", "FRAGMENT")
+_library.define(
+    "nf4_matmul_small(Tensor x, Tensor packed, Tensor code, Tensor absmax, Tensor? code2, Tensor? absmax2, "
+    "Tensor? offset, Tensor? bias, int blocksize, int blocksize2, int n) -> Tensor"
+)
+
+
+@torch.library.impl(_library, "nf4_matmul_small", "CUDA")
+def _on_cuda(x_TK: Tensor, packed: Tensor, *arguments: Any) -> Tensor:
+    with torch.cuda.device(x_TK.device):  # Triton launches on the current device
+        return _launch(torch.cuda.get_device_properties(x_TK.device).multi_processor_count, x_TK, packed, *arguments)
+
+
+@torch.library.impl(_library, "nf4_matmul_small", "CPU")
+def _on_cpu(
+    x_TK: Tensor,
+    packed: Tensor,
+    code: Tensor,
+    absmax: Tensor,
+    code2: Tensor | None,
+    absmax2: Tensor | None,
+    offset: Tensor | None,
+    bias: Tensor | None,
+    blocksize: int,
+    blocksize2: int,
+    n: int,
+) -> Tensor:
+    shape = (n, x_TK.shape[1])
+    w_NK = nf4_reference(packed, code, absmax, code2, absmax2, offset, blocksize, blocksize2, shape, x_TK.dtype)
+    return nf4_matmul_reference(x_TK, w_NK, bias)
+
+
+@torch.library.register_fake("fastprice::nf4_matmul_small", lib=_library)
+def _fake(x_TK: Tensor, *arguments: Any) -> Tensor:
+    return x_TK.new_empty((x_TK.shape[0], arguments[-1]))
+
+
+def nf4_matmul_small(
+    x: Tensor, packed: Tensor, quant_state: Any, *, bias: Tensor | None = None, backend: str = "auto"
+) -> Tensor:
+    """`x W^T + bias` for at most 16 rows of x and an NF4 weight W (N, K) of bitsandbytes; no gradients.
+
+    Args:
+        x: (..., K) in fp32, fp16 or bf16, at most 16 rows over all leading dimensions, on `packed`'s device.
+        packed, quant_state: the weight, as `dequantize_nf4` takes it.
+        bias: (N,) in x's dtype, or None.
+        backend: "auto", "triton" (this module's kernel) or "bitsandbytes" (its fused product). "auto" is bitsandbytes
+            on CUDA where it is installed and `OWN_IS_FASTER` is False, else this kernel; a weight whose rows are no
+            whole words (K not a multiple of 8) is dequantised first. On the CPU it is plain PyTorch.
+
+    Returns:
+        (..., N) in x's dtype: products and sums in fp32, rounded once.
+
+    Raises:
+        ValueError: more than 16 rows, a gradient is wanted, or dtypes, devices, shapes or the backend do not fit.
+    """
+    state = read_state(packed, quant_state)
+    _check(x, packed, state, bias, backend)
+    if backend == "bitsandbytes" or (backend == "auto" and packed.is_cuda and not OWN_IS_FASTER and _PEER_THERE):
+        import bitsandbytes
+
+        peer: Tensor = bitsandbytes.matmul_4bit(x, packed, quant_state, bias=bias)
+        return peer
+    x_TK = x.reshape(-1, state.k).contiguous()
+    if x_TK.shape[0] == 0 or state.n == 0:
+        y_TN = x.new_empty((x_TK.shape[0], state.n))
+    elif packed.is_cuda and not _fits(state.n, state.k, packed.data_ptr()):
+        y_TN = torch.nn.functional.linear(x_TK, dequantize_nf4(packed, quant_state, dtype=x.dtype), bias)
+    else:
+        y_TN = torch.ops.fastprice.nf4_matmul_small.default(
+            x_TK,
+            packed.contiguous(),
+            state.code,
+            state.absmax,
+            state.code2,
+            state.absmax2,
+            state.offset,
+            bias,
+            state.blocksize,
+            state.blocksize2,
+            state.n,
+        )
+    return y_TN.view(*x.shape[:-1], state.n)
+
+
+def _check(x: Tensor, packed: Tensor, state: NF4State, bias: Tensor | None, backend: str) -> None:
+    if backend not in ("auto", "triton", "bitsandbytes"):
+        raise ValueError(f"backend is {backend!r}, there are 'auto', 'triton' and 'bitsandbytes'")
+    if backend == "bitsandbytes" and not _PEER_THERE:
+        raise ValueError("backend is 'bitsandbytes', which is not installed")
+    if x.dtype not in DTYPES:
+        raise ValueError(f"x is {x.dtype}, this product takes {', '.join(map(str, DTYPES))}")
+    if x.device != packed.device:
+        raise ValueError(f"x is on {x.device}, packed is on {packed.device}")
+    if x.dim() == 0 or x.shape[-1] != state.k:
+        raise ValueError(f"x has shape {tuple(x.shape)}, the weight has ({state.n}, {state.k})")
+    rows = x.numel() // max(state.k, 1)
+    if rows > MAX_ROWS:
+        raise ValueError(f"x has {rows} rows, this product takes {MAX_ROWS}; use dequantize_nf4 and a matmul for more")
+    if bias is not None and (tuple(bias.shape) != (state.n,) or bias.dtype != x.dtype or bias.device != x.device):
+        have = f"{tuple(bias.shape)} in {bias.dtype} on {bias.device}"
+        raise ValueError(f"bias is {have}, x and the weight need ({state.n},) in {x.dtype} on {x.device}")
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        raise ValueError("x or bias wants a gradient, this product has none; use lora_linear, or torch.no_grad()")
+
+
+def compile_cases() -> list[CompileCase]:
+    """The product with and without edges and split K, and the sum of the parts. Turing has no bf16 tensor cores."""
+    cases = []
+    for type_ in ("bf16", "fp16", "fp32"):
+        for form in ("even", "edges", "parts", "plain scales"):
+            if type_ == "fp32" and form != "edges":
+                continue
+            constexprs: dict[str, Any] = {"BLOCK": 64, "BLOCK2": 256, "NESTED": form != "plain scales"}
+            constexprs |= {"ROWS": ROWS, "WORDS": WORDS, "EVEN": form != "edges", "PARTS": form == "parts"}
+            types = {"x": f"*{type_}", "packed": "*u8", "code": "*fp32"}
+            if form == "plain scales":
+                constexprs |= {"code2": None, "absmax2": None, "offset": None}
+                types |= {"absmax": "*fp32"}
+            else:
+                types |= {"absmax": "*u8", "code2": "*fp32", "absmax2": "*fp32", "offset": "*fp32"}
+            if form == "edges":
+                types |= {"bias": f"*{type_}"}
+            else:
+                constexprs |= {"bias": None}
+            types |= {"out": "*fp32" if form == "parts" else f"*{type_}"}
+            types |= {"tokens": "i32", "n": "i32", "row_words": "i32", "steps": "i32"}
+            cases.append(
+                CompileCase(
+                    name=f"nf4_matmul_small/{type_}/{form}",
+                    fn=_product,
+                    signature=types,
+                    constexprs=constexprs,
+                    aligned=("x", "packed", "out", *(("n", "row_words") if form != "edges" else ())),
+                    num_stages=1,
+                    enable_fp_fusion=type_ == "fp32",
+                    elements=ROWS * WORDS * 8,  # weights of one step: the loop's body is most of the code
+                    targets=TARGETS if type_ != "bf16" else tuple(cc for cc in TARGETS if cc >= 80),
+                    bars=Bars(tensor_cores=type_ != "fp32", fma=type_ == "fp32"),
+                )
+            )
+    cases.append(
+        CompileCase(
+            name="nf4_matmul_small/bf16/sum of parts",
+            fn=_add_parts,
+            signature={"parts": "*fp32", "bias": "*bf16", "out": "*bf16", "size": "i32", "n": "i32"},
+            constexprs={"PARTS": 4, "COLUMNS": COLUMNS},
+            aligned=("parts", "out"),
+            elements=COLUMNS,
+        )
+    )
+    return cases
