@@ -14,6 +14,7 @@ __all__ = ["METHODS", "Method", "check_method", "lora_config", "suggested_learni
 Method = Literal["qlora", "lora", "full"]
 METHODS: tuple[Method, ...] = get_args(Method)
 
+HIGHEST_RATE = 1.5e-3
 # Every linear layer of a decoder block carries an adapter; attention alone is worse at equal size (Dettmers et al.,
 # "QLoRA", 2023, section 4).
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -46,7 +47,8 @@ def suggested_learning_rate(hidden_size: int, method: Method) -> float:
     """Peak learning rate for a model of this width.
 
     For adapters, the fit over 14 Llama and Qwen models of Thinking Machines, "LoRA Without Regret" (2025), Llama's
-    exponent: 5e-4 x (2000 / hidden_size) ** 0.775; a tenth of it when every weight trains, as they found.
+    exponent: 5e-4 x (2000 / hidden_size) ** 0.775; a tenth of it when every weight trains, as they found. Held at
+    `HIGHEST_RATE` for models narrower than any of theirs, where the fit asks too much (docs/LOG.md).
     """
-    adapter_rate: float = 5e-4 * (2000 / hidden_size) ** 0.775
+    adapter_rate: float = min(5e-4 * (2000 / hidden_size) ** 0.775, HIGHEST_RATE)
     return adapter_rate if method != "full" else adapter_rate / 10

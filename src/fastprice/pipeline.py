@@ -39,18 +39,23 @@ CONFIG, MODEL, REJECTS, REPORT, RESULTS = "config.yaml", "model", "rejects.jsonl
 
 @dataclass(frozen=True)
 class Prepared:
-    """Items ready to train on: their split, and every row that was read but not used, with its reason."""
+    """Items ready to train on: their split, and every row that was read but not used, with its reason.
+
+    `undrawn` counts usable items that `data.limit` left out.
+    """
 
     split: Split
     items: Items
     notes: list[str]
+    undrawn: int
 
     def counts(self) -> dict[str, int]:
         """Rows read, rejected by reason, and the size of each part."""
         reasons = Counter(_reason_kind(reject.reason) for reject in self.items.rejects)
         return {
-            "read": len(self.items) + len(self.items.rejects),
+            "read": len(self.items) + len(self.items.rejects) + self.undrawn,
             **{f"rejected: {reason}": count for reason, count in reasons.most_common()},
+            **({"not drawn: data.limit": self.undrawn} if self.undrawn else {}),
             "train": len(self.split.train),
             "validation": len(self.split.validation),
             "test": len(self.split.test),
@@ -89,9 +94,10 @@ def prepare_items(config: RunConfig) -> Prepared:
         told = ", ".join(f"{count:,} x {reason}" for reason, count in reasons.most_common(3))
         raise DataError(f"{items.source}: no usable item is left after cleaning ({told}); see clean: in the settings")
     notes += [note for note in items.notes if note not in notes]
-    if data.limit is not None and len(items) > data.limit:
-        kept = sorted(random.Random(config.seed).sample(range(len(items)), data.limit))
-        notes.append(f"{data.limit:,} of {len(items):,} usable items drawn with seed {config.seed}")
+    undrawn = 0 if data.limit is None else max(0, len(items) - data.limit)
+    if undrawn:
+        kept = sorted(random.Random(config.seed).sample(range(len(items)), len(items) - undrawn))
+        notes.append(f"{len(kept):,} of {len(items):,} usable items drawn with seed {config.seed}")
         items = Items((items[index] for index in kept), rejects=items.rejects, source=items.source, notes=items.notes)
     split = split_items(
         items,
@@ -100,7 +106,7 @@ def prepare_items(config: RunConfig) -> Prepared:
         seed=config.seed,
         near_duplicates=config.split.near_duplicates,
     )
-    return Prepared(split, items, notes + [note for note in split.notes if note not in notes])
+    return Prepared(split, items, notes + [note for note in split.notes if note not in notes], undrawn)
 
 
 def run(config: RunConfig, console: Console) -> RunResult:
