@@ -131,11 +131,14 @@ class Shape:
         return self.layers * sum(n * k for n, k in self.linear_layers().values())
 
 
-def shape_of(model: str) -> Shape:
-    """The sizes of a model of `MODELS`; ConfigError with the nearest name for any other."""
-    if model not in MODELS:
+def shape_of(model: Any) -> Shape:
+    """The sizes of a transformers configuration or of a name of `MODELS`; ConfigError for any other name."""
+    if not isinstance(model, str):
+        numbers = model.to_dict()
+    elif model in MODELS:
+        numbers = MODELS[model]
+    else:
         raise ConfigError(f"model: {model!r} is not one of {', '.join(MODELS)}{nearest_name(model, MODELS)}")
-    numbers = MODELS[model]
     return Shape(
         hidden=numbers["hidden_size"],
         intermediate=numbers["intermediate_size"],

@@ -46,7 +46,7 @@ def run_comparison(
     """
     row: dict[str, Any] = {
         "family": comparison.family,
-        "case": comparison.case,
+        "name": comparison.case,
         "tolerance": comparison.tolerance,
         "absent": dict(comparison.absent),
         "errors": {},
@@ -73,13 +73,9 @@ def run_comparison(
     row["extra_bytes"] = {name: _extra_bytes(function, device) for name, function in able.items()}
     samples = interleave(able, device, seconds=seconds)
     row["seconds"] = {name: spread_of(values).as_dict() for name, values in samples.items()}
-    row["ratios"] = {
-        name: ratios(values, samples[OURS]).as_dict() for name, values in samples.items() if name != OURS
-    }
-    floor = max(
-        comparison.bytes_moved / limits["copy_bytes_per_second"], comparison.flops / limits["matmul_flops"]
-    )
-    row["floor_seconds"] = floor
+    row["ratios"] = {name: ratios(values, samples[OURS]).as_dict() for name, values in samples.items() if name != OURS}
+    floor = max(comparison.bytes_moved / limits["copy_bytes_per_second"], comparison.flops / limits["matmul_flops"])
+    row |= {"floor_seconds": floor, "bytes_moved": comparison.bytes_moved, "flops": comparison.flops}
     row["share_of_limit"] = {name: floor / spread["p50"] for name, spread in row["seconds"].items()}
     row["noisy"] = [name for name, spread in row["seconds"].items() if spread["noise"] > NOISY]
     return row

@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 
+from fastprice import __version__
 from fastprice.bench.timing import interleave, spread_of
 
 __all__ = ["environment", "gpu_state", "measure_limits", "settings_that_spoil"]
 
 _PACKAGES = (
-    "fastprice", "torch", "triton", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "datasets", "unsloth",
+    "torch", "triton", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "datasets", "unsloth",
     "unsloth_zoo", "liger-kernel", "cut-cross-entropy", "xformers", "flash-attn", "numpy",
 )  # fmt: skip
 _QUERY = (
@@ -36,7 +37,7 @@ def environment(commit: str | None = None) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cores": os.cpu_count(),
-        "versions": {name: found for name in _PACKAGES if (found := _version(name))},
+        "versions": {"fastprice": __version__, **{name: found for name in _PACKAGES if (found := _version(name))}},
     }
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)

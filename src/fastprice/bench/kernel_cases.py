@@ -147,9 +147,7 @@ def _lora_linear(
     linear = _ours("lora", "lora_linear")
 
     def ours(augmented: bool) -> Callable[[Tensor], Tensor]:
-        return lambda x: linear(
-            x, part.packed, part.a, part.b, 2.0, quant_state=part.state, augmented=augmented
-        )
+        return lambda x: linear(x, part.packed, part.a, part.b, 2.0, quant_state=part.state, augmented=augmented)
 
     def truth(x: Tensor) -> Tensor:
         reference = _ours("reference_lora", "lora_linear")
@@ -285,9 +283,8 @@ def _loss_head(model: str, tokens: int, share: float, device: torch.device, dtyp
         absent["trl chunked"] = str(error)
     if device.type == "cuda":
         try:
-            from liger_kernel.transformers.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
-
-            liger = LigerFusedLinearCrossEntropyLoss(ignore_index=IGNORE)
+            liger_module = import_module("liger_kernel.transformers.fused_linear_cross_entropy")
+            liger = liger_module.LigerFusedLinearCrossEntropyLoss(ignore_index=IGNORE)
             functions["liger"] = run(lambda hidden: liger(weight, hidden[0], shifted))
         except ImportError as error:
             absent["liger"] = str(error)
@@ -377,9 +374,7 @@ def _lora_layer(shape: tuple[int, int], rank: int, dtype: torch.dtype, device: t
     )
 
 
-def _inputs(
-    tokens: int, width: int, out: int, dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, Tensor]:
+def _inputs(tokens: int, width: int, out: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     generator = _generator(device)
     x = torch.randn(tokens, width, device=device, dtype=dtype, generator=generator, requires_grad=True)
     return x, torch.randn(tokens, out, device=device, dtype=dtype, generator=generator)
@@ -418,8 +413,8 @@ def _peft_linear(
     )
     linear.quant_state = part.state
     linear.support_avx512bf16_for_cpu = False
-    holder = torch.nn.ModuleDict({"proj": linear})
-    holder.is_loaded_in_4bit = True
+    holder: Any = torch.nn.ModuleDict({"proj": linear})
+    holder.is_loaded_in_4bit = True  # what PEFT goes by
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=["proj"]), holder)
     layer = holder["proj"]
     a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight

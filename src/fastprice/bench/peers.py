@@ -2,7 +2,7 @@
 
 Every peer loads one and the same folder (models.py), trains on the same rows, and is watched by the same `Probe`, which
 replaces nothing but `training_step`: before the first step it takes loss and gradient norm of a fixed batch with fixed
-adapters, by which `agreement` holds peers against each other; then it times steps without ever waiting for the device.
+adapters, by which analysis.py holds peers against each other; then it times steps without ever waiting for the device.
 
     trl-padded       transformers + PEFT + TRL, TRL's defaults, `batch` rows padded to the longest
     trl-packed       the same with packing=True ("bfd"), packs of `tokens`
@@ -15,138 +15,25 @@ adapters, by which `agreement` holds peers against each other; then it times ste
 
 from __future__ import annotations
 
-import gc
 import inspect
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from importlib import import_module
 from typing import Any
 
 import torch
 
-from fastprice.bench.cases import draw_rows
-from fastprice.bench.models import seed_adapters
-from fastprice.bench.timing import Stopwatch, spread_of
+from fastprice.bench.cases import draw_rows, shape_of, step_flops
+from fastprice.bench.probe import WARMUP, Enough, Probe, summarise_probe
 from fastprice.engines.peft import compute_dtype
 from fastprice.methods import TARGETS
 from fastprice.prompts import IGNORE, TrainingRow
 
-__all__ = ["PEERS", "Enough", "Probe", "agreement", "train_steps"]
+__all__ = ["PEERS", "train_steps"]
 
 PEERS = ("trl-padded", "trl-packed", "unsloth", "unsloth-tuned", "peft-off", "peft", "unsloth-kernels")
 _CHECK_ROWS = 8
-_WARMUP = 4  # steps: autotuning, allocator growth, lazy compilation
-# Two engines in one dtype differ by rounding alone: relative bands of loss and gradient norm.
-_BANDS = {torch.float32: (1e-4, 1e-3), torch.bfloat16: (1e-2, 6e-2), torch.float16: (5e-3, 3e-2)}
-
-
-class Enough(BaseException):
-    """Ends a training run from inside once it has been measured; not an Exception, so that no trainer swallows it."""
-
-
-@dataclass
-class Probe:
-    """Watches the `training_step` of one run; see the module's docstring.
-
-    steps: how many to time after the warm-up; seconds: stop timing after so long, at least two steps done.
-    """
-
-    check: Sequence[dict[str, Any]]
-    steps: int
-    seconds: float
-    device: torch.device
-    loss: float = float("nan")
-    gradient_norm: float = float("nan")
-    adapters: int = 0
-    counts: list[tuple[Any, Any]] = field(default_factory=list)
-    curve: list[tuple[float, int]] = field(default_factory=list)
-    peak_allocated: int | None = None
-    peak_reserved: int | None = None
-
-    def __post_init__(self) -> None:
-        self._watch = Stopwatch(self.device)
-        self._done = 0
-        self._began = 0.0
-
-    @contextmanager
-    def watching(self, trainer_class: Any) -> Iterator[None]:
-        """Puts the probe into `trainer_class` and takes it out again."""
-        own = trainer_class.__dict__.get("training_step")
-        original = trainer_class.training_step
-        probe = self
-
-        def training_step(
-            trainer: Any, model: Any, inputs: Any, num_items_in_batch: Any = None, *rest: Any, **named: Any
-        ) -> Any:
-            def run(batch: Any, items: Any) -> Any:
-                return original(trainer, model, batch, items, *rest, **named)
-
-            return probe._step(trainer, model, inputs, num_items_in_batch, run)
-
-        trainer_class.training_step = training_step
-        try:
-            yield
-        finally:
-            if own is None:
-                del trainer_class.training_step
-            else:
-                trainer_class.training_step = own
-
-    def _step(self, trainer: Any, model: Any, inputs: Any, items: Any, run: Callable[[Any, Any], Any]) -> Any:
-        if self._done == 0:
-            self._take_check(trainer, model, run)
-        if self._done == _WARMUP:
-            self._start()
-        if self._done > _WARMUP:
-            self._watch.mark()  # the end of the step before: its optimiser and the loading of data are in it
-            if self._finished():
-                self._finish(inputs, items, run)
-        if self._done >= _WARMUP:
-            self.counts.append(_count(inputs))
-        result = run(inputs, items)
-        self._done += 1
-        return result
-
-    def _take_check(self, trainer: Any, model: Any, run: Callable[[Any, Any], Any]) -> None:
-        """Loss and gradient norm of the fixed rows, with adapters that are the same for every peer."""
-        self.adapters = seed_adapters(model)
-        batch = trainer.data_collator([dict(example) for example in self.check])
-        labelled = torch.tensor(_predicted(batch["labels"]), device=self.device)
-        self.loss = float(run(batch, labelled))
-        scaler = getattr(trainer.accelerator, "scaler", None)
-        scale = float(scaler.get_scale()) if scaler is not None and scaler.is_enabled() else 1.0
-        squares = [
-            float(parameter.grad.detach().double().pow(2).sum())
-            for parameter in model.parameters()
-            if parameter.grad is not None
-        ]
-        self.gradient_norm = sum(squares) ** 0.5 / scale
-        for parameter in model.parameters():
-            parameter.grad = None
-
-    def _start(self) -> None:
-        if self.device.type == "cuda":
-            gc.collect()
-            torch.cuda.synchronize()
-            torch.cuda.empty_cache()  # what loading and the check had reserved is not the step's
-            torch.cuda.reset_peak_memory_stats()
-        self._began = time.perf_counter()
-        self._watch.mark()
-
-    def _finished(self) -> bool:
-        timed = self._done - _WARMUP
-        return timed >= self.steps or (timed >= 2 and time.perf_counter() - self._began > self.seconds)
-
-    def _finish(self, inputs: Any, items: Any, run: Callable[[Any, Any], Any]) -> None:
-        self.step_seconds = self._watch.intervals()
-        if self.device.type == "cuda":
-            self.peak_allocated = torch.cuda.max_memory_allocated()
-            self.peak_reserved = torch.cuda.max_memory_reserved()
-            self.curve = _memory_curve(lambda: run(inputs, items))
-        raise Enough
 
 
 def train_steps(
@@ -158,13 +45,12 @@ def train_steps(
     rank: int,
     steps: int,
     seconds: float,
-    vocabulary: int,
-    end_token: int,
+    config: Any,
 ) -> dict[str, Any]:
     """One timed run of `peer` on the model in `folder`: a row of figures.
 
-    tokens: of a pack; batch: rows of a padded micro-batch; rank: of the adapters (alpha = 2 x rank); steps, seconds: see
-    `Probe`. Raises ValueError for an unknown peer and whatever the peer itself raises.
+    tokens: of a pack; batch: rows of a padded micro-batch; rank: of the adapters (alpha is twice that); steps, seconds:
+    see `Probe`. Raises ValueError for an unknown peer and whatever the peer itself raises.
     """
     if peer not in PEERS:
         raise ValueError(f"peer {peer!r} is not one of {', '.join(PEERS)}")
@@ -172,7 +58,7 @@ def train_steps(
     padded = peer in ("trl-padded", "unsloth")
     # Every micro-batch of the run, one more, and some for the loss in packing; a padded one holds `batch` rows.
     rows_a_step = batch if padded else -(-tokens // 120)
-    rows = draw_rows((_WARMUP + steps + 3) * rows_a_step + 2 * rows_a_step, vocabulary, end_token)
+    rows = draw_rows((WARMUP + steps + 5) * rows_a_step, config.vocab_size, config.eos_token_id)
     probe = Probe(_check_examples(peer, rows[:_CHECK_ROWS], padded), steps, seconds, device)
     began = time.perf_counter()
     settings: dict[str, Any] = {}
@@ -184,20 +70,16 @@ def train_steps(
     except Enough:
         pass
     else:
-        raise RuntimeError(f"the run of {peer} ended after {probe._done} steps, before it was measured")
-    return _row(peer, probe, settings, time.perf_counter() - began)
-
-
-def agreement(row: dict[str, Any], reference: dict[str, Any]) -> dict[str, Any]:
-    """How far the check of `row` lies from that of `reference`, and whether that is within the dtype's band."""
-    loss_band, norm_band = _BANDS[getattr(torch, row["dtype"])]
-    loss = abs(row["check_loss"] - reference["check_loss"]) / abs(reference["check_loss"])
-    norm = abs(row["check_gradient_norm"] - reference["check_gradient_norm"]) / reference["check_gradient_norm"]
+        raise RuntimeError(f"the run of {peer} ended after {probe.done} steps, before it was measured")
+    lengths = [len(row.ids) for row in rows]
+    labelled = sum(label != IGNORE for row in rows for label in row.labels)
     return {
-        "against": reference["peer"],
-        "loss_error": loss,
-        "gradient_norm_error": norm,
-        "ok": bool(loss <= loss_band and norm <= norm_band),  # False for NaN
+        "peer": peer,
+        "settings": settings,
+        **summarise_probe(probe),
+        "labelled_share": labelled / sum(lengths),
+        "flops_per_token": step_flops(shape_of(config), lengths, labelled, rank) / sum(lengths),
+        "seconds_in_all": time.perf_counter() - began,
     }
 
 
@@ -239,21 +121,20 @@ def _run_unsloth(
     peer: str, folder: str, rows: Sequence[TrainingRow], probe: Probe, settings: dict[str, Any],
     *, tokens: int, batch: int, rank: int,
 ) -> None:  # fmt: skip
-    import fastprice.engines.unsloth  # noqa: F401  (imports unsloth first, with its cache out of the way)
-    from unsloth import FastLanguageModel
+    engine = import_module("fastprice.engines.unsloth")  # first: Unsloth patches what comes after
 
     from trl import SFTTrainer  # isort: skip  (the class that Unsloth has put there)
 
     tuned = peer == "unsloth-tuned"
     checkpointing: Any = False if tuned else "unsloth"
-    model, tokenizer = FastLanguageModel.from_pretrained(
+    model, tokenizer = engine.FastLanguageModel.from_pretrained(
         model_name=folder,
         max_seq_length=tokens,
         dtype=None,
         load_in_4bit=True,
         use_gradient_checkpointing=checkpointing,
     )
-    model = FastLanguageModel.get_peft_model(
+    model = engine.FastLanguageModel.get_peft_model(
         model,
         r=rank,
         target_modules=list(TARGETS),
@@ -300,7 +181,7 @@ def _run_fastprice(
     if "kernels" in inspect.signature(training.train).parameters:
         options["kernels"] = mode
     elif mode == "on":
-        from fastprice_kernels import install
+        from fastprice_kernels.install import install
 
         settings["installed"] = str(install(model))
     settings |= {"engine": engine.name, "kernels": mode, "pack_tokens": tokens}
@@ -373,66 +254,3 @@ def _check_examples(peer: str, rows: Sequence[TrainingRow], padded: bool) -> lis
     }
     theirs = peer in ("trl-packed", "unsloth-tuned")
     return [{**pack, "seq_lengths" if theirs else "lengths": lengths}]
-
-
-def _predicted(labels: torch.Tensor) -> int:
-    """How many positions are predicted: the first of each row predicts nothing."""
-    return int((labels[:, 1:] != IGNORE).sum())
-
-
-def _count(inputs: Any) -> tuple[Any, Any]:
-    """(real tokens, texts) of a micro-batch; tensors on the device stay there until the end."""
-    ids = inputs["input_ids"]
-    for name in ("pack_lengths", "packed_seq_lengths"):
-        if name in inputs:
-            return ids.numel(), len(inputs[name])
-    if "attention_mask" in inputs:
-        return inputs["attention_mask"].sum(), ids.shape[0]
-    return ids.numel(), (inputs["position_ids"] == 0).sum()
-
-
-def _memory_curve(step: Callable[[], object]) -> list[tuple[float, int]]:
-    """(share of the step, bytes allocated) over one untimed step, by a thread that asks the allocator."""
-    samples: list[tuple[float, int]] = []
-    running = True
-
-    def sample() -> None:
-        while running:
-            samples.append((time.perf_counter(), torch.cuda.memory_allocated()))
-            time.sleep(2e-4)
-
-    thread = threading.Thread(target=sample, daemon=True)
-    began = time.perf_counter()
-    thread.start()
-    step()
-    torch.cuda.synchronize()
-    running = False
-    thread.join()
-    length = time.perf_counter() - began
-    every = max(1, len(samples) // 200)
-    return [(round((moment - began) / length, 4), allocated) for moment, allocated in samples[::every]]
-
-
-def _row(peer: str, probe: Probe, settings: dict[str, Any], seconds: float) -> dict[str, Any]:
-    tokens = [int(count[0]) for count in probe.counts[: len(probe.step_seconds)]]
-    items = [int(count[1]) for count in probe.counts[: len(probe.step_seconds)]]
-    times = probe.step_seconds
-    rates = spread_of([count / each for count, each in zip(tokens, times, strict=True)])
-    return {
-        "peer": peer,
-        "dtype": str(compute_dtype()).removeprefix("torch."),
-        "settings": settings,
-        "check_loss": probe.loss,
-        "check_gradient_norm": probe.gradient_norm,
-        "adapters": probe.adapters,
-        "steps": len(times),
-        "step_seconds": spread_of(times).as_dict(),
-        "tokens_per_second": rates.as_dict(),
-        "mean_tokens_per_second": sum(tokens) / sum(times),
-        "items_per_second": sum(items) / sum(times),
-        "tokens_per_step": sum(tokens) / len(tokens),
-        "peak_allocated": probe.peak_allocated,
-        "peak_reserved": probe.peak_reserved,
-        "memory_curve": probe.curve,
-        "seconds_in_all": seconds,
-    }

@@ -128,4 +128,8 @@ def _flusher(device: torch.device | str) -> Callable[[], None]:
         return lambda: None
     size = max(4 * int(torch.cuda.get_device_properties(device).L2_cache_size), 64 * 2**20)
     scratch = torch.empty(size, dtype=torch.uint8, device=device)
-    return lambda: scratch.zero_() and None
+
+    def flush() -> None:
+        scratch.zero_()
+
+    return flush

@@ -1,0 +1,104 @@
+"""Memory: the estimate beside what was measured, training under a cap, and the largest that fits."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+__all__ = ["estimated", "largest", "streamed"]
+
+# How `estimate_memory` describes what each measured peer does. Unsloth without recomputation is not among its cases,
+# and the padding of padded batches is no part of the tokens a row reports.
+_DESCRIBED: dict[str, dict[str, Any]] = {
+    "trl-packed": {"engine": "peft", "recompute": "all", "loss_head": "completion"},
+    "peft-off": {"engine": "peft", "recompute": "all", "loss_head": "full"},
+    "peft": {"engine": "fastprice", "recompute": "all", "loss_head": "completion"},
+    "unsloth": {"engine": "unsloth", "recompute": "all", "loss_head": "full"},
+}
+
+
+def estimated(steps: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """A row for each measured step: estimated bytes without the CUDA context, beside peak reserved and allocated.
+
+    steps: `{"model", "peer", "tokens", "texts", "rank", "labelled", "peak_reserved", "peak_allocated"}`; peaks are None
+    on a CPU, where the rows hold the estimate alone.
+    """
+    from fastprice.bench.models import model_config
+    from fastprice.memory import estimate_memory
+
+    for step in steps:
+        if step["peer"] not in _DESCRIBED:
+            continue
+        estimate = estimate_memory(
+            model_config(step["model"]),
+            method="qlora",
+            rank=step["rank"],
+            tokens=round(step["tokens"]),
+            sequences=max(1, round(step["texts"])),
+            labelled=step["labelled"],
+            **_DESCRIBED[step["peer"]],
+        )
+        without_context = estimate.peak_bytes - estimate.breakdown["CUDA context"]
+        row: dict[str, Any] = {
+            "model": step["model"],
+            "peer": step["peer"],
+            "estimated_reserved": without_context,
+            "estimated_allocated": estimate.tensor_bytes,
+            "moment": estimate.moment,
+            "measured_reserved": step["peak_reserved"],
+            "measured_allocated": step["peak_allocated"],
+        }
+        if step["peak_reserved"]:
+            row["error"] = without_context / step["peak_reserved"] - 1
+        yield row
+
+
+def streamed(folder: str, *, cap_bytes: int, tokens: int, steps: int = 6, **options: Any) -> dict[str, Any]:
+    """Training through `PriceEstimator(max_memory=...)` on synthetic items, as a user would: a row of figures.
+
+    options: more of PriceEstimator's arguments. The process must have been capped before. An absent `max_memory` is a
+    row that says so.
+    """
+    import torch
+    from trl import SFTTrainer
+
+    from fastprice.bench.probe import WARMUP, Enough, Probe, summarise_probe
+    from fastprice.catalogue import make_catalogue
+    from fastprice.estimator import PriceEstimator
+
+    if cap_bytes:
+        if "max_memory" not in inspect.signature(PriceEstimator).parameters:
+            return {"status": "absent", "reason": "PriceEstimator knows no max_memory yet"}
+        options["max_memory"] = f"{cap_bytes / 2**30:.1f}GiB"
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    probe = Probe(None, steps, 60.0, device)
+    items = make_catalogue((WARMUP + steps + 5) * -(-tokens // 60))
+    estimator = PriceEstimator(folder, engine="peft", pack_tokens=tokens, **options)
+    try:
+        with probe.watching(SFTTrainer):
+            estimator.fit(items)
+    except Enough:
+        pass
+    else:
+        raise RuntimeError("the run ended before it was measured")
+    return {"cap_bytes": cap_bytes, **summarise_probe(probe)}
+
+
+def largest(fits: Callable[[int], bool], first: int, most: int) -> int:
+    """The largest multiple of `first`, up to `most`, for which `fits` holds, if it holds up to some size; 0 for none.
+
+    Doubles, then halves the gap: 2 log2(most / first) probes at most.
+    """
+    good, bad = 0, most // first + 1
+    size = 1
+    while size < bad and fits(size * first):
+        good, size = size, size * 2
+    bad = min(bad, size)
+    while bad - good > 1:
+        middle = (good + bad) // 2
+        if fits(middle * first):
+            good = middle
+        else:
+            bad = middle
+    return good * first

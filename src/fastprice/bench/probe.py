@@ -1,0 +1,198 @@
+"""A watcher of one training run, whatever trainer runs it: it replaces `training_step`, and nothing else.
+
+Before the first step it takes loss and gradient norm of a fixed batch with fixed adapters, in the trainer's own path
+(its collator, autocast, scaling), by which runs are compared. Then it times steps without ever waiting for the device,
+and last it samples the allocator over one more step.
+"""
+
+from __future__ import annotations
+
+import gc
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from fastprice.bench.models import seed_adapters
+from fastprice.bench.timing import Stopwatch, spread_of
+from fastprice.engines.peft import compute_dtype
+from fastprice.prompts import IGNORE
+
+__all__ = ["WARMUP", "Enough", "Probe", "summarise_probe"]
+
+WARMUP = 4  # steps: autotuning, allocator growth, lazy compilation
+
+
+class Enough(BaseException):
+    """Ends a training run from inside once it has been measured; not an Exception, so that no trainer swallows it."""
+
+
+@dataclass
+class Probe:
+    """Watches the `training_step` of one run; see the module's docstring.
+
+    check: the rows of the fixed batch, as the trainer's collator takes them, or None to take no check;
+    steps: how many to time after the warm-up; seconds: stop timing after so long, at least two steps done.
+    """
+
+    check: Sequence[dict[str, Any]] | None
+    steps: int
+    seconds: float
+    device: torch.device
+    loss: float = float("nan")
+    gradient_norm: float = float("nan")
+    adapters: int = 0
+    counts: list[tuple[Any, Any]] = field(default_factory=list)
+    curve: list[tuple[float, int]] = field(default_factory=list)
+    done: int = 0
+    step_seconds: list[float] = field(default_factory=list)
+    peak_allocated: int | None = None
+    peak_reserved: int | None = None
+
+    def __post_init__(self) -> None:
+        self._watch = Stopwatch(self.device)
+        self._began = 0.0
+
+    @contextmanager
+    def watching(self, trainer_class: Any) -> Iterator[None]:
+        """Puts the probe into `trainer_class` and takes it out again."""
+        own = trainer_class.__dict__.get("training_step")
+        original = trainer_class.training_step
+        probe = self
+
+        def training_step(
+            trainer: Any, model: Any, inputs: Any, num_items_in_batch: Any = None, *rest: Any, **named: Any
+        ) -> Any:
+            def run(batch: Any, items: Any) -> Any:
+                return original(trainer, model, batch, items, *rest, **named)
+
+            return probe._step(trainer, model, inputs, num_items_in_batch, run)
+
+        trainer_class.training_step = training_step
+        try:
+            yield
+        finally:
+            if own is None:
+                del trainer_class.training_step
+            else:
+                trainer_class.training_step = own
+
+    def _step(self, trainer: Any, model: Any, inputs: Any, items: Any, run: Callable[[Any, Any], Any]) -> Any:
+        if self.done == 0 and self.check is not None:
+            self._take_check(trainer, model, run)
+        if self.done == WARMUP - 1:
+            self._reset_memory()  # one step before the clock starts, as the allocator must grow again
+        if self.done == WARMUP:
+            self._began = time.perf_counter()
+            self._watch.mark()
+        if self.done > WARMUP:
+            self._watch.mark()  # the end of the step before: its optimiser and the loading of data are in it
+            if self._finished():
+                self._finish(inputs, items, run)
+        if self.done >= WARMUP:
+            self.counts.append(_count(inputs))
+        result = run(inputs, items)
+        self.done += 1
+        return result
+
+    def _take_check(self, trainer: Any, model: Any, run: Callable[[Any, Any], Any]) -> None:
+        """Loss and gradient norm of the fixed rows, with adapters that are the same for every peer."""
+        self.adapters = seed_adapters(model)
+        batch = trainer.data_collator([dict(example) for example in self.check or ()])
+        labelled = torch.tensor(_predicted(batch["labels"]), device=self.device)
+        self.loss = float(run(batch, labelled))
+        scaler = getattr(trainer.accelerator, "scaler", None)
+        scale = float(scaler.get_scale()) if scaler is not None and scaler.is_enabled() else 1.0
+        squares = [
+            float(parameter.grad.detach().double().pow(2).sum())
+            for parameter in model.parameters()
+            if parameter.grad is not None
+        ]
+        self.gradient_norm = sum(squares) ** 0.5 / scale
+        for parameter in model.parameters():
+            parameter.grad = None
+
+    def _reset_memory(self) -> None:
+        if self.device.type == "cuda":
+            gc.collect()
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()  # what loading and the check had reserved is not the step's
+            torch.cuda.reset_peak_memory_stats()
+
+    def _finished(self) -> bool:
+        timed = self.done - WARMUP
+        return timed >= self.steps or (timed >= 2 and time.perf_counter() - self._began > self.seconds)
+
+    def _finish(self, inputs: Any, items: Any, run: Callable[[Any, Any], Any]) -> None:
+        self.step_seconds = self._watch.intervals()
+        if self.device.type == "cuda":
+            self.peak_allocated = torch.cuda.max_memory_allocated()
+            self.peak_reserved = torch.cuda.max_memory_reserved()
+            self.curve = _memory_curve(lambda: run(inputs, items))
+        raise Enough
+
+
+def summarise_probe(probe: Probe) -> dict[str, Any]:
+    """The figures of a run that ended in `Enough`: steps in seconds, real tokens and texts a second, peaks in bytes."""
+    tokens = [int(count[0]) for count in probe.counts[: len(probe.step_seconds)]]
+    items = [int(count[1]) for count in probe.counts[: len(probe.step_seconds)]]
+    times = probe.step_seconds
+    rates = spread_of([count / each for count, each in zip(tokens, times, strict=True)])
+    return {
+        "dtype": str(compute_dtype()).removeprefix("torch."),
+        "check_loss": probe.loss,
+        "check_gradient_norm": probe.gradient_norm,
+        "adapters": probe.adapters,
+        "steps": len(times),
+        "step_seconds": spread_of(times).as_dict(),
+        "tokens_per_second": rates.as_dict(),
+        "mean_tokens_per_second": sum(tokens) / sum(times),
+        "items_per_second": sum(items) / sum(times),
+        "tokens_per_step": sum(tokens) / len(tokens),
+        "peak_allocated": probe.peak_allocated,
+        "peak_reserved": probe.peak_reserved,
+        "memory_curve": probe.curve,
+    }
+
+
+def _predicted(labels: torch.Tensor) -> int:
+    """How many positions are predicted: the first of each row predicts nothing."""
+    return int((labels[:, 1:] != IGNORE).sum())
+
+
+def _count(inputs: Any) -> tuple[Any, Any]:
+    """(real tokens, texts) of a micro-batch; tensors on the device stay there until the end."""
+    ids = inputs["input_ids"]
+    if "pack_lengths" in inputs:
+        return sum(inputs["pack_lengths"]), len(inputs["pack_lengths"])
+    if "packed_seq_lengths" in inputs:
+        return inputs["packed_seq_lengths"].sum(), len(inputs["packed_seq_lengths"])
+    if "attention_mask" in inputs:
+        return inputs["attention_mask"].sum(), ids.shape[0]
+    return ids.numel(), (inputs["position_ids"] == 0).sum()
+
+
+def _memory_curve(step: Callable[[], object]) -> list[tuple[float, int]]:
+    """(share of the step, bytes allocated) over one untimed step, by a thread that asks the allocator."""
+    samples: list[tuple[float, int]] = []
+    running = True
+
+    def sample() -> None:
+        while running:
+            samples.append((time.perf_counter(), torch.cuda.memory_allocated()))
+            time.sleep(2e-4)
+
+    thread = threading.Thread(target=sample, daemon=True)
+    began = time.perf_counter()
+    thread.start()
+    step()
+    torch.cuda.synchronize()
+    running = False
+    thread.join()
+    length = time.perf_counter() - began
+    every = max(1, len(samples) // 200)
+    return [(round((moment - began) / length, 4), allocated) for moment, allocated in samples[::every]]
