@@ -66,6 +66,7 @@ class ModelConfig(_Section):
     base: str = "nano"
     method: str = "qlora"
     engine: str = "auto"
+    kernels: Literal["auto", "on", "off"] = "auto"
     rank: int = Field(default=16, ge=1)
     alpha: float | None = Field(default=None, gt=0)
     dropout: float = Field(default=0.0, ge=0, lt=1)

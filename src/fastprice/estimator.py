@@ -42,6 +42,7 @@ class PriceEstimator(RegressorMixin, BaseEstimator):  # type: ignore[misc]
     base           "nano" (shipped: shows the pipeline), a folder, or a hub id such as "Qwen/Qwen2.5-0.5B"
     method         "qlora": NF4 base, LoRA adapters; "lora": 16-bit base (fp32 on a CPU); "full": every weight trains
     engine         "auto", "peft" or "unsloth" (CUDA)
+    kernels        "auto": fastprice_kernels under the model while it trains on CUDA; "on" or "off" anywhere
     rank, alpha    of the adapters; alpha None is 2 x rank; dropout on their input
     learning_rate  peak; None is a width-dependent default (`fastprice.methods.suggested_learning_rate`)
     epochs         passes over the training items
@@ -64,6 +65,7 @@ class PriceEstimator(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         *,
         method: str = "qlora",
         engine: str = "auto",
+        kernels: str = "auto",
         rank: int = 16,
         alpha: float | None = None,
         dropout: float = 0.0,
@@ -81,6 +83,7 @@ class PriceEstimator(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         self.base = base
         self.method = method
         self.engine = engine
+        self.kernels = kernels
         self.rank = rank
         self.alpha = alpha
         self.dropout = dropout
@@ -164,6 +167,7 @@ class PriceEstimator(RegressorMixin, BaseEstimator):  # type: ignore[misc]
                 evaluations=self.evaluations,
                 warmup=self.warmup,
                 seed=self.seed,
+                kernels=self.kernels,
                 on_event=on_event,
             )
         except BaseException:
@@ -321,6 +325,7 @@ class PriceEstimator(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         wrong = [
             f"{name} must be {what}, not {getattr(self, name)!r}"
             for name, what, holds in (
+                ("kernels", "auto, on or off", self.kernels in ("auto", "on", "off")),
                 ("rank", "at least 1", self.rank >= 1),
                 ("dropout", "from 0 to below 1", 0 <= self.dropout < 1),
                 ("learning_rate", "above 0", self.learning_rate is None or self.learning_rate > 0),

@@ -11,7 +11,7 @@ import logging
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,9 @@ from fastprice.guards import Curves, FiniteGuard, TrainingEvent
 from fastprice.packing import pack_rows
 from fastprice.prompts import IGNORE, TrainingRow
 
-__all__ = ["TrainingResult", "train"]
+__all__ = ["TrainingResult", "train", "uses_kernels"]
+
+_LIBRARIES = r"(accelerate|bitsandbytes|datasets|peft|torch|transformers|trl|unsloth|unsloth_zoo)\b"
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ def train(
     evaluations: int,
     warmup: float,
     seed: int,
+    kernels: str,
     on_event: Callable[[TrainingEvent], None] | None = None,
 ) -> TrainingResult:
     """Trains whatever in `model` requires a gradient on `rows`, in place.
@@ -60,6 +63,7 @@ def train(
     pack_tokens   tokens of one pack (a micro-batch); accumulation: packs an optimiser step
     evaluations   how many times `validate` runs over the whole training, evenly spread, the end included
     warmup        share of the steps over which the learning rate rises; it then falls along a cosine
+    kernels       "on", "off", or "auto": fastprice_kernels under the model on CUDA, the stock path elsewhere
 
     Raises TrainingError when no row carries a label or the loss stops being finite.
     """
@@ -69,35 +73,40 @@ def train(
     if not any(label != IGNORE for row in rows for label in row.labels):
         raise TrainingError("no token carries loss: there is nothing to learn from; check the prices and max_tokens")
     packs = Dataset.from_list(pack_rows(rows, pack_tokens, seed))
+    ours = uses_kernels(kernels)
     steps = max(1, round(epochs * -(-len(packs) // accumulation)))
     curves = Curves(on_event)
-    with tempfile.TemporaryDirectory(prefix="fastprice-") as folder, _quiet():
-        trainer = _trainer_class()(
-            validate=validate,
-            engine=engine,
-            model=model,
-            args=_arguments(
-                engine,
-                model,
-                folder,
-                steps=steps,
-                evaluate_every=max(1, -(-steps // evaluations)) if validate and evaluations else None,
-                learning_rate=learning_rate,
-                accumulation=accumulation,
-                warmup_steps=round(warmup * steps),
-                seed=seed,
-            ),
-            train_dataset=packs,
-            eval_dataset=packs.select([0]) if validate and evaluations else None,
-            data_collator=engine.collator(),
-            processing_class=tokenizer,
-            callbacks=[curves, FiniteGuard()],
-        )
-        trainer.remove_callback(PrinterCallback)
+    with tempfile.TemporaryDirectory(prefix="fastprice-") as folder:
+        with _quiet():
+            trainer = _trainer_class()(
+                validate=validate,
+                engine=engine,
+                own_loss=ours and engine.name == "peft",
+                model=model,
+                args=_arguments(
+                    engine,
+                    model,
+                    folder,
+                    steps=steps,
+                    evaluate_every=max(1, -(-steps // evaluations)) if validate and evaluations else None,
+                    learning_rate=learning_rate,
+                    accumulation=accumulation,
+                    warmup_steps=round(warmup * steps),
+                    seed=seed,
+                    loss_type="nll" if ours and engine.name == "peft" else None,
+                ),
+                train_dataset=packs,
+                eval_dataset=packs.select([0]) if validate and evaluations else None,
+                data_collator=engine.collator(),
+                processing_class=tokenizer,
+                callbacks=[curves, FiniteGuard()],
+            )
+            trainer.remove_callback(PrinterCallback)
         if engine.name == "peft":
             _restore_precision(model)
         engine.for_training(model)
-        trainer.train()
+        with _kernels_under(model, engine, kernels) if ours else nullcontext(), _quiet():
+            trainer.train()
     best = trainer.state.best_metric
     return TrainingResult(
         events=curves.events,
@@ -115,10 +124,24 @@ def _trainer_class() -> Any:
     class PriceTrainer(SFTTrainer):  # type: ignore[misc]
         control: Any
 
-        def __init__(self, *, validate: Callable[[], float] | None, engine: Engine, **kwargs: Any) -> None:
+        def __init__(
+            self, *, validate: Callable[[], float] | None, engine: Engine, own_loss: bool, **kwargs: Any
+        ) -> None:
             super().__init__(**kwargs)
             self._validate = validate
             self._engine = engine
+            self._own_loss = own_loss
+
+        def compute_loss(
+            self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+        ) -> Any:
+            if not self._own_loss:
+                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            # TRL's own reads entropy and accuracy off the device at every step, which makes the host wait for it.
+            self._total_train_tokens += inputs["input_ids"].numel()
+            self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+            outputs = model(**inputs, use_cache=False, num_items_in_batch=num_items_in_batch)
+            return (outputs.loss, outputs) if return_outputs else outputs.loss
 
         def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
             assert self._validate is not None
@@ -145,6 +168,7 @@ def _arguments(
     accumulation: int,
     warmup_steps: int,
     seed: int,
+    loss_type: str | None,
 ) -> Any:
     from trl import SFTConfig
 
@@ -192,8 +216,37 @@ def _arguments(
         dataset_kwargs={"skip_prepare_dataset": True},
         max_length=None,
         packing=False,
+        **({"loss_type": loss_type} if loss_type else {}),
         **options,
     )
+
+
+def uses_kernels(kernels: str) -> bool:
+    """Whether fastprice_kernels run under the model: `kernels` is "on", "off" or "auto" (on CUDA)."""
+    return kernels == "on" or (kernels == "auto" and torch.cuda.is_available())
+
+
+@contextmanager
+def _kernels_under(model: Any, engine: Engine, kernels: str) -> Iterator[None]:
+    """fastprice_kernels under the model for the time of the training, with our loss head on the peft engine.
+
+    Under "auto" an Unsloth of another shape than the one the kernels were written for keeps the stock path, with a
+    warning; under "on" that is an error.
+    """
+    from fastprice_kernels.install import install, uninstall
+
+    try:
+        install(model, loss_head=engine.name == "peft", last_layer=engine.name == "peft")
+    except RuntimeError as error:
+        if kernels == "on":
+            raise TrainingError(f"kernels: {error}; use kernels='off'") from error
+        warnings.warn(f"fastprice_kernels stay out: {error}", stacklevel=2)
+        yield
+        return
+    try:
+        yield
+    finally:
+        uninstall(model)
 
 
 def _restore_precision(model: Any) -> None:
@@ -213,7 +266,7 @@ def _step_of(checkpoint: str | None) -> int | None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps the trainer's own log lines and advice off the screen; errors still raise."""
+    """Keeps the log lines and warnings of the libraries below off the screen; errors raise, our own warnings show."""
     from transformers.utils import logging as transformers_logging
 
     loggers = [logging.getLogger(name) for name in ("trl", "accelerate", "peft")]
@@ -224,7 +277,7 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+            warnings.filterwarnings("ignore", module=_LIBRARIES)
             yield
     finally:
         transformers_logging.set_verbosity(verbosity)
