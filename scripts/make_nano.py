@@ -346,8 +346,8 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def pretrain(out: Path, *, seed: int, minutes: float | None, steps: int | None) -> dict[str, Any]:
-    """Train for `minutes` of wall time or for `steps`, whichever is given; write weights and log; return figures."""
+def pretrain(out: Path, *, seed: int, minutes: float = math.inf, steps: float = math.inf) -> dict[str, Any]:
+    """Train for `minutes` of wall time or `steps`, whichever ends first; write weights and log; return the figures."""
     torch.manual_seed(seed)
     tokenizer = make_tokenizer(HELD_OUT_SEED + 1)
     tokenizer.save_pretrained(out)
@@ -361,11 +361,11 @@ def pretrain(out: Path, *, seed: int, minutes: float | None, steps: int | None) 
         saved = torch.load(checkpoint, weights_only=True)
         model.load_state_dict(saved["model"])
         optimiser.load_state_dict(saved["optimiser"])
-        step, earlier, records = saved["step"], saved["seconds"], saved["records"]
+        step, earlier, recent, records = saved["step"], saved["seconds"], saved["loss"], saved["records"]
     start, saved_at = time.perf_counter(), time.perf_counter()
     while True:
         seconds = earlier + time.perf_counter() - start
-        done = step / steps if steps is not None else seconds / (60 * minutes)
+        done = max(step / steps, seconds / (60 * minutes))
         if step % 200 == 0 or done >= 1:
             whole, answers = held_out(model, unseen)
             records.append(
@@ -397,6 +397,7 @@ def pretrain(out: Path, *, seed: int, minutes: float | None, steps: int | None) 
                 "optimiser": optimiser.state_dict(),
                 "step": step,
                 "seconds": earlier + time.perf_counter() - start,
+                "loss": recent,
                 "records": records,
             }
             torch.save(state, checkpoint.with_suffix(".part"))
@@ -484,18 +485,19 @@ def main() -> None:
     """Read the command line, pretrain, write the card."""
     parser = argparse.ArgumentParser(description="Make the nano base model.")
     bound = parser.add_mutually_exclusive_group(required=True)
-    bound.add_argument("--minutes", type=float, help="train for so long")
-    bound.add_argument("--steps", type=int, help="train for so many steps (repeatable to the bit on one machine)")
+    bound.add_argument("--minutes", type=float, default=math.inf, help="train for so long")
+    bound.add_argument(
+        "--steps", type=float, default=math.inf, help="train for so many steps (repeatable to the bit on one machine)"
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder to write; a checkpoint in it is resumed")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     torch.set_num_threads(1)
     options.out.mkdir(parents=True, exist_ok=True)
     figures = pretrain(options.out, seed=options.seed, minutes=options.minutes, steps=options.steps)
-    limit = f"--minutes {options.minutes:g}" if options.minutes else f"--steps {options.steps}"
-    write_card(
-        options.out, figures, f"python scripts/make_nano.py {limit} --out src/fastprice/nano --seed {options.seed}"
-    )
+    limit = f"--minutes {options.minutes:g}" if options.minutes < math.inf else f"--steps {options.steps:g}"
+    command = f"python scripts/make_nano.py {limit} --out src/fastprice/nano --seed {options.seed}"
+    write_card(options.out, figures, command)
 
 
 if __name__ == "__main__":
