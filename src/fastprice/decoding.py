@@ -7,31 +7,31 @@ so its probability after a prompt is
 
 The tokens come from the tokenizer itself, every price encoded once, and form a trie: one token deep where 0-999 are
 tokens of their own (Llama 3), three where digits are (Llama 2, Qwen, Gemma), anything between for other merges. A batch
-of prompts takes four forward passes over it, whatever the tokenizer:
+of prompts takes a few forward passes over it:
 
-1. The tokens that all prompts begin with (the question) are computed once, for all batches.
-2. trunk: the rest of each prompt, with the first levels of the trie after it: as many whole levels as fit in 16 nodes
-   (all ten first digits cost less than finding out which of them matter).
-3. branches: the inner nodes below the trunk that matter (the pairs of digits), one pass a level.
-4. ends: full-length prices, which no further token extends within `max_price`.
+0. The tokens that all prompts begin with (the question) are computed once, for all batches.
+1. trunk: the rest of each prompt, with the first levels of the trie after it: as many whole levels as fit in 16 nodes
+   (all nine first digits cost less than a pass to find out which of them matter).
+2. inner nodes below the trunk (the pairs of digits), one pass a level; none where a price is one token.
+3. ends: full-length prices, which no further token extends within `max_price`, one or two passes.
 
-The nodes of one item lie side by side after its prompt; a mask lets each see the prompt and its own ancestors alone
-(tree attention: Miao et al., "SpecInfer", 2023), so the prompt's keys and values are computed once and read by all.
-A pass keeps no keys or values of the nodes below the trunk: a deeper one feeds their few ancestors again, which lets it
-run on any subset of the items, and items are grouped so that a pass holds little padding.
+The nodes of an item lie side by side after its prompt, and a mask lets each see the prompt and its own ancestors alone
+(tree attention: Miao et al., "SpecInfer", 2023), so that a prompt's keys and values are computed once and read by all.
+The cache keeps the trunk but no node below it: a deeper node feeds its few ancestors again, so that a pass can run on
+any subset of the items, and items are grouped by need to hold little padding. So are batches, by length.
 
-What is left out. A node is expanded if its own probability, or that of all smaller ones of the item together, exceeds
-`tolerance`; so no price that was not reached had more than `tolerance`. Full-length prices are the widest level, and a
-trained model is sure that they end: it is asked for the ends of the `_ENDS_ASKED` likeliest ones of an item, and where
-the others cannot be wrong by more than a quarter of `tolerance` at that rate they are taken to end at it; else they are
-asked too. All of it is relative to what an item has in the trie at all, so that a model that knows no prices is walked
-as carefully. `tolerance=0` walks everything: p(n) of every price, exactly.
+What is asked of the model, and what is not. A node is asked for what follows it if its share of the item's probability
+on prices is `tolerance` or more; so is the likeliest child of every parent with such a share. What follows the others
+is taken to be what follows their asked siblings on average: no price's share under them exceeds `tolerance` either way.
+Full-length prices, the widest level by far, need only p(end), which a trained model is sure of: it is asked of the
+likeliest of those that begin with the same token, and of each other one whose p would be off by `tolerance` if it
+differed from them by four standard deviations' worth of 4 rate (1 - rate). `tolerance=0` asks everything: p(n) exactly.
+The default is for distributions to keep; a point estimate needs far less (`QUICK`).
 
-Cost: an item computes its prompt less the common beginning, plus its nodes. That is the floor, and as long as nodes
-are fewer than prompt tokens, about that of `generate`'s first step: @MEASURED@
+@MEASURED@
 
-Legend: B items of a batch, G of a group, Q nodes of an item in one pass, V vocabulary, U tokens of the trie and the end,
-N pairs (item, node), W columns of the longest prompt, D depth. Log probabilities are natural, float64 on the host.
+Legend: B items of a batch, G of a group, Q nodes of an item in one pass, V vocabulary, M nodes of the trie, U its tokens
+and the end, N pairs (item, node), D depth. Log probabilities are natural, float64 on the host.
 """
 
 from __future__ import annotations
@@ -50,14 +50,15 @@ from fastprice.distribution import PriceDistribution
 from fastprice.errors import ConfigError, DataError
 from fastprice.money import parse_price
 
-__all__ = ["PriceTrie", "greedy_prices", "price_distributions"]
+__all__ = ["QUICK", "PriceTrie", "greedy_prices", "price_distributions"]
 
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
 _Cache = list[tuple[Tensor, Tensor]]  # keys and values of each layer: (B, heads, columns, head width)
 
+QUICK = 0.02  # tolerance for point estimates
+
 _TRUNK = 16  # nodes
-_ENDS_ASKED = 2  # an item
 _PASS_TOKENS = {"cpu": 64, "cuda": 2048}  # a pass costs about as much as this many tokens more in another
 _LOGITS = 2**25  # elements upcast to fp32 at once: 128 MiB
 _ANSWER_TOKENS = 8  # "$" is in the prompt; seven digits and an end
@@ -68,9 +69,9 @@ class PriceTrie:
     """The token sequences of the prices 1 to `max_price`, as a trie of M nodes; node 0 is the prompt's end.
 
     Nodes are in breadth-first order and the children of a node are neighbours: `first_child[n]` to
-    `first_child[n] + children[n]`. `slots` (M,) says where a node's token stands in `alphabet` (U,), whose last entry is
-    the end-of-sequence token. `paths` (M, D + 1) holds a node's ancestors by depth and itself, then -1. `prices` (M,) is
-    0 where the tokens so far are no price. `trunk` counts the nodes of the first levels that fit in a trunk.
+    `first_child[n] + children[n]`. `slots` (M,) says where a node's token stands in `alphabet` (U,), whose last entry
+    is the end-of-sequence token. `paths` (M, D + 1) holds a node's ancestors by depth and itself, then -1. `prices`
+    (M,) is 0 where the tokens so far are no price. `trunk` counts the nodes of the first levels that fit in a trunk.
     """
 
     tokens: IntArray
@@ -124,40 +125,38 @@ def price_distributions(
     prompts: Sequence[Sequence[int]],
     *,
     max_price: int = 999,
-    mass: float = 0.99,
     tolerance: float = 1e-4,
     batch_size: int = 64,
     on_batch: Callable[[int], None] | None = None,
 ) -> list[PriceDistribution]:
     """p(price | prompt) over whole dollars from 1 to `max_price`, for each prompt (token ids, at least one).
 
-    mass, tolerance  how much is walked, see the module; `mass=1, tolerance=0` scores every price
-    batch_size       prompts computed at once; they are sorted by length, so that a batch holds little padding
-    on_batch         is told how many prompts are done
+    tolerance   how finely the trie is walked, see the module; 0 scores every price
+    batch_size  prompts computed at once, at most: those of a batch are of like lengths, so that it holds little padding
+    on_batch    is told how many prompts are done
 
     A model that gives no price any probability, or whose logits are not numbers, yields an empty distribution. Raises
     ConfigError for impossible settings, DataError for an empty prompt or a tokenizer that cannot spell the prices.
     """
-    if max_price < 1 or batch_size < 1 or not 0.0 < mass <= 1.0 or not 0.0 <= tolerance < 1.0:
+    if max_price < 1 or batch_size < 1 or not 0.0 <= tolerance < 1.0:
         raise ConfigError(
-            f"max_price ({max_price}) and batch_size ({batch_size}) must be at least 1, mass ({mass}) above 0 and "
-            f"at most 1, tolerance ({tolerance}) from 0 to below 1"
+            f"max_price ({max_price}) and batch_size ({batch_size}) must be at least 1, and tolerance "
+            f"({tolerance}) from 0 to below 1"
         )
     if not prompts:
         return []
     if not all(len(prompt) for prompt in prompts):
         raise DataError("a prompt without tokens has no next token to predict; start it with the tokenizer's bos token")
     trie = PriceTrie.of(tokenizer, max_price)
-    _check_window(model.config, max(map(len, prompts)) + int(trie.depths.max()))
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    lengths = np.array([len(prompt) for prompt in prompts])
+    _check_window(model.config, int(lengths.max() + trie.depths.max()))
     distributions: dict[int, PriceDistribution] = {}
     with torch.inference_mode():
-        walk = _Walk(model, trie, prompts, mass, tolerance)
-        for first in range(0, len(order), batch_size):
-            batch = order[first : first + batch_size]
-            distributions.update(zip(batch, walk([prompts[index] for index in batch]), strict=True))
+        walk = _Walk(model, trie, prompts, tolerance)
+        for batch in _groups(lengths, walk.pass_tokens, batch_size):
+            distributions.update(zip(batch.tolist(), walk([prompts[index] for index in batch]), strict=True))
             if on_batch:
-                on_batch(first + len(batch))
+                on_batch(len(distributions))
     return [distributions[index] for index in range(len(prompts))]
 
 
@@ -195,10 +194,8 @@ class _Prompted:
 class _Walk:
     """Walks the trie for batches of `prompts`."""
 
-    def __init__(
-        self, model: Any, trie: PriceTrie, prompts: Sequence[Sequence[int]], mass: float, tolerance: float
-    ) -> None:
-        self.model, self.trie, self.mass, self.tolerance = model, trie, mass, tolerance
+    def __init__(self, model: Any, trie: PriceTrie, prompts: Sequence[Sequence[int]], tolerance: float) -> None:
+        self.model, self.trie, self.tolerance = model, trie, tolerance
         self.device = model.device
         self.as_bool = model.config._attn_implementation == "sdpa"
         self.alphabet = torch.from_numpy(trie.alphabet).to(self.device)
@@ -222,16 +219,15 @@ class _Walk:
             if level.nodes[0] < trie.trunk:
                 prices, children = self._expand(level, scores[level.items, level.nodes])
             else:
-                reachable = self._mass_of(batch, found + level + leaves)
-                level = level[_matter(level, reachable, self.mass, self.tolerance)]
-                prices, children = self._expand(level, self._ask(prompted, level))
+                prices, children = self._expand(
+                    level, self._inner(prompted, level, self._mass(batch, found, leaves, level))
+                )
             found += prices
             full = trie.children[children.nodes] == 0
             in_trunk = children.nodes < trie.trunk
             leaves += children[full & ~in_trunk]
             level = children[~full | in_trunk]
-        found += self._ends(prompted, leaves, self._mass_of(batch, found + leaves))
-        return self._distributions(batch, found)
+        return self._distributions(batch, found + self._ends(prompted, leaves, self._mass(batch, found)))
 
     def _trunk(self, prompts: Sequence[Sequence[int]]) -> tuple[_Prompted, FloatArray]:
         """Computes the prompts and the trunk after each; log probabilities (B, trunk, U) after its nodes."""
@@ -260,13 +256,16 @@ class _Walk:
     def _ask(self, prompted: _Prompted, asked: _Nodes) -> FloatArray:
         """Log probabilities (N, U) of the trie's tokens after each of the nodes, all of them below the trunk."""
         trie, size = self.trie, len(self.trie.tokens)
+        if not len(asked):
+            return np.empty((0, len(trie.alphabet)))
         lines = trie.paths[asked.nodes]  # a node, and its ancestors that the cache does not hold
         keys = np.unique((asked.items[:, None] * size + lines)[lines >= trie.trunk])
         items, nodes = np.divmod(keys, size)
         counts = np.bincount(items, minlength=len(prompted.rests))
         place = np.arange(len(keys)) - (np.cumsum(counts) - counts)[items]
         scores = np.empty((len(keys), len(trie.alphabet)))
-        for group in _groups(counts, self.pass_tokens, _LOGITS // self.model.config.vocab_size):
+        widest = max(1, _LOGITS // self.model.config.vocab_size // counts.max())
+        for group in _groups(counts, self.pass_tokens, widest):
             row_of = np.full(len(counts), -1)
             row_of[group] = np.arange(len(group))
             mine = row_of[items] >= 0
@@ -309,30 +308,44 @@ class _Walk:
         children = _Nodes(parents.items[parent], nodes, parents.log_p[parent] + scores[parent, trie.slots[nodes]])
         return prices[np.isfinite(prices.log_p)], children[np.isfinite(children.log_p)]
 
-    def _ends(self, prompted: _Prompted, leaves: _Nodes, reachable: FloatArray) -> _Nodes:
-        """p(price) of the full-length prices `leaves`: asked, or at the rate of the likeliest (see the module)."""
-        batch = len(reachable)
-        order = np.lexsort((-leaves.log_p, leaves.items))
-        leaves = leaves[order]
-        rank = np.arange(len(leaves)) - np.searchsorted(leaves.items, leaves.items)
-        asked = leaves[rank < _ENDS_ASKED]
-        ended = self._end(prompted, asked)
-        share = np.exp(asked.log_p - reachable[asked.items])
-        rate = np.bincount(asked.items, share * np.exp(ended.log_p - asked.log_p), batch)
-        rate = rate / np.maximum(np.bincount(asked.items, share, batch), np.finfo(float).tiny)
-        rest = leaves[rank >= _ENDS_ASKED]
-        share = np.exp(rest.log_p - reachable[rest.items])
-        doubt = np.zeros(batch)
-        np.maximum.at(doubt, rest.items, share)
-        unsure = (doubt * (1 - rate) > self.tolerance / 4)[rest.items]
-        unsure &= _matter(rest, reachable, self.mass, self.tolerance)
-        certain = rest[~unsure]
-        with np.errstate(divide="ignore"):
-            at_rate = _Nodes(certain.items, certain.nodes, certain.log_p + np.log(rate)[certain.items])
-        return ended + self._end(prompted, rest[unsure]) + at_rate
+    def _inner(self, prompted: _Prompted, level: _Nodes, mass: FloatArray) -> FloatArray:
+        """Log probabilities (N, U) after the nodes of a level: asked, or the mean after their siblings."""
+        share = np.exp(level.log_p) / mass[level.items]
+        family = self._family(level, self.trie.depths[level.nodes] - 1)
+        asked = (share >= self.tolerance) | self._heads(family, share) | self._heads(level.items, share)
+        scores = np.empty((len(level), len(self.trie.alphabet)))
+        scores[asked] = self._ask(prompted, level[asked])
+        scores[~asked] = _as_kin(level, family, share, asked, scores[asked])
+        return scores
 
-    def _end(self, prompted: _Prompted, leaves: _Nodes) -> _Nodes:
-        return _Nodes(leaves.items, leaves.nodes, leaves.log_p + self._ask(prompted, leaves)[:, -1])
+    def _ends(self, prompted: _Prompted, leaves: _Nodes, found: FloatArray) -> _Nodes:
+        """p(price) of the full-length prices `leaves`: asked where it matters, else as of those that begin alike."""
+        reached = np.exp(leaves.log_p)
+        family = self._family(leaves, np.minimum(self.trie.depths[leaves.nodes] - 1, 1))
+        share = reached / (found + self._mass(len(found), leaves))[leaves.items]
+        asked = self._heads(family, share) | self._heads(leaves.items, share)
+        end = np.empty((len(leaves), 1))
+        end[asked] = self._ask(prompted, leaves[asked])[:, -1:]
+        end[~asked] = _as_kin(leaves, family, share, asked, end[asked])
+        # The error of a p at the rate of others: none where all end or none does. Four of it, to be on the safe side.
+        rate = np.minimum(np.exp(end[:, 0]), 1.0)
+        mass = found + np.bincount(leaves.items, rate * reached, len(found))
+        unsure = ~asked & (4 * rate * (1 - rate) * reached >= self.tolerance * mass[leaves.items])
+        end[unsure] = self._ask(prompted, leaves[unsure])[:, -1:]
+        return _Nodes(leaves.items, leaves.nodes, leaves.log_p + end[:, 0])
+
+    def _family(self, nodes: _Nodes, depths: IntArray) -> IntArray:
+        """A number for each node (N,), the same for those of one item under one ancestor at `depths` (N,)."""
+        return nodes.items * len(self.trie.tokens) + self.trie.paths[nodes.nodes, depths]
+
+    def _heads(self, family: IntArray, share: FloatArray) -> NDArray[np.bool_]:
+        """Marks the likeliest node of every family that matters as a whole."""
+        families, member = np.unique(family, return_inverse=True)
+        order = np.lexsort((-share, member))
+        first = order[np.searchsorted(member[order], np.arange(len(families)))]
+        heads = np.zeros(len(family), bool)
+        heads[first] = np.bincount(member, share, len(families)) >= self.tolerance
+        return heads
 
     def _distributions(self, batch: int, found: _Nodes) -> list[PriceDistribution]:
         prices = self.trie.prices[found.nodes]
@@ -380,37 +393,42 @@ class _Walk:
         scores = torch.cat(parts).nan_to_num(nan=-torch.inf, neginf=-torch.inf).double().cpu().numpy()
         return scores.reshape(*logits.shape[:2], -1)
 
-    def _mass_of(self, batch: int, nodes: _Nodes) -> FloatArray:
-        """Log of the probability of `nodes` together, for each item (B,)."""
-        mass = np.bincount(nodes.items, np.exp(nodes.log_p), batch).astype(np.float64)
-        log_mass: FloatArray = np.log(np.maximum(mass, np.finfo(float).tiny))
-        return log_mass
+    def _mass(self, batch: int, *nodes: _Nodes) -> FloatArray:
+        """Probability of all `nodes` of each item (B,), never quite 0."""
+        mass = np.zeros(batch)
+        for some in nodes:
+            mass += np.bincount(some.items, np.exp(some.log_p), batch)
+        return np.maximum(mass, np.finfo(float).tiny)
 
 
-def _matter(nodes: _Nodes, reachable: FloatArray, mass: float, tolerance: float) -> NDArray[np.bool_]:
-    """Which of the nodes (N,) must be expanded: see the module."""
-    share = np.exp(nodes.log_p - reachable[nodes.items])
-    order = np.lexsort((share, nodes.items))
-    below = np.cumsum(share[order])
-    first = np.searchsorted(nodes.items[order], nodes.items[order])
-    below -= below[first] - share[order][first]
-    matters = np.empty(len(nodes), bool)
-    matters[order] = below > 1 - mass
-    matters |= share > tolerance
-    return matters
+def _as_kin(
+    nodes: _Nodes, family: IntArray, share: FloatArray, asked: NDArray[np.bool_], scores: FloatArray
+) -> FloatArray:
+    """Log probabilities after the nodes not asked: the mean after those of their family that were, by their share.
+
+    `scores` (asked, U) are of those asked. A millionth of the mean over the item is mixed in: it decides where nobody
+    of a family was asked. Where nobody of an item was, nothing is known, and its probabilities are 0.
+    """
+    said = share[asked, None] * np.append(np.exp(scores), np.ones((len(scores), 1)), axis=1)
+    families, member = np.unique(family, return_inverse=True)
+    by_family = np.zeros((len(families), said.shape[1]))
+    np.add.at(by_family, member[asked], said)
+    by_item = np.zeros((nodes.items.max(initial=0) + 1, said.shape[1]))
+    np.add.at(by_item, nodes.items[asked], 1e-6 * said)
+    kin = by_family[member[~asked]] + by_item[nodes.items[~asked]]
+    with np.errstate(divide="ignore"):
+        means: FloatArray = np.log(kin[:, :-1] / np.maximum(kin[:, -1:], np.finfo(float).tiny))
+    return means
 
 
 def _groups(counts: IntArray, pass_tokens: int, most: int) -> Iterator[IntArray]:
-    """Items with a count above 0 in groups of like counts: none pads more than a pass costs, or holds `most` tokens."""
+    """Items with a count above 0 in groups of like counts: at most `most`, and less padding than a pass costs."""
     order = np.argsort(-counts, kind="stable")
     order = order[counts[order] > 0]
-    first = 0
-    while first < len(order):
-        widest = counts[order[first]]
-        padding = np.cumsum(widest - counts[order[first:]])
-        size = int(min(np.searchsorted(padding, pass_tokens, side="right"), max(1, most // widest)))
-        yield order[first : first + size]
-        first += size
+    while len(order):
+        padding = np.cumsum(counts[order[0]] - counts[order[:most]])
+        group, order = np.split(order, [np.searchsorted(padding, pass_tokens, side="right")])
+        yield group
 
 
 def _common_start(prompts: Sequence[Sequence[int]]) -> list[int]:

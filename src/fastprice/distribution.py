@@ -9,7 +9,8 @@ A loss says which summary of a distribution to answer with. For p(price) and a g
     "hits"    P(|g - price| >= $40 and >= 20 % of it)  the middle of the best window
 
 Part of the probability may be missing: mass that decoding left out, or that the model puts on something else than a
-price. Every summary is of the prices found, their probabilities rescaled to sum to 1; where nothing was found it is NaN.
+price. Every summary is of the prices found, their probabilities rescaled to sum to 1; where nothing was found it is
+NaN.
 
 Legend: K prices of one distribution. Prices are dollars, float64.
 """
@@ -48,7 +49,8 @@ class PriceDistribution:
         prices, probabilities = _read_only(self.prices), _read_only(self.probabilities)
         if prices.ndim != 1 or prices.shape != probabilities.shape:
             raise DataError(
-                f"prices have shape {prices.shape} and probabilities {probabilities.shape}: give each price one probability"
+                f"prices have shape {prices.shape}, probabilities {probabilities.shape}: give each price "
+                "one probability"
             )
         if len(prices) and not (prices[0] > 0 and np.isfinite(prices[-1]) and (np.diff(prices) > 0).all()):
             raise DataError("the prices of a distribution must be finite, above $0 and strictly ascending")
@@ -65,7 +67,7 @@ class PriceDistribution:
     @property
     def is_empty(self) -> bool:
         """Whether no price has any probability, so that every summary is NaN."""
-        return len(self._cumulative) == 0
+        return len(self._weights) == 0
 
     def median(self) -> float:
         """The lowest price that at least half of the mass found does not exceed: minimises E |g - price|."""
@@ -81,7 +83,7 @@ class PriceDistribution:
 
     def relative_median(self) -> float:
         """The median when each price weighs p(price) / price: minimises E |g - price| / price."""
-        return _quantile(self.prices, _cumulative(self.probabilities / self.prices), 0.5)
+        return _quantile(self.prices, np.cumsum(_normalised(self.probabilities / self.prices)), 0.5)
 
     def best_hit(self) -> float:
         """The guess that most probably lies within $40 or within 20 % of the price.
@@ -109,9 +111,9 @@ class PriceDistribution:
         return _quantile(self.prices, self._cumulative, q)
 
     def interval(self, coverage: float) -> tuple[float, float]:
-        """(low, high) in dollars: the central interval, between the quantiles (1 - coverage) / 2 and (1 + coverage) / 2.
+        """(low, high) in dollars: the central interval, between the quantiles (1 - coverage)/2 and (1 + coverage)/2.
 
-        Central, not of highest density: it is invariant under the log of price, and one piece by construction. The
+        Central, not of highest density: the same under the log of price, and one piece by construction. It is the
         model's own claim; for one that holds, see `fastprice.intervals`.
         """
         if not 0.0 < coverage < 1.0:
@@ -122,7 +124,8 @@ class PriceDistribution:
         """Share of the mass found on prices of at most `price` dollars."""
         if self.is_empty:
             return np.nan
-        return float(np.concatenate([[0.0], self._cumulative])[np.searchsorted(self.prices, price, side="right")])
+        at_most = int(np.searchsorted(self.prices, price, side="right"))
+        return float(min(self._cumulative[at_most - 1], 1.0)) if at_most else 0.0
 
     def estimate(self, loss: str = "mae") -> float:
         """The best single guess in dollars for `loss` (a key of `LOSSES`); ConfigError for an unknown one."""
@@ -131,16 +134,14 @@ class PriceDistribution:
         return LOSSES[loss](self)
 
     @cached_property
-    def _cumulative(self) -> FloatArray:
-        return _cumulative(self.probabilities)
+    def _weights(self) -> FloatArray:
+        """Probabilities given that the price is among those found (K,), or empty."""
+        return _normalised(self.probabilities)
 
     @cached_property
-    def _weights(self) -> FloatArray:
-        """Probabilities given that the price is among those found."""
-        # The largest first: a total below the smallest normal number has no inverse.
-        scaled = self.probabilities / self.probabilities.max()
-        weights: FloatArray = scaled / scaled.sum()
-        return weights
+    def _cumulative(self) -> FloatArray:
+        """P(at most each price), given that it is among those found (K,), or empty."""
+        return np.cumsum(self._weights)
 
 
 LOSSES: dict[str, Callable[[PriceDistribution], float]] = {
@@ -158,18 +159,19 @@ def _read_only(values: ArrayLike) -> FloatArray:
     return array
 
 
-def _cumulative(weights: FloatArray) -> FloatArray:
-    """Running share of `weights` (K,), the last exactly 1; empty where they are all 0."""
-    running = np.cumsum(weights)
-    if not len(running) or running[-1] <= 0:
+def _normalised(weights: FloatArray) -> FloatArray:
+    """`weights` (K,) over their sum; empty where they are all 0."""
+    largest = weights.max(initial=0.0)
+    if not largest > 0:
         return np.empty(0)
-    share: FloatArray = running / running[-1]
+    scaled = weights / largest  # first: a sum below the smallest normal number has no inverse
+    share: FloatArray = scaled / scaled.sum()
     return share
 
 
 def _quantile(prices: FloatArray, cumulative: FloatArray, q: float) -> float:
     if not len(cumulative):
         return np.nan
-    # The price at which q is reached up to rounding; q = 0 asks for the first price with any mass.
-    reached = np.searchsorted(cumulative, max(q * (1 - 1e-12), np.finfo(float).tiny))
-    return float(prices[reached])
+    # Rounding may keep the last share below 1, or put one a hair above q; q = 0 asks for the first price with any mass.
+    wanted = max(min(q, cumulative[-1]) * (1 - 1e-12), np.finfo(float).tiny)
+    return float(prices[np.searchsorted(cumulative, wanted)])
