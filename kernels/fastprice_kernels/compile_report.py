@@ -27,6 +27,7 @@ from fastprice_kernels._compile import TARGETS, CompileCase, MachineCode, compil
 __all__ = ["main"]
 
 _PROCESSES = 2
+_ROW = "{:<44} {:>4} {:>5} {:>6} {:>7} {:>6} {:>12} {:>7}"
 
 
 def find_cases(only: str = "") -> dict[tuple[str, str], CompileCase]:
@@ -76,11 +77,9 @@ def build_all(
 def format_row(code: MachineCode) -> str:
     """One line of the table."""
     tensor = "+".join(f"{count} {name}" for name, count in code.tensor_cores.items()) or "-"
-    store = code.store_bits or "-"
     each = "-" if code.instructions_per_element is None else f"{code.instructions_per_element:.2f}"
-    return (
-        f"{code.case:<44} {code.target:>4} {code.registers:>5} {code.spills:>6} {code.shared_bytes:>7} {store:>6} "
-        f"{tensor:>12} {each:>7}"
+    return _ROW.format(
+        code.case, code.target, code.registers, code.spills, code.shared_bytes, code.store_bits or "-", tensor, each
     )
 
 
@@ -102,9 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not cases:
         parser.error(f"--only {options.only}: no kernel has this in its name")
 
-    print(
-        f"{'kernel':<44} {'sm':>4} {'regs':>5} {'spills':>6} {'shared':>7} {'store':>6} {'tensor cores':>12} {'instr':>7}"
-    )
+    print(_ROW.format("kernel", "sm", "regs", "spills", "shared", "store", "tensor cores", "instr"))
     rows, missed, broken = [], [], False
     for code, complaints in build_all(cases, targets):
         missed += complaints

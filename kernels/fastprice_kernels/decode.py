@@ -6,8 +6,9 @@
 
 Floor. W's codes and scales are read once: 0.516 bytes an element, 8.65 MB for 4096x4096, 2.0 us at an H200's measured
 4.3 TB/s and 8.7 us at an RTX 4090's 1.0 TB/s. At that pace an H200's SM would have to take in 36 elements a cycle,
-which leaves 3.5 instructions an element; this kernel has about 8 to 10 in its loop, so on an H200 it is bound by
-instructions, at some 40 % of the memory bandwidth, while a 4090 leaves 21 instructions and stays bound by memory.
+which leaves 3.5 instructions an element; this kernel has 9.7 on sm_90 (8.6 with plain scales; 11 to 13 on the other
+targets), so an H200 is bound by instructions, at 36 % of its memory bandwidth at best, while a 4090, which leaves 21,
+stays bound by memory.
 
 Nothing of this has been timed. Until it is, CUDA calls go to bitsandbytes' own fused product wherever bitsandbytes is
 installed (`backend="auto"`), because "at least as fast as theirs" is not shown; `backend="triton"` asks for this
@@ -45,7 +46,7 @@ WORDS = 16  # words of eight elements along K a step
 COLUMNS = 1024  # outputs of one program of `_add_parts`
 
 
-@triton.jit(do_not_specialize=["tokens", "steps"])
+@triton.jit(do_not_specialize=["tokens"])
 def _product(
     x,
     packed,
@@ -59,7 +60,7 @@ def _product(
     tokens,
     n,
     row_words,
-    steps,
+    STEPS: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK2: tl.constexpr,
     ROWS: tl.constexpr,
@@ -68,9 +69,10 @@ def _product(
     EVEN: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """Rows N = ROWS of W and `steps` steps of K = 8 * WORDS columns a program; F words in a tile, T = 16 tokens.
+    """Rows N = ROWS of W and STEPS steps of K = 8 * WORDS columns a program; F words in a tile, T = 16 tokens.
 
-    With PARTS, program (i, part) writes its fp32 sums to `out` (part, tokens, n), without bias.
+    STEPS is a constant because the interpreter takes no other bound of a loop under numpy 2.4 and later. With PARTS,
+    program (i, part) writes its fp32 sums to `out` (part, tokens, n), without bias.
     """
     K: tl.constexpr = WORDS * 8
     tile_F = tl.max_contiguous(tl.arange(0, ROWS * WORDS), 1)
@@ -80,8 +82,8 @@ def _product(
     words = packed.to(tl.pointer_type(tl.uint32), bitcast=True)
     table = tl.load(code + tl.arange(0, 16))
     sum_N_T = tl.zeros((ROWS, 16), tl.float32)
-    first = tl.program_id(1) * steps
-    for step in range(first, first + steps):
+    for i in range(STEPS):
+        step = tl.program_id(1) * STEPS + i
         word_F = step * WORDS + tile_F % WORDS
         index_F = (row_F * row_words + word_F).to(tl.uint32)
         k_K = step * K + tl.arange(0, K)
@@ -123,19 +125,24 @@ def _add_parts(parts, bias, out, size, n, PARTS: tl.constexpr, COLUMNS: tl.const
     tl.store(out + index, total.to(out.dtype.element_ty), mask=mask)
 
 
-def _fits(n: int, k: int, packed_address: int) -> bool:
-    """Whether `_product` can read a weight (n, k): rows of whole words, and word numbers in 32 bits."""
-    return k % 8 == 0 and packed_address % 4 == 0 and n * k > 0 and n * (k // 8) < 2**31
+def _fits(n: int, k: int, packed_address: int, dtype: torch.dtype, capability: int) -> bool:
+    """Whether `_product` serves: 16 bits from Ampere on, rows of whole words, word numbers in 32 bits.
+
+    Triton 3.6 has no tensor-core product for Turing (it spills instead), and on sm_100 it multiplies fp32 in TF32
+    whatever precision is asked for.
+    """
+    by_tensor_cores = dtype != torch.float32 and capability >= 8
+    return by_tensor_cores and k % 8 == 0 and packed_address % 4 == 0 and n * (k // 8) < 2**31
 
 
 def _parts(n: int, k: int, processors: int) -> tuple[int, int]:
-    """(parts, steps): how many programs share a row's K, so that two programs a processor are there, and their steps.
+    """(parts, steps): how many programs share a row's K, so that each processor has three programs, and their steps.
 
     `parts` is a power of two at most 16, so that few variants of `_add_parts` are compiled.
     """
     all_steps, programs = -(-k // (WORDS * 8)), -(-n // ROWS)
     parts = 1
-    while parts < 16 and parts * 2 <= all_steps and programs * parts < 2 * processors:
+    while parts < 16 and parts * 2 <= all_steps and programs * parts < 3 * processors:
         parts *= 2
     return parts, -(-all_steps // parts)
 
@@ -172,7 +179,7 @@ def _launch(
         tokens,
         n,
         k // 8,
-        steps,
+        STEPS=steps,
         BLOCK=blocksize,
         BLOCK2=blocksize2,
         ROWS=ROWS,
@@ -182,8 +189,7 @@ def _launch(
         PARTS=parts > 1,
         num_warps=4,
         num_stages=1,
-        # In 16 bits, W is then bit for bit what `dequantize_nf4` gives; in fp32 the product itself is made of FMAs.
-        enable_fp_fusion=x_TK.dtype == torch.float32,
+        enable_fp_fusion=False,  # so that W is bit for bit what `dequantize_nf4` gives
     )
     if parts > 1:
         grid = (-(-tokens * n // COLUMNS),)
@@ -238,8 +244,9 @@ def nf4_matmul_small(
         packed, quant_state: the weight, as `dequantize_nf4` takes it.
         bias: (N,) in x's dtype, or None.
         backend: "auto", "triton" (this module's kernel) or "bitsandbytes" (its fused product). "auto" is bitsandbytes
-            on CUDA where it is installed and `OWN_IS_FASTER` is False, else this kernel; a weight whose rows are no
-            whole words (K not a multiple of 8) is dequantised first. On the CPU it is plain PyTorch.
+            on CUDA where it is installed and `OWN_IS_FASTER` is False, else this kernel. Where the kernel does not
+            serve (fp32, GPUs before Ampere, K not a multiple of 8) the weight is dequantised first and multiplied by
+            PyTorch. On the CPU everything is plain PyTorch.
 
     Returns:
         (..., N) in x's dtype: products and sums in fp32, rounded once.
@@ -257,7 +264,7 @@ def nf4_matmul_small(
     x_TK = x.reshape(-1, state.k).contiguous()
     if x_TK.shape[0] == 0 or state.n == 0:
         y_TN = x.new_empty((x_TK.shape[0], state.n))
-    elif packed.is_cuda and not _fits(state.n, state.k, packed.data_ptr()):
+    elif packed.is_cuda and not _fits(state.n, state.k, packed.data_ptr(), x.dtype, _capability(packed)):
         y_TN = torch.nn.functional.linear(x_TK, dequantize_nf4(packed, quant_state, dtype=x.dtype), bias)
     else:
         y_TN = torch.ops.fastprice.nf4_matmul_small.default(
@@ -274,6 +281,10 @@ def nf4_matmul_small(
             state.n,
         )
     return y_TN.view(*x.shape[:-1], state.n)
+
+
+def _capability(tensor: Tensor) -> int:
+    return torch.cuda.get_device_capability(tensor.device)[0]
 
 
 def _check(x: Tensor, packed: Tensor, state: NF4State, bias: Tensor | None, backend: str) -> None:
@@ -298,14 +309,12 @@ def _check(x: Tensor, packed: Tensor, state: NF4State, bias: Tensor | None, back
 
 
 def compile_cases() -> list[CompileCase]:
-    """The product with and without edges and split K, and the sum of the parts. Turing has no bf16 tensor cores."""
+    """The product with and without edges and split K, where `_fits` lets it run, and the sum of the parts."""
     cases = []
-    for type_ in ("bf16", "fp16", "fp32"):
+    for type_ in ("bf16", "fp16"):
         for form in ("even", "edges", "parts", "plain scales"):
-            if type_ == "fp32" and form != "edges":
-                continue
             constexprs: dict[str, Any] = {"BLOCK": 64, "BLOCK2": 256, "NESTED": form != "plain scales"}
-            constexprs |= {"ROWS": ROWS, "WORDS": WORDS, "EVEN": form != "edges", "PARTS": form == "parts"}
+            constexprs |= {"STEPS": 4, "ROWS": ROWS, "WORDS": WORDS, "EVEN": form != "edges", "PARTS": form == "parts"}
             types = {"x": f"*{type_}", "packed": "*u8", "code": "*fp32"}
             if form == "plain scales":
                 constexprs |= {"code2": None, "absmax2": None, "offset": None}
@@ -317,7 +326,7 @@ def compile_cases() -> list[CompileCase]:
             else:
                 constexprs |= {"bias": None}
             types |= {"out": "*fp32" if form == "parts" else f"*{type_}"}
-            types |= {"tokens": "i32", "n": "i32", "row_words": "i32", "steps": "i32"}
+            types |= {"tokens": "i32", "n": "i32", "row_words": "i32"}
             cases.append(
                 CompileCase(
                     name=f"nf4_matmul_small/{type_}/{form}",
@@ -326,10 +335,10 @@ def compile_cases() -> list[CompileCase]:
                     constexprs=constexprs,
                     aligned=("x", "packed", "out", *(("n", "row_words") if form != "edges" else ())),
                     num_stages=1,
-                    enable_fp_fusion=type_ == "fp32",
+                    enable_fp_fusion=False,
                     elements=ROWS * WORDS * 8,  # weights of one step: the loop's body is most of the code
-                    targets=TARGETS if type_ != "bf16" else tuple(cc for cc in TARGETS if cc >= 80),
-                    bars=Bars(tensor_cores=type_ != "fp32", fma=type_ == "fp32"),
+                    targets=tuple(cc for cc in TARGETS if cc >= 80),
+                    bars=Bars(tensor_cores=True, fma=False),
                 )
             )
     cases.append(

@@ -1,0 +1,158 @@
+"""What the machine code says of the kernels, for every GPU generation, on a machine that has none."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import triton
+import triton.language as tl
+
+from fastprice_kernels import compile_report, decode, nf4
+from fastprice_kernels._compile import TARGETS, Bars, CompileCase, compile_case, missed_bars
+
+# Another test run of this process's parent may have set it; Triton's compiler is what is tested here.
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter replaces compiling")
+
+CASES = {case.name: case for case in (*nf4.compile_cases(), *decode.compile_cases())}
+
+
+@triton.jit
+def _scaled_sum(x, y, out, SIZE: tl.constexpr):
+    index = tl.arange(0, SIZE)
+    tl.store(out + index, tl.load(x + index) * 3.0 + tl.load(y + index))
+
+
+@triton.jit
+def _transposed(x, out, SIZE: tl.constexpr):
+    """Rows are read and columns written by the same threads: through shared memory."""
+    index = tl.arange(0, SIZE)
+    tile = index[:, None] * SIZE + index[None, :]
+    tl.store(out + tile, tl.trans(tl.load(x + tile)))
+
+
+@triton.jit
+def _hungry(x, out, SIZE: tl.constexpr):
+    index = tl.arange(0, SIZE)
+    value = tl.load(x + index[:, None] * SIZE + index[None, :])
+    total = value
+    for _ in range(3):
+        total = total * value + tl.sum(total, axis=0)[None, :]
+    tl.store(out + index[:, None] * SIZE + index[None, :], total + value)
+
+
+def simple(fn: Any = _scaled_sum, size: int = 1024, **changes: Any) -> CompileCase:
+    signature = {name: "*fp32" for name in fn.arg_names if name != "SIZE"}
+    case = CompileCase("simple", fn, signature, {"SIZE": size}, aligned=tuple(signature), elements=size)
+    return replace(case, **changes)
+
+
+def test_figures_of_a_kernel_that_is_known() -> None:
+    code = compile_case(simple(), 90)
+    assert code.store_bits == 128
+    assert code.fma == 8
+    assert (code.spills, code.shared_bytes, code.shared_stores, dict(code.tensor_cores)) == (0, 0, 0, {})
+    assert 0 < code.registers < 64
+    assert code.instructions_per_element == pytest.approx(code.instructions / 8, abs=0.005)
+    assert code.instructions == sum(code.opcodes.values())
+    assert "NOP" not in code.opcodes
+    assert code.opcodes["EXIT"] == 1
+    assert "BRA" not in code.opcodes, "the branch to itself behind the end"
+
+
+def test_every_bar_can_be_missed() -> None:
+    def misses(case: CompileCase, what: str) -> bool:
+        complaints = missed_bars(case, compile_case(case, 90))
+        return any(what in complaint and "simple on sm_90" in complaint for complaint in complaints)
+
+    assert missed_bars(simple(), compile_case(simple(), 90)) == []
+    assert misses(simple(bars=Bars(fma=False)), "8 fused multiply-adds")
+    assert not misses(simple(bars=Bars(fma=False), enable_fp_fusion=False), "fused")
+    assert misses(simple(bars=Bars(tensor_cores=True)), "no tensor-core instruction")
+    assert misses(simple(bars=Bars(instructions_per_element={90: 1.0})), "instructions an output element, at most 1.0")
+    assert misses(simple(aligned=(), bars=Bars(store_bits=128)), "narrowest global store 32 bits, 128 asked")
+    assert misses(simple(_transposed, 32, bars=Bars(shared_stores=0)), "stores to shared memory, at most 0")
+    assert misses(simple(_hungry, 32, num_warps=1, maxnreg=24), "accesses to local memory")
+
+
+def test_cases_that_do_not_fit_their_kernel_are_named() -> None:
+    with pytest.raises(RuntimeError, match=r"unknown to the kernel \['z'\], without a type or value \['y'\]"):
+        compile_case(simple(signature={"x": "*fp32", "out": "*fp32", "z": "*fp32"}, aligned=()), 90)
+    with pytest.raises(RuntimeError, match="simple does not build for sm_90"):
+        compile_case(simple(signature={"x": "i32", "y": "*fp32", "out": "*fp32"}, aligned=()), 90)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_dequantisation_clears_its_bars(target: int) -> None:
+    """The forms that layers take; `compile_report --check` does the others."""
+    for name in ("dequantize_nf4/bf16/nested/even", "dequantize_nf4/fp16/nested/rows apart"):
+        code = compile_case(CASES[name], target)
+        assert missed_bars(CASES[name], code) == []
+        assert (code.store_bits, code.fma, code.spills) == (128, 0, 0)
+        assert code.shared_bytes == 16 * 4, "only the table"
+
+
+def test_the_bars_of_dequantisation_are_those_asked_for() -> None:
+    barred = [name for name, case in CASES.items() if case.bars.instructions_per_element == {90: 8.0}]
+    assert {name for name in barred if "fp32" not in name} == {
+        name for name in CASES if name.startswith(("dequantize_nf4/bf16", "dequantize_nf4/fp16")) and "odd" not in name
+    }
+    assert "dequantize_nf4/fp32/nested/even" in barred
+    for name in barred:
+        assert CASES[name].bars.store_bits == 128
+        assert CASES[name].bars.shared_stores == 1
+        assert CASES[name].bars.fma is False
+        assert CASES[name].targets == TARGETS
+
+
+def test_the_report_from_the_command_line(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    wanted = ["--only", "dequantize_nf4/bf16/nested/even", "--targets", "90", "--json", str(tmp_path / "report.json")]
+    command = [sys.executable, "-m", "fastprice_kernels.compile_report", "--check", *wanted]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "dequantize_nf4/bf16/nested/even" in done.stdout
+    assert "1 kernels, 1 builds, 0 bars missed" in done.stdout
+    [row] = json.loads((tmp_path / "report.json").read_text())
+    assert (row["target"], row["store_bits"], row["missed"]) == (90, 128, [])
+    assert row["instructions_per_element"] <= 8
+
+
+def test_check_fails_when_a_bar_is_missed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    strict = replace(CASES["dequantize_nf4/bf16/nested/even"], bars=Bars(instructions_per_element={90: 5.0}))
+
+    def one_build(cases: Any, targets: Any) -> Any:
+        code = compile_case(strict, 90)
+        yield code, missed_bars(strict, code)
+
+    monkeypatch.setattr(compile_report, "build_all", one_build)
+    assert compile_report.main(["--check"]) == 1
+    assert compile_report.main([]) == 0
+    assert "at most 5.0 asked" in capsys.readouterr().err
+
+
+def test_a_kernel_that_does_not_build_fails_the_report_always(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compile_report, "build_all", lambda cases, targets: [("broken", ["broken"])])
+    assert compile_report.main([]) == 1
+
+
+def test_arguments_of_the_report(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, message in ((["--targets", "91"], "there are 75, 80"), (["--only", "none such"], "no kernel has")):
+        with pytest.raises(SystemExit):
+            compile_report.main(arguments)
+        assert message in capsys.readouterr().err
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(SystemExit):
+        compile_report.main([])
+    assert "TRITON_INTERPRET is set" in capsys.readouterr().err
+
+
+def test_every_case_is_found_once() -> None:
+    found = compile_report.find_cases("nf4")
+    assert {name for _, name in found} == set(CASES)
