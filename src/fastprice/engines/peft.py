@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -26,7 +27,10 @@ class PeftEngine:
         Compute dtype: bf16 on CUDA cards that have it, fp16 on those that do not, fp32 on a CPU.
         """
         from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+        from transformers.utils import logging
 
+        if not sys.stderr.isatty():
+            logging.disable_progress_bar()
         tokenizer = load_tokenizer(base)
         folder = resolve_base(base)
         dtype = compute_dtype()

@@ -1,0 +1,155 @@
+"""`fastprice train` and what follows it, as a person runs them: files, table, report, predictions."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from fastprice.catalogue import make_catalogue
+
+Run = Callable[..., tuple[int, str, str]]
+
+QUICK = ("--set", "train.evaluations=2", "train.validation_items=32", "train.pack_tokens=1024", "model.max_tokens=96")
+
+
+@pytest.fixture(scope="module")
+def products(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A catalogue as a person's CSV: several text columns, prices as text, some rows that cannot be used."""
+    path = tmp_path_factory.mktemp("data") / "products.csv"
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["sku", "title", "details", "asking"])
+        for item in make_catalogue(240, seed=11):
+            title, _, details = item.text.partition("\n")
+            writer.writerow([item.group, title, details, f"${item.price:,.2f}"])
+        writer.writerow(["x", "a thing without a price", "", "call us"])
+        writer.writerow(["y", "a thing too dear", "", "$12,000"])
+        writer.writerow(["z", "", "", "$5"])
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(products: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of one quick run, made through the pipeline that the command calls."""
+    from rich.console import Console
+
+    from fastprice.config import read_config
+    from fastprice.pipeline import run
+
+    out = tmp_path_factory.mktemp("runs") / "first"
+    config = read_config(
+        None,
+        {
+            "data.file": str(products), "data.text": ["title", "details"], "data.price": "asking", "data.group": "sku",
+            "out": str(out), "train.evaluations": 2, "train.validation_items": 32, "train.pack_tokens": 1024,
+            "model.max_tokens": 96,
+        },
+    )  # fmt: skip
+    run(config, Console(quiet=True))
+    return out
+
+
+def test_a_run_leaves_its_files_whole(trained: Path) -> None:
+    assert sorted(path.name for path in trained.iterdir()) == [
+        "config.yaml", "model", "rejects.jsonl", "report.html", "results.json",
+    ]  # fmt: skip
+    results = json.loads((trained / "results.json").read_text())
+    names = [model["name"] for model in results["evaluation"]["models"]]
+    assert {"nano, untrained", "nano, tuned", "nano, tuned, greedy text"} <= set(names)
+    assert len(names) == 6
+    counts = results["counts"]
+    used = counts["train"] + counts["validation"] + counts["test"]
+    rejected = sum(count for name, count in counts.items() if name.startswith("rejected"))
+    assert counts["read"] == used + rejected == 243
+    assert any("loss" in point for point in results["curves"])
+    assert sum("eval_mae" in point for point in results["curves"]) == 2
+
+
+def test_no_row_vanishes(trained: Path) -> None:
+    rejects = [json.loads(line) for line in (trained / "rejects.jsonl").read_text().splitlines()]
+    reasons = {reject["row"]: reject["reason"] for reject in rejects}
+    assert {241, 242, 243} <= set(reasons)
+    assert all(reasons.values())
+
+
+def test_the_report_holds_the_table_and_the_plots(trained: Path) -> None:
+    page = (trained / "report.html").read_text(encoding="utf-8")
+    for part in ("nano, tuned", "nano, untrained", "MAE", "worst"):
+        assert part in page
+    assert "http://" not in page.replace("http://www.w3.org", "")
+    assert "https://" not in page
+
+
+def test_predict_reads_the_columns_that_train_read(
+    fastprice: Run, trained: Path, products: Path, tmp_path: Path
+) -> None:
+    for ending, read in ((".csv", pl.read_csv), (".parquet", pl.read_parquet), (".jsonl", pl.read_ndjson)):
+        out = tmp_path / f"prices{ending}"
+        status, said, _ = fastprice("predict", products, "--model", trained, "--out", out)
+        assert status == 0
+        frame = read(out)
+        assert frame.columns == ["row", "estimate", "text"]
+        assert frame.height == 242
+        assert "row 243 has no estimate: no text" in said
+        assert frame["estimate"].min() > 0
+
+
+def test_predict_says_prices_of_texts(fastprice: Run, trained: Path) -> None:
+    status, said, _ = fastprice("predict", "--model", trained, "--item", "a fine lamp", "an old [red]bike[/red]")
+    assert status == 0
+    lines = [line for line in said.splitlines() if line.startswith("$")]
+    assert len(lines) == 2
+    assert lines[1].endswith("an old [red]bike[/red]")
+
+
+def test_evaluate_scores_a_file_with_prices(fastprice: Run, trained: Path, products: Path) -> None:
+    status, said, _ = fastprice("evaluate", products, "--model", trained)
+    assert status == 0
+    assert "234 items" in said
+    assert "MAE $" in said
+
+
+def test_the_written_settings_repeat_the_run(fastprice: Run, trained: Path, tmp_path: Path) -> None:
+    out = tmp_path / "again"
+    status, said, told = fastprice("train", trained / "config.yaml", "--out", out)
+    assert status == 0, told
+    assert "tuned" in said
+    first, again = (json.loads((run / "results.json").read_text()) for run in (trained, out))
+    assert [m["scores"]["mae"] for m in first["evaluation"]["models"]] == [
+        m["scores"]["mae"] for m in again["evaluation"]["models"]
+    ]
+
+
+def test_inspect_shows_what_carries_loss(fastprice: Run, trained: Path) -> None:
+    status, said, _ = fastprice("inspect", trained / "config.yaml", "--examples", 2)
+    assert status == 0
+    assert said.count("Price is $") == 2
+    assert "carry loss" in said
+
+
+def test_the_demo_is_the_same_job_on_the_catalogue(fastprice: Run, tmp_path: Path) -> None:
+    status, said, told = fastprice("demo", "--items", 120, "--out", tmp_path / "demo")
+    assert status == 0, told
+    assert "nano, tuned" in said
+    assert (tmp_path / "demo" / "report.html").is_file()
+
+
+def test_training_on_real_parts(fastprice: Run, shared: Path, tmp_path: Path) -> None:
+    """The short form of the run in the README: the same command on a few hundred rows."""
+    data = shared / "data" / "pc_parts" / "pc_parts_2025-07-23.jsonl.gz"
+    status, said, told = fastprice(
+        "train", "--data", data, "--text", "*", "--price", "price", "--group", "category", "name", "--limit", 400,
+        "--out", tmp_path / "pc", *QUICK,
+    )  # fmt: skip
+    assert status == 0, told
+    assert "price_per_gb" in said  # left out, and told
+    text = (tmp_path / "pc" / "rejects.jsonl").read_text()
+    assert '"no price"' in text
+    results = json.loads((tmp_path / "pc" / "results.json").read_text())
+    assert results["counts"]["read"] == 66_778
+    assert results["counts"]["not drawn: data.limit"] == 15_488 - 400
