@@ -1,10 +1,30 @@
 """Triton kernels for the hot path of QLoRA, on torch and triton alone.
 
-Every function takes CPU tensors too, where it is plain PyTorch (`reference.py`), and is a `torch.library` op below.
+Every function takes CPU tensors too, where it is plain PyTorch. `python -m fastprice_kernels.compile_report` builds
+every kernel for every GPU generation, on any machine.
+
+Note that `fastprice_kernels.install` is the function; its module is reached by `from fastprice_kernels.install import`.
 """
 
 from __future__ import annotations
 
+from fastprice_kernels.decode import nf4_matmul_small
+from fastprice_kernels.install import InstallReport, install, installed, uninstall
+from fastprice_kernels.lora import Projection, lora_linear, lora_mlp, lora_projections, lora_qkv
+from fastprice_kernels.loss_head import completion_cross_entropy
 from fastprice_kernels.nf4 import dequantize_nf4
 
-__all__ = ["dequantize_nf4"]
+__all__ = [
+    "InstallReport",
+    "Projection",
+    "completion_cross_entropy",
+    "dequantize_nf4",
+    "install",
+    "installed",
+    "lora_linear",
+    "lora_mlp",
+    "lora_projections",
+    "lora_qkv",
+    "nf4_matmul_small",
+    "uninstall",
+]
