@@ -58,11 +58,15 @@ class ModelResult:
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """All models on the same items; `truths` holds the N prices of `items` in dollars, float64."""
+    """All models on the same items; `truths` holds the N prices of `items` in dollars, float64.
+
+    `confidence` is that of every interval in `results`.
+    """
 
     items: list[Item]
     truths: FloatArray
     results: list[ModelResult]
+    confidence: float = 0.95
 
     def result(self, name: str) -> ModelResult:
         """The result of the model called `name`; KeyError where there is none."""
@@ -98,7 +102,7 @@ class Evaluation:
         for result in self.results:
             remarks = [result.note] if result.note else []
             if result.unparsed:
-                remarks.append(f"no price for {result.unparsed} of {len(self.items)} items, where a fallback counts")
+                remarks.append(f"no price for {result.unparsed:,} of {len(self.items):,} items, where a fallback counts")
             if remarks:
                 lines.append(f"{result.name}: {'; '.join(remarks)}")
         return lines
@@ -111,7 +115,7 @@ class Evaluation:
 
         # Without side borders and edge padding the whole table fits a terminal of 80 columns.
         table = Table(
-            title=f"{len(self.items)} unseen items",
+            title=f"{len(self.items):,} items",
             caption="\n".join(self.footnotes()) or None,
             caption_justify="left",
             box=SIMPLE_HEAD,
@@ -137,9 +141,10 @@ class Evaluation:
         return "\n".join([*lines, *([""] if footnotes else []), *(f"- {line}" for line in footnotes)])
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON: the number of items and each model's figures, without items and guesses."""
+        """Plain values for JSON: the number of items and each model's figures; neither texts nor guesses."""
         return {
             "items": len(self.items),
+            "confidence": self.confidence,
             "models": [
                 {
                     "name": result.name,
@@ -184,7 +189,7 @@ def evaluate_all(
         )
         for name, predict in models.items()
     ]
-    return Evaluation(list(items), truths_N, results)
+    return Evaluation(list(items), truths_N, results, confidence)
 
 
 def evaluate_model(
