@@ -131,7 +131,8 @@ def _varlen_attention(
         else:
             k, v = (side.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for side in (k, v))
     borders = _borders(lengths, query.device)
-    output: Tensor = varlen_attn(q, k, v, borders, borders, max(lengths), max(lengths), **options)
+    output = varlen_attn(q, k, v, borders, borders, max(lengths), max(lengths), **options)
+    assert isinstance(output, Tensor)  # a tuple only where auxiliary outputs are asked for
     return output[None]
 
 

@@ -127,6 +127,10 @@ def predict(
     item: Annotated[list[str] | None, typer.Option("--item", metavar="TEXT...", help="Texts to price.")] = None,
     text: Text = None,
     out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="CSV, JSONL or Parquet to write.")] = None,
+    loss: Annotated[str, typer.Option(help="What the estimates make small: mae, mse, rmsle, mape or hits.")] = "mae",
+    interval: Annotated[
+        float | None, typer.Option(metavar="SHARE", help="Add low and high that hold this share, such as 0.9.")
+    ] = None,
 ) -> None:
     """Estimate prices of texts, or of every row of a file."""
     if (file is None) == (item is None):
@@ -145,14 +149,18 @@ def predict(
         check_target(out)
     estimator = _estimator(model)
     prompts = estimator.prompts(items)
-    prices = estimator.guesses(estimator.distributions(prompts))
+    distributions = estimator.distributions(prompts)
+    prices = estimator.guesses(distributions, loss)
+    bounds = None if interval is None else estimator.intervals(distributions, interval)
     cut = sum(prompt.cut > 0 for prompt in prompts)
     console = _console()
     if out is None:
-        for each, amount in zip(items, prices, strict=True):
-            console.print(f"${amount:,.0f}\t{' '.join(each.text.split())[:90]}", highlight=False, markup=False)
+        for index, (each, amount) in enumerate(zip(items, prices, strict=True)):
+            between = "" if bounds is None else f"\t${bounds[index, 0]:,.0f} to ${bounds[index, 1]:,.0f}"
+            text_shown = " ".join(each.text.split())[:90]
+            console.print(f"${amount:,.0f}{between}\t{text_shown}", highlight=False, markup=False)
     else:
-        write_predictions(out, items, prices)
+        write_predictions(out, items, prices, bounds)
         console.print(f"{len(items):,} prices written to {out}")
     if cut:
         console.print(f"{cut:,} texts were longer than {estimator.max_tokens} tokens: their ends were cut")

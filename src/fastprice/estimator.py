@@ -16,6 +16,7 @@ from sklearn.base import BaseEstimator, RegressorMixin
 
 from fastprice.engines import choose_engine
 from fastprice.errors import BaseModelError, ConfigError, DataError, NotFittedError
+from fastprice.intervals import Calibration, calibrate
 from fastprice.items import Item
 from fastprice.methods import check_method, suggested_learning_rate
 from fastprice.prompts import Prompt, encode_prompt, encode_rows
@@ -31,6 +32,7 @@ FORMAT = 1
 MANIFEST = "fastprice.json"
 ADAPTER = "adapter"
 MODEL = "model"
+CALIBRATION_ITEMS = 1000  # validation items; their own luck moves a coverage of 90 % by less than 1 % (one sigma)
 UNTRAINED_CEILING = 999.0  # dollars: the largest price that a base model is asked about before it has seen any
 # Room for the question, "Price is $" and the answer beside a text of max_tokens.
 _WRAPPER_TOKENS = 64
@@ -55,7 +57,7 @@ class PriceEstimator(RegressorMixin, BaseEstimator):  # type: ignore[misc]
 
     After `fit`: `fallback_price_` (median training price, for a text that gives no price any probability),
     `ceiling_price_` (largest training price, and the largest that is estimated), `training_`
-    (fastprice.training.TrainingResult), `cut_` (training texts that were shortened).
+    (fastprice.training.TrainingResult), `cut_` (training texts that were shortened), `calibration_` (of intervals).
     Follows scikit-learn: `get_params`, `set_params`, `clone`, `cross_val_score(estimator, items)`.
     """
 
@@ -117,6 +119,7 @@ class PriceEstimator(RegressorMixin, BaseEstimator):  # type: ignore[misc]
             seed=self.seed,
         )
         self.fallback_price_, self.ceiling_price_ = float("nan"), UNTRAINED_CEILING
+        self.calibration_: Calibration | None = None
         return self
 
     def fit(
@@ -174,6 +177,7 @@ class PriceEstimator(RegressorMixin, BaseEstimator):  # type: ignore[misc]
             del self._model  # half-trained: never to be predicted with or saved by mistake
             raise
         self._engine.for_prediction(self._model)
+        self.calibration_ = self._calibrated(validation_items)
         return self
 
     def predict(self, texts: Sequence[str] | Sequence[Item], *, loss: str = "mae") -> NDArray[np.float64]:
@@ -192,6 +196,25 @@ class PriceEstimator(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         `on_batch` is told how many texts are done. See fastprice.decoding.
         """
         return self.distributions(self.prompts(texts), on_batch=on_batch)
+
+    def predict_interval(self, texts: Sequence[str] | Sequence[Item], coverage: float = 0.9) -> NDArray[np.float64]:
+        """(low, high) in dollars for each text, float64 of shape (N, 2), that hold `coverage` of unseen prices.
+
+        The model's own intervals, widened by what they missed on the validation items (fastprice.intervals). Raises
+        DataError when `fit` had no validation items, or too few for this coverage.
+        """
+        return self.intervals(self.predict_distribution(texts), coverage)
+
+    def intervals(self, distributions: Sequence[PriceDistribution], coverage: float = 0.9) -> NDArray[np.float64]:
+        """`predict_interval` for texts whose distributions are known already."""
+        self._check_fitted()
+        if self.calibration_ is None:
+            raise DataError("intervals are calibrated on validation items, and fit had none: fit(train, validation)")
+        whole_range = (1.0, self.ceiling_price_)
+        bounds = [
+            whole_range if each.is_empty else self.calibration_.interval(each, coverage) for each in distributions
+        ]
+        return np.array(bounds, dtype=np.float64).reshape(-1, 2)
 
     def predict_greedy(self, texts: Sequence[str] | Sequence[Item]) -> NDArray[np.float64]:
         """The price that the model writes when each next token is the likeliest: the usual way, for comparison.
@@ -264,6 +287,7 @@ class PriceEstimator(RegressorMixin, BaseEstimator):  # type: ignore[misc]
                 "settings": self.get_params(),
                 "fallback_price": self.fallback_price_,
                 "ceiling_price": self.ceiling_price_,
+                "calibration": None if self.calibration_ is None else self.calibration_.as_dict(),
                 "best_step": self.training_.best_step,
                 "validation_mae": self.training_.best_mae,
             }
@@ -285,7 +309,9 @@ class PriceEstimator(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         try:
             estimator = cls(**manifest["settings"])
             fallback_price, ceiling_price = float(manifest["fallback_price"]), float(manifest["ceiling_price"])
-        except (KeyError, TypeError, ValueError) as error:
+            saved = manifest["calibration"]
+            estimator.calibration_ = None if saved is None else Calibration.from_dict(saved)
+        except (KeyError, TypeError, ValueError, DataError) as error:
             raise BaseModelError(f"{source / MANIFEST} is damaged ({error}); train again or restore it") from error
         estimator.set_params(engine=engine, **({} if base is None else {"base": base}))
         estimator._check_params()
@@ -307,6 +333,16 @@ class PriceEstimator(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         estimator.fallback_price_, estimator.ceiling_price_ = fallback_price, ceiling_price
         chosen.for_prediction(estimator._model)
         return estimator
+
+    def _calibrated(self, items: list[Item]) -> Calibration | None:
+        """How far the intervals of the trained model must be widened, from at most `CALIBRATION_ITEMS` of `items`."""
+        drawn = _draw(items, CALIBRATION_ITEMS, self.seed)
+        scored = [
+            (distribution, _price_of(item))
+            for item, distribution in zip(drawn, self.predict_distribution(drawn), strict=True)
+            if not distribution.is_empty
+        ]
+        return calibrate(*zip(*scored, strict=True)) if scored else None
 
     def _check_fitted(self) -> None:
         if not hasattr(self, "_model"):

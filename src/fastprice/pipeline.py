@@ -15,14 +15,14 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fastprice.cleaning import clean_items
 from fastprice.config import RunConfig
 from fastprice.errors import ConfigError, DataError
-from fastprice.items import Items, load_items
+from fastprice.items import Item, Items, load_items
 from fastprice.methods import check_method
 from fastprice.splitting import Split, split_items
 
@@ -164,11 +164,23 @@ def run(config: RunConfig, console: Console) -> RunResult:
         greedy = evaluate_model(
             f"{config.model.base}, tuned, greedy text", estimator.predict_greedy, split.test, fallback=median
         )
+    prepared.notes.append(_told_intervals(estimator, split.test))
     evaluation = Evaluation(list(split.test), true_prices(split.test), [*results, base, greedy, tuned])
     console.print(evaluation.table())
+    console.print(prepared.notes[-1])
     _write_results(out, config, prepared, evaluation, training.events)
     console.print(f"report: {out / REPORT}\nmodel:  {out / MODEL}")
     return RunResult(out, evaluation)
+
+
+def _told_intervals(estimator: Any, test: Sequence[Item]) -> str:
+    """One line on how many unseen prices the calibrated 90 % intervals hold, and how wide they are."""
+    bounds = estimator.predict_interval(test, coverage=0.9)
+    truths = np.array([item.price for item in test])
+    held = 100 * ((bounds[:, 0] <= truths) & (truths <= bounds[:, 1])).mean()
+    return (
+        f"90 % intervals hold {held:.1f} % of unseen prices; their median width is ${np.median(np.diff(bounds)):,.0f}"
+    )
 
 
 def _write_results(

@@ -25,13 +25,19 @@ def check_target(path: Path) -> None:
         raise ConfigError(f"--out {path}: the folder {path.parent} does not exist")
 
 
-def write_predictions(path: Path, items: Sequence[Item], prices: NDArray[np.float64]) -> None:
-    """One row an item: `row` (of the source, from 1), `estimate` (dollars) and `text`."""
+def write_predictions(
+    path: Path, items: Sequence[Item], prices: NDArray[np.float64], bounds: NDArray[np.float64] | None = None
+) -> None:
+    """One row an item: `row` (of the source, from 1), `estimate`, and with `bounds` (N, 2) `low`, `high`; `text`.
+
+    Amounts are dollars.
+    """
     import polars as pl
 
     check_target(path)
+    sides = {} if bounds is None else {"low": bounds[:, 0], "high": bounds[:, 1]}
     frame = pl.DataFrame(
-        {"row": [item.row for item in items], "estimate": prices, "text": [item.text for item in items]}
+        {"row": [item.row for item in items], "estimate": prices, **sides, "text": [item.text for item in items]}
     )
     half = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -107,6 +107,22 @@ def test_predict_says_prices_of_texts(fastprice: Run, trained: Path) -> None:
     assert lines[1].endswith("an old [red]bike[/red]")
 
 
+def test_predict_with_intervals(fastprice: Run, trained: Path, products: Path, tmp_path: Path) -> None:
+    out = tmp_path / "prices.csv"
+    status, _, told = fastprice(
+        "predict", products, "--model", trained, "--out", out, "--interval", 0.8, "--loss", "rmsle"
+    )
+    assert status == 0, told
+    frame = pl.read_csv(out)
+    assert frame.columns == ["row", "estimate", "low", "high", "text"]
+    assert (frame["low"] < frame["high"]).all()
+    status, said, _ = fastprice("predict", "--model", trained, "--item", "a lamp", "--interval", 0.8)
+    assert " to $" in said
+    status, _, told = fastprice("predict", "--model", trained, "--item", "a lamp", "--interval", 0.9999)
+    assert status == 2
+    assert "0.9999" in told
+
+
 def test_evaluate_scores_a_file_with_prices(fastprice: Run, trained: Path, products: Path) -> None:
     status, said, _ = fastprice("evaluate", products, "--model", trained)
     assert status == 0
