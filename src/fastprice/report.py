@@ -212,7 +212,9 @@ def _signed(value: float) -> str:
 def _tick(value: float, position: int | None = None) -> str:
     if value >= 1e9:
         return f"${value:.3g}"
-    return f"${value:,.0f}" if value >= 1 or value == 0 else f"${value:g}"
+    if value == round(value):
+        return f"${value:,.0f}"
+    return f"${value:,.2f}" if value >= 0.01 else f"${value:g}"
 
 
 # ---- Charts ---------------------------------------------------------------------------------------------------------

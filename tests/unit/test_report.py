@@ -151,6 +151,14 @@ def test_bands_hold_every_item_once_and_weigh_to_the_mean_error(tmp_path: Path) 
     assert (counts * errors).sum() / 500 == pytest.approx(measured.results[0].scores.mae, abs=0.01)
 
 
+def test_bands_between_cents_are_named_to_the_cent(tmp_path: Path) -> None:
+    prices = [0.2, 0.3, 2.0, 2.6, 3.0, 4.0]
+    items = [Item("x", price) for price in prices]
+    text = Page(written(tmp_path / "r.html", evaluate_all({"m": lambda texts: prices}, items, resamples=5))).text
+    for label in ("< $0.25", "$0.25–0.50", "$0.50–2.50", "≥ $2.50"):
+        assert label in text
+
+
 def test_every_item_is_a_dot_in_the_scatter(html: str) -> None:
     assert max(path.get("d", "").count("h0") for path in charts(html)[0].iter("path")) == 60
 
