@@ -207,6 +207,7 @@ def _write_results(
         settings={**config.model_dump(), "versions": _versions()},
         counts=prepared.counts(),
         notes=prepared.notes,
+        focus=evaluation.results[-1].name,
     )
 
 
