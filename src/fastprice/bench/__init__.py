@@ -23,10 +23,7 @@ def quick(out: Path, *, minutes: float = 2.8) -> str:
     from fastprice.bench.report import load_result, paste_line
     from fastprice.bench.suite import Plan, run_suite
 
-    if torch.cuda.is_available():
-        plan = Plan.quick(_memory_of_gpu())
-    else:
-        plan = Plan.for_cpu()
+    plan = Plan.quick(_memory_of_gpu()) if torch.cuda.is_available() else Plan.for_cpu()
     path = run_suite(out, minutes=minutes, plan=plan, stages=("kernels", "steps"))
     return paste_line(load_result(path))
 

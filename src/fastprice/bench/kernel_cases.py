@@ -252,9 +252,9 @@ def _loss_head(model: str, tokens: int, share: float, device: torch.device, dtyp
     hidden = torch.randn(1, tokens, shape.hidden, device=device, dtype=dtype, generator=generator, requires_grad=True)
     weight = torch.randn(shape.vocabulary, shape.hidden, device=device, dtype=dtype, generator=generator) * 0.02
     labels = torch.randint(0, shape.vocabulary, (1, tokens), device=device, generator=generator)
-    hidden_from = torch.rand(1, tokens, device=device, generator=generator) >= share
-    labels[hidden_from] = IGNORE
-    labels[:, 0] = IGNORE
+    # Position 0 is never predicted; at least one other carries a label.
+    kept = torch.randperm(tokens - 1, device=device, generator=generator)[: max(1, round(share * tokens))] + 1
+    labels = torch.full_like(labels, IGNORE).index_copy_(1, kept, labels[:, kept])
     kernel = _ours("loss_head", "completion_cross_entropy")
     shifted = F.pad(labels[:, 1:], (0, 1), value=IGNORE)[0]
 

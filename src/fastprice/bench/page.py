@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fastprice.bench.analysis import ok_rows, step_groups, summarise_steps
+from fastprice.bench.cases import MODELS
 from fastprice.bench.report import compare, comparison_table, limits_table, markdown, title
 
 __all__ = ["write_page"]
@@ -46,9 +47,7 @@ def write_page(result: Mapping[str, Any], out: Path, before: Mapping[str, Any] |
     if before is not None:
         parts.append(f"<h2>Since {html.escape(title(before))}</h2>" + _table(comparison_table(compare(before, result))))
     parts.append("<h2>Arithmetic limits (not measured)</h2>")
-    parts.append(
-        _table(limits_table(("qwen2.5-0.5b", "llama-3.2-1b", "llama-3.2-3b", "llama-3.1-8b", "llama-3.1-70b")))
-    )
+    parts.append(_table(limits_table([model for model in MODELS if model != "nano"])))
     head = f"<meta charset='utf-8'><title>fastprice benchmarks</title><style>{_STYLE}</style>"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(f"<!doctype html><html lang='en'><head>{head}</head><body>{''.join(parts)}</body></html>\n", "utf-8")

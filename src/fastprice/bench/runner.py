@@ -169,7 +169,8 @@ class Runner:
                 lines.put(line)
             lines.put(None)
 
-        threading.Thread(target=read, daemon=True).start()
+        reader = threading.Thread(target=read, daemon=True)
+        reader.start()
         end = time.monotonic() + allowed
         try:
             while True:
@@ -182,6 +183,9 @@ class Runner:
                 take(line)
         finally:
             _end(process)
+            reader.join(timeout=5)
+            if not reader.is_alive() and process.stdout is not None:  # else an escaped grandchild still holds the pipe
+                process.stdout.close()
 
     def _note(self, stage: str, text: str) -> None:
         with self._log.open("a", encoding="utf-8") as log:

@@ -69,8 +69,9 @@ class Stopwatch:
     A mark is a CUDA event, recorded without waiting for the device, or the host's clock where there is no device.
     """
 
-    def __init__(self, device: torch.device | str) -> None:
+    def __init__(self, device: torch.device | str, clock: Callable[[], float] = time.perf_counter) -> None:
         self._cuda = torch.device(device).type == "cuda"
+        self._clock = clock
         self._marks: list[Any] = []
 
     def mark(self) -> None:
@@ -79,7 +80,7 @@ class Stopwatch:
             event.record()
             self._marks.append(event)
         else:
-            self._marks.append(time.perf_counter())
+            self._marks.append(self._clock())
 
     def intervals(self) -> list[float]:
         if not self._cuda:
@@ -97,10 +98,12 @@ def interleave(
     warmup: int = 3,
     most: int = 200,
     least: int = 5,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Seconds of each function, one sample a round, for about `seconds` in all after `warmup` untimed rounds.
 
-    Between `least` and `most` rounds are run. Each function must do the same work every time it is called.
+    Between `least` and `most` rounds are run. Each function must do the same work every time it is called. `clock`
+    serves where there is no device; `time.process_time` leaves out what other programs take.
     """
     for _ in range(warmup):
         for function in functions.values():
@@ -114,7 +117,7 @@ def interleave(
             break
         for name, function in functions.items():
             flush()
-            watch = Stopwatch(device)
+            watch = Stopwatch(device, clock)
             watch.mark()
             function()
             watch.mark()
