@@ -6,13 +6,13 @@ optimiser's states made):
 
     forward      the last layer, with the activations kept of all layers before it
     loss head    forward and backward, with the activations kept of all layers
-    backward     the last layer of those that keep their activations, and the last of those recomputed, each at its start
+    backward     the last layer of those that keep their activations, and the last of those recomputed
     optimiser    its temporaries, with no activations
 
 Layers that recompute are the first ones: their turn in backward comes last, when the others have let go of theirs.
 
-Two parts are assumptions, not arithmetic, and no simulation can see them: the CUDA context (with cuBLAS's workspace) and
-the allocator's slack. `tensor_bytes` is the peak without them.
+Two parts are assumptions, not arithmetic, and no simulation can see them: the CUDA context (with cuBLAS's workspace)
+and the allocator's slack. `tensor_bytes` is the peak without them.
 
 Engines: "peft" is checked operation by operation against the real model code (docs/memory-errors.md). "fastprice" is
 PEFT's form with fused LoRA layers and an MLP that keeps gate and up alone. "unsloth" is the fused form, every layer
@@ -115,7 +115,7 @@ def estimate_memory(
     _one_of("phase", phase, ("train", "eval"))
     shape = read_shape(base)
     _whole("tokens", tokens, 1)
-    _whole("rank", rank, 1, min(shape.width, shape.key_width))
+    _whole("rank", rank, 1, shape.width)
     _whole("sequences", sequences, 1, tokens)
     _whole("streaming", streaming, 0, shape.layers)
     if streaming and method != "qlora":
@@ -156,13 +156,13 @@ def _estimate(
         0 if work.fused else 2 * (shape.layers * shape.layer_linear_weights if method == "full" else trained)
     )  # autocast keeps the bf16 copies of trained weights until the forward pass ends
     # Token and position ids and labels (8 bytes each), cosines and sines.
-    static["workspace and dequantised buffers"] = 24 * tokens + 4 * tokens * shape.head_dim
+    static[_WORKSPACE] = 24 * tokens + 4 * tokens * shape.head_dim
     if phase == "eval":
         moments = [_evaluation(shape, work, sequences if head == "completion" else tokens, copies)]
     else:
         rows = None if head == "full" else round(labelled * tokens)
         moments = _training(shape, work, recomputed, rows, engine, copies)
-        moments.append(("optimiser", {"workspace and dequantised buffers": int(temporary * trained)}))
+        moments.append(("optimiser", {_WORKSPACE: int(temporary * trained)}))
     moment, parts = max(moments, key=lambda found: sum(found[1].values()))
     breakdown = {name: static.get(name, 0) + parts.get(name, 0) for name in _NAMES}
     moving = sum(parts.values()) + static["gradients"]
@@ -171,6 +171,7 @@ def _estimate(
     return MemoryEstimate(sum(breakdown.values()), breakdown, moment)
 
 
+_WORKSPACE = "workspace and dequantised buffers"
 _NAMES = (
     "base weights (bf16)",
     "base weights (fp32)",
@@ -182,7 +183,7 @@ _NAMES = (
     "activations kept",
     "recompute peak",
     "loss head",
-    "workspace and dequantised buffers",
+    _WORKSPACE,
 )
 
 
@@ -206,25 +207,51 @@ def _weights(shape: ModelShape, method: str, streaming: int) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class _Layer:
-    """A layer's bytes: kept for its backward pass, and at the peaks of its forward and of its backward."""
+    """A layer's bytes: kept for its backward pass, and at the peaks of its passes.
+
+    again   the forward pass of a recomputation, which stops at the last tensor to be saved
+    """
 
     kept: int
     forward: Peak
+    again: Peak
     backward: Peak
 
 
+@lru_cache(maxsize=1024)
 def _play(shape: ModelShape, work: Work, *, first: bool = False) -> _Layer:
     """`first`: nothing asks for the gradient of the layer's input."""
     stream = work.stream * work.tokens * shape.width
     tape = Tape()
     x = tape.source(stream, gradient=not first)
     output = layer_forward(tape, shape, work, x)
-    forward = tape.peak
+    forward, again = tape.peak, tape.peak_at_last_save
     tape.drop(output)
     kept = tape.total
     tape.peak = Peak()
     tape.backward(output)
-    return _Layer(kept, forward, tape.peak)
+    return _Layer(kept, forward, again, tape.peak)
+
+
+@lru_cache(maxsize=1024)
+def _play_plain(shape: ModelShape, work: Work) -> Peak:
+    """The peak of a layer's forward pass of which nothing is kept."""
+    tape = Tape(record=False)
+    layer_forward(tape, shape, work, tape.source(work.stream * work.tokens * shape.width))
+    return tape.peak
+
+
+@lru_cache(maxsize=1024)
+def _play_head(shape: ModelShape, work: Work, rows: int | None, in_place: bool) -> tuple[Peak, Peak]:
+    """The peaks of the loss head's forward and backward pass."""
+    tape = Tape()
+    loss = loss_head(
+        tape, shape, work, tape.source(work.stream * work.tokens * shape.width), rows=rows, in_place=in_place
+    )
+    forward = tape.peak
+    tape.peak = Peak()
+    tape.backward(loss)
+    return forward, tape.peak
 
 
 def _training(
@@ -239,37 +266,34 @@ def _training(
     kept = inputs + max(0, keeping - 1) * layer.kept + (first.kept if keeping else 0)
     copy_share = copies * recomputed // shape.layers  # the copies that no kept layer holds itself
 
-    head = Tape()
-    loss_head(head, shape, work, head.source(stream), rows=rows, in_place=engine == "unsloth" and rows is None)
-    head_parts = {"activations kept": kept, "loss head": head.peak.total}
-    moments = [("loss head", head_parts)]
+    # The forward pass of the head runs while autocast still has the recomputed layers' copies of trained weights.
+    forward, backward = _play_head(shape, work, rows, engine == "unsloth" and rows is None)
+    moments = [
+        ("loss head", {"activations kept": kept, "loss head": peak.total, "adapters": held})
+        for peak, held in ((forward, copy_share), (backward, 0))
+    ]
 
-    plain = Tape(record=False)
-    layer_forward(plain, shape, work, plain.source(stream))
     if keeping:
-        last = first if keeping == 1 and recomputed == 0 else layer
+        last = first if keeping == shape.layers == 1 else layer
         before = kept - last.kept
-        moments.append(
-            ("forward", _split(last.forward, before + stream, "workspace and dequantised buffers", copy_share))
-        )
-        moments.append(("backward", _split(last.backward, before, "workspace and dequantised buffers", 0)))
+        # The layer's input, and the embedding's output, which the model's forward holds on to.
+        outside = stream * (2 if recomputed == 0 and keeping > 1 else 1)
+        moments.append(("forward", _split(last.forward, before + outside, _WORKSPACE, copy_share)))
+        moments.append(("backward", _split(last.backward, before, _WORKSPACE, 0)))
     else:
-        moments.append(("forward", _split(plain.peak, kept, "recompute peak", copies)))
+        moments.append(("forward", _split(_play_plain(shape, work), kept, _WORKSPACE, copies)))
     if recomputed:
-        again = max(layer.forward, layer.backward, key=lambda peak: peak.total)
-        # In the forward pass of the recomputation the gradient of the layer's output waits; in its backward it is counted.
-        waiting = stream if again is layer.forward else 0
-        parts = _split(again, inputs + waiting, "recompute peak", 0)
-        parts["recompute peak"] += parts["activations kept"] - inputs
-        parts["activations kept"] = inputs
-        moments.append(("backward", parts))
+        # While the forward pass is done again, the gradient of the layer's output waits.
+        for peak, waiting in ((layer.again, stream), (layer.backward, 0)):
+            parts = _split(peak, 0, "recompute peak", 0)
+            parts["recompute peak"] += parts["activations kept"] + waiting
+            moments.append(("backward", {**parts, "activations kept": inputs}))
     return moments
 
 
 def _split(peak: Peak, kept: int, flow: str, copies: int) -> dict[str, int]:
     parts = {"activations kept": kept + peak.parts.get("saved", 0), "adapters": peak.parts.get("copies", 0) + copies}
-    workspace = "workspace and dequantised buffers"
-    parts[workspace] = peak.parts.get("dequantised", 0)
+    parts[_WORKSPACE] = peak.parts.get("dequantised", 0)
     parts[flow] = parts.get(flow, 0) + peak.parts.get("flow", 0)
     return parts
 
@@ -279,12 +303,12 @@ def _evaluation(shape: ModelShape, work: Work, rows: int, copies: int) -> tuple[
     cache = 4 * work.tokens * shape.key_width * shape.layers
     layer = Tape(record=False)
     layer_forward(layer, shape, work, layer.source(stream), cache=True)
-    parts = _split(layer.peak, 0, "workspace and dequantised buffers", copies)
-    parts["activations kept"] = cache + stream
+    parts = _split(layer.peak, 0, _WORKSPACE, copies)
+    parts["activations kept"] = cache + 2 * stream  # the layer's input, and the embedding's output
     head = Tape(record=False)
     evaluation_head(head, shape, work, head.source(stream), rows)
-    if head.peak.total > layer.peak.total:
-        return "loss head", {"activations kept": cache + stream, "loss head": head.peak.total, "adapters": copies}
+    if head.peak.total > layer.peak.total + 2 * stream:
+        return "loss head", {"activations kept": cache, "loss head": head.peak.total, "adapters": copies}
     return "forward", parts
 
 

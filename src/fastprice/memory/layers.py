@@ -104,7 +104,7 @@ def _rms(tape: Tape, shape: ModelShape, work: Work, x: Value, width: int, rows: 
     trained = work.method == "full"
     if shape.gemma:
         # (1 + weight) in fp32, then back to the dtype of x
-        scaled = tape.apply(full, [normed], saves=[normed] if trained else [])
+        scaled = tape.apply(full, [normed], saves=[normed] if trained else [], saves_constant=True)
         tape.drop(normed)
         return scaled if source == 4 else _replaced(tape, scaled, tape.apply(source * elements, [scaled]))
     cast = tape.view(normed) if source == 4 else tape.apply(source * elements, [normed])
@@ -141,7 +141,7 @@ def _linear(tape: Tape, linear: Linear, work: Work, x: Value, x_width: int = 2) 
     up_copy = tape.hold(2 * work.rank * linear.outputs, "copies")
     up = tape.apply(result, [low], saves=[low, up_copy], trains=True, scratch_backward=6 * work.rank * linear.outputs)
     tape.drop(low, up_copy)
-    up = _replaced(tape, up, tape.apply(result, [up]))  # times alpha / r
+    up = _replaced(tape, up, tape.apply(result, [up], saves_constant=True))  # times alpha / r
     y = tape.apply(result, [base, up], passes=True)
     tape.drop(base, up)
     if work.method == "lora":
@@ -153,7 +153,8 @@ def _fused_linear(tape: Tape, linear: Linear, work: Work, x: Value) -> Value:
     """One autograd function that keeps x and the rank-r product, and no weight beyond its use."""
     buffer = dequantised(linear.weights) if work.method == "qlora" else 0
     low = tape.hold(2 * work.tokens * work.rank, "flow")
-    y = tape.apply(2 * work.tokens * linear.outputs, [x], saves=[x, low], trains=True, scratch=buffer, scratch_backward=buffer,
+    result = 2 * work.tokens * linear.outputs
+    y = tape.apply(result, [x], saves=[x, low], trains=True, scratch=buffer, scratch_backward=buffer,
                    scratch_kind="dequantised")  # fmt: skip
     tape.drop(low)
     return y
@@ -212,9 +213,8 @@ def _capped_attention(tape: Tape, shape: ModelShape, work: Work, q: Value, k: Va
         masked = tape.apply(2 * cells, [scores], saves=[inverse])
         tape.drop(inverse)
         wide = tape.apply(4 * cells, [masked])
-        tape.drop(masked)
-        weights = tape.apply(4 * cells, [wide], saves_output=True, scratch_backward=0)
-        tape.drop(wide)
+        weights = tape.apply(4 * cells, [wide], saves_output=True)
+        tape.drop(wide, masked)
         narrow = tape.apply(2 * cells, [weights])
         tape.drop(weights)
         parts.append(tape.apply(row, [narrow, values], saves=[narrow, values]))
@@ -234,10 +234,10 @@ def _mlp(tape: Tape, shape: ModelShape, work: Work, x: Value) -> Value:
         gate, up = _fused_linear(tape, gate_proj, work, x), _fused_linear(tape, up_proj, work, x)
         buffer = dequantised(down_proj.weights) if work.method == "qlora" else 0
         low = tape.hold(2 * work.tokens * work.rank, "flow")
-        product = tape.hold(inner, "flow")
+        passing = tape.hold(inner, "flow")
         y = tape.apply(2 * work.tokens * shape.width, [gate, up], saves=[gate, up, low], trains=True, scratch=buffer,
-                       scratch_backward=inner, scratch_kind="dequantised")  # fmt: skip
-        tape.drop(gate, up, low, product)
+                       scratch_backward=inner + buffer, scratch_kind="dequantised")  # fmt: skip
+        tape.drop(gate, up, low, passing)
         return y
     gate = _linear(tape, gate_proj, work, x, work.stream)
     active = tape.apply(inner, [gate], saves=[gate])
@@ -250,23 +250,24 @@ def _mlp(tape: Tape, shape: ModelShape, work: Work, x: Value) -> Value:
     return y
 
 
-def loss_head(tape: Tape, shape: ModelShape, work: Work, x: Value, *, rows: int | None, in_place: bool = False) -> None:
-    """Last norm, logits and loss, forward and backward, down to the gradient of the last layer's output.
+def loss_head(
+    tape: Tape, shape: ModelShape, work: Work, x: Value, *, rows: int | None, in_place: bool = False
+) -> Value:
+    """Last norm, logits and loss in the forward pass; gives the loss, for its backward pass.
 
     rows       positions with a label, for a loss over those alone; None: logits for all positions, in bf16, upcast to
                fp32 for the loss, and once more for the model's output
     in_place   one function that overwrites the logits with their gradient (Unsloth's cross-entropy)
     """
     hidden = _norm(tape, shape, work, x)
-    if rows is None and in_place:
+    if rows is not None:
+        return _chunked_loss(tape, shape, work, hidden, rows)
+    if in_place:
         logits = tape.apply(2 * work.tokens * shape.vocabulary, [hidden])
         loss = tape.apply(4, [logits], saves=[logits], passes=True)
         tape.drop(hidden, logits)
-        tape.backward(loss, incoming=0)
-    elif rows is None:
-        tape.backward(_full_loss(tape, shape, work, hidden), incoming=0)
-    else:
-        _chunked_loss(tape, shape, work, hidden, rows)
+        return loss
+    return _full_loss(tape, shape, work, hidden)
 
 
 def _full_loss(tape: Tape, shape: ModelShape, work: Work, hidden: Value) -> Value:
@@ -274,7 +275,7 @@ def _full_loss(tape: Tape, shape: ModelShape, work: Work, hidden: Value) -> Valu
     if work.method == "full":
         xb = tape.apply(2 * work.tokens * shape.width, [hidden])
         weight = tape.hold(2 * shape.head_weights, "copies")
-        logits = tape.apply(2 * cells, [xb], saves=[xb, weight], scratch_backward=6 * shape.head_weights)
+        logits = tape.apply(2 * cells, [xb], saves=[xb, weight], trains=True, scratch_backward=6 * shape.head_weights)
         tape.drop(xb, weight)
     else:
         logits = tape.apply(2 * cells, [hidden])
@@ -291,28 +292,32 @@ def _full_loss(tape: Tape, shape: ModelShape, work: Work, hidden: Value) -> Valu
     return loss
 
 
-def _chunked_loss(tape: Tape, shape: ModelShape, work: Work, hidden: Value, rows: int) -> None:
+def _chunked_loss(tape: Tape, shape: ModelShape, work: Work, hidden: Value, rows: int) -> Value:
     """Rows with a label in chunks, each recomputed in its own backward (TRL's chunked loss; fastprice's alike).
 
     The gathered rows are a copy of all rows, labelled ones first; each chunk's gradient comes back through a slice,
     which is as large as all rows.
     """
     gathered = tape.apply(hidden.size, [hidden])
-    tape.drop(hidden)
     chunk = min(_CHUNK, work.tokens)
-    # A chunk while it is recomputed: logits, log-probabilities, and for the entropy that TRL logs their exponential,
-    # the product and its negative, each in fp32; with a soft cap its tanh is kept too. fastprice's loss has the logits
-    # in bf16 and in fp32, and turns the latter into the gradient.
-    cell = 6 if work.fused else 24 if shape.head_softcap else 20
+    # A chunk in fp32: logits, log-probabilities, and for the entropy that TRL logs their exponential and the product of
+    # both; recomputed under a soft cap also its tanh, which is saved. fastprice's loss has the logits in bf16 and in
+    # fp32, and turns the latter into the gradient.
+    cell = (6 if work.fused else 16) * chunk * shape.vocabulary
+    again = cell + (4 * chunk * shape.vocabulary if shape.head_softcap else 0)
+    copy = []
+    if work.method == "full":
+        # The head's bf16 copy; the sum of its gradient over the chunks so far, and this chunk's in bf16 and in fp32.
+        copy = [tape.hold(2 * shape.head_weights, "copies")]
+        again = max(again + 6 * shape.head_weights, 12 * shape.head_weights + 2 * chunk * shape.vocabulary)
     losses = []
     for _ in range(max(1, -(-rows // _CHUNK))):
         part = tape.apply(chunk * shape.width * work.stream, [gathered])
-        scratch = cell * chunk * shape.vocabulary
-        losses.append(tape.apply(4, [part], scratch=scratch, scratch_backward=scratch))
+        losses.append(tape.apply(4, [part], scratch=cell, scratch_backward=again))
         tape.drop(part)
     total = tape.apply(4, losses, passes=True)
-    tape.drop(gathered)
-    tape.backward(total)
+    tape.drop(gathered, hidden, *copy)
+    return total
 
 
 def evaluation_head(tape: Tape, shape: ModelShape, work: Work, x: Value, rows: int) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 from fastprice.errors import BaseModelError, nearest_name
 
-__all__ = ["Linear", "ModelShape", "read_shape", "shipped_names"]
+__all__ = ["Linear", "ModelShape", "read_shape", "settings_of", "shipped_names"]
 
 # The kinds of decoder whose layers are described in layers.py. Gemma 2 has norms before and after each block.
 _FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2")
@@ -151,7 +151,7 @@ def read_shape(base: Any) -> ModelShape:
     name = str(base)
     shipped = _shipped_name(name)
     if shipped is not None and not Path(name).expanduser().is_dir():
-        return _from_settings(json.loads(_shipped()[shipped]), shipped)
+        return _from_settings(settings_of(shipped), shipped)
     return _from_name(name)
 
 
@@ -176,6 +176,15 @@ def _from_name(name: str) -> ModelShape:
     except (OSError, ValueError) as error:
         raise BaseModelError(f"base: {folder / 'config.json'} cannot be read as JSON: {error}") from error
     return _from_settings(settings, name)
+
+
+def settings_of(name: str) -> dict[str, Any]:
+    """The shipped configuration of that name, as the keys of its `config.json`."""
+    shipped = _shipped_name(name)
+    if shipped is None:
+        raise BaseModelError(f"base: no shape named {name!r} is shipped{nearest_name(name, shipped_names())}")
+    settings: dict[str, Any] = json.loads(_shipped()[shipped])
+    return settings
 
 
 @cache

@@ -54,12 +54,18 @@ class Peak:
 
 
 class Tape:
-    """Records operations in the forward pass (with `record`, as under autograd) and plays them back."""
+    """Records operations in the forward pass (with `record`, as under autograd) and plays them back.
+
+    peak                highest sum of live bytes so far; set it to Peak() to begin anew
+    peak_at_last_save   the same, up to the last saved tensor: where a recomputed forward pass stops early. Autograd
+                        saves an operation's inputs before it computes the output.
+    """
 
     def __init__(self, *, record: bool = True) -> None:
         self.record = record
         self.live: dict[str, int] = {}
         self.peak = Peak()
+        self.peak_at_last_save = Peak()
         self._operations: list[_Operation] = []
 
     @property
@@ -77,6 +83,7 @@ class Tape:
         *,
         saves: Sequence[Value | Buffer] = (),
         saves_output: bool = False,
+        saves_constant: bool = False,
         passes: bool = False,
         trains: bool = False,
         scratch: int = 0,
@@ -86,12 +93,15 @@ class Tape:
     ) -> Value:
         """A new tensor of `size` bytes computed from `inputs`.
 
-        saves              buffers that autograd keeps for the backward pass (only where a gradient is wanted); from then
-                           on they count as "saved". saves_output: the new tensor as well
+        saves              buffers that autograd keeps for the backward pass (only where a gradient is wanted); from
+                           then on they count as "saved"
+        saves_output       the new tensor as well; saves_constant: a weight or a number, which takes no further memory
         trains             the operation has a trainable weight, so that it has a backward whatever its inputs want
         passes             its backward hands the incoming gradient on to every input without a copy
         scratch, scratch_backward   bytes alive only while the operation runs, counted as `scratch_kind`
         """
+        if saves or saves_constant:
+            self.peak_at_last_save = self.peak
         buffer = Buffer(size, kind)
         self._take(buffer)
         if scratch:
@@ -99,6 +109,8 @@ class Tape:
             self._take(passing)
             self.drop(passing)
         wanted = tuple((value.maker, value.size) for value in inputs if value.maker is not None)
+        if saves_output:
+            self.peak_at_last_save = self.peak
         if not (wanted or trains):
             return Value(buffer, size, None)
         saved: tuple[Buffer, ...] = ()

@@ -1,0 +1,421 @@
+"""Simulates a training step's memory with the real model code, to check `estimate_memory` against.
+
+    python -m fastprice.memory.simulate --table docs/memory-errors.md     (half an hour on one CPU core)
+
+transformers' model, PEFT's adapters, TRL's loss, accelerate's autocast and PyTorch's AdamW run on fake tensors
+(`torch._subclasses.FakeTensorMode`): shapes, dtypes, autograd and lifetimes are real, the numbers are not there, so a
+70B model needs no memory. A dispatch mode adds the bytes of each new storage and takes them off when it is freed.
+Nothing of the estimate is used here, and nothing of this there.
+
+Where a CUDA device would run other code than the CPU on which this runs, a stand-in does what CUDA's would:
+
+- attention (`_Flash`): what Flash Attention saves and allocates, instead of what the CPU's does. Soft-capped scores
+  (Gemma 2) have no flash kernel with a backward; they run through fastprice's own attention as it is;
+- 4-bit layers (`_Linear4bit`): packed bytes and statistics as bitsandbytes holds them, dequantised into a temporary in
+  forward and again in backward, as its `MatMul4Bit` does on CUDA; PEFT's 4-bit layer wraps them as it wraps the real;
+- the chunked loss: TRL's own chunk function, in a loop whose length does not depend on the labels' values.
+
+What it cannot see: the CUDA context, cuBLAS's workspace, the allocator's rounding and fragmentation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import multiprocessing
+import statistics
+import warnings
+import weakref
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from accelerate.utils import convert_outputs_to_fp32
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.weak import WeakIdKeyDictionary
+from transformers import AttentionInterface
+from trl.trainer import sft_trainer
+from trl.trainer.sft_trainer import _CHUNKED_LM_HEAD_CHUNK_SIZE, _patch_chunked_ce_lm_head
+from trl.trainer.utils import entropy_from_logits
+
+from fastprice.memory.estimate import MemoryEstimate, estimate_memory
+from fastprice.memory.shapes import settings_of
+
+__all__ = ["Case", "cases", "markdown", "simulate"]
+
+MODELS = (
+    "Llama-3.2-1B", "Llama-3.2-3B", "Llama-3.1-8B", "Qwen2.5-0.5B", "Qwen2.5-7B", "gemma-2-2b", "Mistral-7B-v0.3",
+)  # fmt: skip
+
+_ATTENTION = "fastprice_simulated"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One training step: the arguments of `estimate_memory` that it is simulated and estimated with.
+
+    layers   so many layers instead of the model's own, for a quick look (None: all)
+    """
+
+    base: str
+    method: str
+    tokens: int
+    recompute: str | int
+    loss_head: str
+    sequences: int = 1
+    rank: int = 16
+    labelled: float = 1.0
+    phase: str = "train"
+    layers: int | None = None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The configuration of the model, as the keys of its `config.json`."""
+        settings = settings_of(self.base)
+        return settings if self.layers is None else {**settings, "num_hidden_layers": self.layers}
+
+    def estimate(self) -> MemoryEstimate:
+        """What `estimate_memory` says of this step."""
+        return estimate_memory(
+            self.settings, method=self.method, rank=self.rank, tokens=self.tokens, sequences=self.sequences,
+            recompute=self.recompute, loss_head=self.loss_head, labelled=self.labelled, phase=self.phase,
+        )  # fmt: skip
+
+
+class _Live(TorchDispatchMode):
+    """Bytes of all storages made while it is on, and their highest sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+        self.peak = 0
+        self._known: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        tree_map_only(Tensor, self._add, result)
+        return result
+
+    def _add(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage in self._known:
+            return
+        size = storage.nbytes()
+        self._known[storage] = size
+        self.bytes += size
+        self.peak = max(self.peak, self.bytes)
+        weakref.finalize(storage, self._freed, size)
+
+    def _freed(self, size: int) -> None:
+        self.bytes -= size
+
+
+class _Flash(torch.autograd.Function):
+    """Flash Attention 2's memory: saves q, k, v, output and logsumexp; its backward gathers dq in fp32, and dk and dv
+    for every query head before they are summed over a group. q: (1, T, H, D); k, v: (1, T, G, D)."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        output = torch.empty_like(q)
+        ctx.save_for_backward(q, k, v, output, q.new_empty(q.shape[:-1], dtype=torch.float32))
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v, _, rows = ctx.saved_tensors
+        held = [torch.empty_like(rows), torch.empty_like(q, dtype=torch.float32)]
+        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        if q.shape[2] != k.shape[2]:
+            held += [torch.empty_like(q), torch.empty_like(q)]
+        del held
+        return dq, dk, dv
+
+
+def _attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: q (B, H, T, D), k and v (B, G, T, D) -> (B, T, H, D)."""
+    from fastprice.attention import packed_attention
+
+    if options.get("softcap") is not None and module.training:
+        return packed_attention(module, query, key, value, attention_mask, **options)
+    return _Flash.apply(*(side.transpose(1, 2) for side in (query, key, value))), None
+
+
+class _Matmul4bit(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: Any, bias: Tensor | None) -> Tensor:
+        ctx.layer = layer
+        return nn.functional.linear(x, layer.dequantised(x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = gradients
+        return gradient @ ctx.layer.dequantised(gradient.dtype), None, None
+
+
+def _linear4bit(layer: nn.Linear) -> nn.Module:
+    """A stand-in for bitsandbytes' `Linear4bit` with double quantisation, on the meta device."""
+    import bitsandbytes
+
+    class _Linear4bit(bitsandbytes.nn.Linear4bit):  # type: ignore[misc]
+        def forward(self, x: Tensor) -> Tensor:
+            output: Tensor = _Matmul4bit.apply(x.to(torch.bfloat16), self, self.bias)
+            return output.to(x.dtype)
+
+        def dequantised(self, dtype: torch.dtype) -> Tensor:
+            absmax = self.absmax.to(torch.float32)
+            absmax += self.offset
+            weight = self.weight.new_empty((self.out_features, self.in_features), dtype=torch.bfloat16)
+            cast: Tensor = weight.to(dtype)
+            return cast
+
+    made = _Linear4bit(layer.in_features, layer.out_features, bias=False, compute_dtype=torch.bfloat16, device="meta")
+    count = layer.weight.numel()
+    packed = nn.Parameter(torch.empty(count // 2, 1, dtype=torch.uint8, device="meta"), requires_grad=False)
+    packed.compress_statistics, packed.quant_type = True, "nf4"  # type: ignore[attr-defined]
+    made.weight = packed
+    made.bias = layer.bias
+    blocks = -(-count // 64)
+    for name, size, dtype in (
+        ("absmax", blocks, torch.uint8),
+        ("nested_absmax", -(-blocks // 256), torch.float32),
+        ("code", 16, torch.float32),
+        ("nested_code", 256, torch.float32),
+        ("offset", 1, torch.float32),
+    ):
+        made.register_buffer(name, torch.empty(size, dtype=dtype, device="meta"))
+    return made
+
+
+def build(case: Case) -> Any:
+    """The model of the case as fastprice's stock engine makes it, with adapters, on the meta device."""
+    from peft import get_peft_model
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from fastprice.methods import lora_config
+
+    settings = case.settings
+    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
+    if case.method == "full":
+        return model.float().requires_grad_(True)
+    model.requires_grad_(False)
+    if case.method == "qlora":
+        for parent in list(model.model.modules()):
+            for name, layer in list(parent.named_children()):
+                if isinstance(layer, nn.Linear):
+                    setattr(parent, name, _linear4bit(layer))
+        model.is_loaded_in_4bit = True
+    return get_peft_model(model, lora_config(rank=case.rank, alpha=2 * case.rank, dropout=0.0))
+
+
+def simulate(case: Case) -> int:
+    """Peak bytes of all tensors in the step, in its steady state.
+
+    Training: the optimiser's states and the gradients of an earlier micro-batch are there; then a forward pass, a
+    backward pass and an optimiser step. Evaluation: the states alone; then a forward pass with a cache.
+    """
+    model = build(case)
+    with _as_on_cuda(), FakeTensorMode(allow_non_fake_inputs=True), _Live() as live:
+        _fill(model)
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer = torch.optim.AdamW(parameters, foreach=True, weight_decay=0.0)
+        optimizer.step()
+        live.peak = live.bytes
+        if case.phase == "eval":
+            optimizer.zero_grad()
+            _evaluate(model, case)
+        else:
+            _train(model, case)
+            optimizer.step()
+    peak: int = live.peak
+    return peak
+
+
+def _fill(model: nn.Module) -> None:
+    """Fake tensors on the CPU in place of the meta ones; tied weights stay tied."""
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None:
+                if id(parameter) not in made:
+                    empty = torch.empty(parameter.shape, dtype=parameter.dtype)
+                    made[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+                module._parameters[name] = made[id(parameter)]
+        for name, buffer in list(module._buffers.items()):
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+
+
+def _train(model: Any, case: Case) -> None:
+    """Forward and backward of one micro-batch, as TRL's trainer runs them: texts packed in one row, bf16 autocast."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner.set_attn_implementation(_ATTENTION)
+    model.train()
+    if case.recompute != "none":
+        inner.gradient_checkpointing_enable({"use_reentrant": False})
+        inner.enable_input_require_grads()
+        kept = inner.model.layers[case.recompute :] if isinstance(case.recompute, int) else []
+        for layer in kept:
+            layer.gradient_checkpointing = False
+    if case.loss_head == "completion":
+        _patch_chunked_ce_lm_head(inner, chunk_size=_CHUNKED_LM_HEAD_CHUNK_SIZE)
+    model.forward = convert_outputs_to_fp32(torch.autocast("cpu", torch.bfloat16)(model.forward))
+    ids = torch.zeros(1, case.tokens, dtype=torch.int64)
+    positions, labels = torch.zeros_like(ids), torch.zeros_like(ids)
+    length = -(-case.tokens // case.sequences)
+    lengths = tuple(min(length, case.tokens - start) for start in range(0, case.tokens, length))
+    with _chunks_of(round(case.labelled * case.tokens)):
+        loss = _loss(model, ids, positions, labels, lengths)
+    loss.backward()
+
+
+def _loss(model: Any, ids: Tensor, positions: Tensor, labels: Tensor, lengths: tuple[int, ...]) -> Tensor:
+    """The loss, with the metrics that TRL takes from full logits; the outputs are gone before the backward pass."""
+    outputs = model(input_ids=ids, position_ids=positions, labels=labels, pack_lengths=lengths,
+                    num_items_in_batch=ids.numel(), use_cache=False)  # fmt: skip
+    if outputs.logits is not None:
+        with torch.no_grad():
+            entropy_from_logits(outputs.logits[..., :-1, :])
+            outputs.logits[..., :-1, :].argmax(dim=-1)
+    loss: Tensor = outputs.loss
+    return loss
+
+
+def _evaluate(model: Any, case: Case) -> None:
+    """One forward pass over a batch of texts, keys and values cached, as in prediction during training."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner.set_attn_implementation(_ATTENTION)
+    model.eval()
+    model.forward = convert_outputs_to_fp32(torch.autocast("cpu", torch.bfloat16)(model.forward))
+    ids = torch.zeros(case.sequences, case.tokens // case.sequences, dtype=torch.int64)
+    with torch.no_grad():
+        model(input_ids=ids, use_cache=True, logits_to_keep=1 if case.loss_head == "completion" else 0)
+
+
+@contextmanager
+def _chunks_of(rows: int) -> Iterator[None]:
+    """TRL's chunked loss over `rows` labelled rows: its own chunk function, in a loop of known length."""
+
+    def chunked(hidden: Tensor, weight: Tensor, size: int, labels: Tensor, shift_labels: None = None,
+                num_items_in_batch: int = 1, logit_scale: float = 1.0, final_logit_softcapping: float | None = None,
+                lm_head_bias: Tensor | None = None) -> tuple[Tensor, ...]:  # fmt: skip
+        hidden = hidden[..., :-1, :].reshape(-1, hidden.size(-1))
+        labels = labels[..., 1:].reshape(-1)
+        order = (labels != -100).to(torch.int8).argsort(descending=True, stable=True)
+        hidden, labels = hidden[order], labels[order]
+        loss, correct, entropy = (hidden.new_zeros((), dtype=torch.float32) for _ in range(3))
+        for start in range(0, max(1, rows), size):
+            one, two, three = torch.utils.checkpoint.checkpoint(
+                sft_trainer._chunk, hidden[start : start + size], weight, lm_head_bias, labels[start : start + size],
+                logit_scale, final_logit_softcapping, use_reentrant=False,
+            )  # fmt: skip
+            loss, correct, entropy = loss + one, correct + two, entropy + three
+        return loss / num_items_in_batch, correct, entropy, labels.new_zeros(())
+
+    with patch.object(sft_trainer, "_chunked_cross_entropy_loss", chunked):
+        yield
+
+
+@contextmanager
+def _as_on_cuda() -> Iterator[None]:
+    """What differs between a CUDA device and the CPU: the attention, and that PEFT asks for CUDA's autocast state."""
+    AttentionInterface.register(_ATTENTION, _attention)
+    enabled = torch.is_autocast_enabled("cuda")
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        # AdamW reads its step count from a tensor, and a fake one has no value.
+        with patch("torch.optim.adam._get_value", lambda _: 1.0):
+            yield
+    finally:
+        torch.set_autocast_enabled("cuda", enabled)
+
+
+def cases() -> list[Case]:
+    """The cases of the published table: every model, precision, token count and recomputation, in texts of 512 tokens.
+
+    The loss head alternates, so that each head meets each value of the other settings.
+    """
+    made = []
+    for model in MODELS:
+        for at, (method, tokens, recompute) in enumerate(
+            itertools.product(("qlora", "lora"), (512, 2048, 8192), ("all", "none"))
+        ):
+            head = ("full", "completion")[(at + at // 2) % 2]
+            made.append(Case(model, method, tokens, recompute, head, sequences=tokens // 512))
+    return made
+
+
+def markdown(results: Sequence[tuple[Case, int, MemoryEstimate]]) -> str:
+    """The page of errors: each case with its simulated peak (bytes) and its estimate."""
+    errors = [100 * (estimate.tensor_bytes / simulated - 1) for _, simulated, estimate in results]
+    worst, lowest = max(errors, key=abs), min(errors)
+    rows = [
+        f"| {case.base} | {case.method} | {case.tokens:,} | {case.recompute} | {case.loss_head} | "
+        f"{simulated / 2**30:.3f} | {estimate.tensor_bytes / 2**30:.3f} | {error:+.2f} % | {estimate.moment} |"
+        for (case, simulated, estimate), error in zip(results, errors, strict=True)
+    ]
+    return "\n".join(
+        [
+            "# How far the memory estimate is off",
+            "",
+            "Made by `python -m fastprice.memory.simulate --table docs/memory-errors.md`; not written by hand.",
+            "",
+            f"{len(results)} training steps: **median error {statistics.median(map(abs, errors)):.2f} %, worst "
+            f"{worst:+.2f} %, furthest under {min(lowest, 0.0):+.2f} %.**",
+            "",
+            "The estimate (`fastprice.estimate_memory`) is arithmetic on a model's configuration. The simulation runs",
+            "transformers' model code, PEFT's adapters, TRL's loss, accelerate's autocast and PyTorch's AdamW on fake",
+            "tensors and adds up every storage; neither uses the other. Both count tensors: what PyTorch calls",
+            "*allocated*. The CUDA context, cuBLAS's workspace and the allocator's rounding and fragmentation are seen",
+            "by neither; `estimate_memory` adds an assumed amount for them, which no figure here speaks for, nor has",
+            "any figure here been measured on a GPU.",
+            "",
+            f"Versions: torch {torch.__version__.partition('+')[0]}, transformers {version('transformers')}, peft "
+            f"{version('peft')}, trl {version('trl')}. Rank 16 on all linear layers, adapters in fp32, bf16 autocast,",
+            "texts of 512 tokens in one packed row, AdamW's states and an earlier micro-batch's gradients present.",
+            "",
+            "Stand-ins where a CUDA device runs other code than a CPU: attention saves what Flash Attention saves;",
+            "4-bit layers hold what bitsandbytes holds and dequantise into a temporary, forward and backward.",
+            "",
+            "| model | method | tokens | recompute | loss head | simulated GiB | estimated GiB | error | peak at |",
+            "|---|---|---|---|---|---|---|---|---|",
+            *rows,
+            "",
+        ]
+    )
+
+
+def _compare(case: Case) -> tuple[Case, int, MemoryEstimate]:
+    warnings.simplefilter("ignore")
+    simulated, estimate = simulate(case), case.estimate()
+    error = 100 * (estimate.tensor_bytes / simulated - 1)
+    print(f"{case.base} {case.method} {case.tokens} {case.recompute} {case.loss_head}: {error:+.2f} %", flush=True)
+    return case, simulated, estimate
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Check the memory estimate against a simulation of the real code.")
+    parser.add_argument("--table", type=Path, required=True, metavar="FILE", help="Markdown file to write")
+    parser.add_argument("--jobs", type=int, default=1, help="processes to run at once")
+    options = parser.parse_args()
+    with ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        results = list(pool.map(_compare, cases()))
+    options.table.write_text(markdown(results), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

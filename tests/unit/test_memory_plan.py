@@ -1,0 +1,195 @@
+"""Plans: sizes as people write them, arithmetic limits, what fits, and the settings to run it."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastprice.config import read_config
+from fastprice.errors import ConfigError
+from fastprice.memory import estimate_memory, find_plan, make_plan, next_larger, parse_bytes, plan_table
+from fastprice.memory.limits import NF4_BYTES, Step, flops_per_token, known_gpu, step_seconds
+from fastprice.memory.plan import HEADROOM, table
+from fastprice.memory.shapes import read_shape
+
+GIB = 1 << 30
+LABELLED = 4 / 180
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("24GiB", 24 * GIB), ("24 GB", 24 * 10**9), ("24g", 24 * GIB), (" 8 gib ", 8 * GIB), ("512MiB", 512 << 20),
+     ("1.5TiB", 3 << 39), ("1000", 1000), ("24Gi", 24 * GIB), (".5 GiB", GIB // 2), ("1000B", 1000), (77, 77)],
+)  # fmt: skip
+def test_sizes_are_read_as_people_write_them(text: str | int, size: int) -> None:
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize(
+    "text", ["", "GiB", "24 apples", "-3GiB", "0", "0.0GiB", "24Gib2", "i", "5i", "5ib", "1e3", "٣x", 0, -1, True, 1.5]
+)
+def test_other_sizes_are_refused_in_one_line(text: Any) -> None:
+    with pytest.raises(ConfigError, match=r"^memory: ") as error:
+        parse_bytes(text)
+    assert "\n" not in str(error.value)
+
+
+@given(st.text(max_size=12))
+def test_any_text_is_a_size_or_a_config_error(text: str) -> None:
+    with suppress(ConfigError):
+        assert parse_bytes(text) >= 1
+
+
+@given(st.integers(1, 10**6), st.sampled_from(["GiB", "gib", " GiB", "g", "G"]))
+def test_whole_gibibytes_are_exact(count: int, unit: str) -> None:
+    assert parse_bytes(f"{count}{unit}") == count * GIB
+
+
+class TestLimits:
+    """The published arithmetic for Llama-3.1-8B, r=16 on all linear layers, texts of 180 tokens, 4 of the price."""
+
+    shape = read_shape("Llama-3.1-8B")
+
+    def test_operations_for_each_token(self) -> None:
+        stock = flops_per_token(self.shape, Step(4096, 32, 1.0))
+        best = flops_per_token(self.shape, Step(4096, 0, LABELLED))
+        assert round(stock / 1e9, 1) == 44.5
+        assert round(best / 1e9, 1) == 28.4
+        assert round(stock / best, 2) == 1.57
+
+    @pytest.mark.parametrize(("name", "again", "once"), [("8B", 4.7, 6.9), ("3B", 8.4, 12.0), ("1B", 14.9, 20.8)])
+    def test_share_of_the_head(self, name: str, again: float, once: float) -> None:
+        shape = read_shape("Llama-3.1-8B" if name == "8B" else f"Llama-3.2-{name}")
+        for recomputed, share in ((shape.layers, again), (0, once)):
+            full = flops_per_token(shape, Step(4096, recomputed, 1.0))
+            none = flops_per_token(shape, Step(4096, recomputed, 0.0))
+            assert 100 * (full - none) / full == pytest.approx(share, abs=0.06)
+
+    @pytest.mark.parametrize(("tokens", "floor"), [(2048, 128), (4096, 243), (8192, 474)])
+    def test_floor_of_a_step_on_an_h200(self, tokens: int, floor: int) -> None:
+        assert round(1e3 * step_seconds(self.shape, Step(tokens, 32, 1.0), known_gpu("H200"))) == floor
+
+    @pytest.mark.parametrize(
+        ("gpu", "tokens", "recomputed", "labelled", "thousands"),
+        [
+            ("H200", 2048, 32, 1.0, 16.0), ("H200", 4096, 32, 1.0, 16.8), ("H200", 8192, 32, 1.0, 17.3),
+            ("H200", 2048, 0, LABELLED, 25.1), ("H200", 4096, 0, LABELLED, 26.4), ("H200", 8192, 0, LABELLED, 27.1),
+            ("RTX 4090", 2048, 32, 1.0, 3.4), ("RTX 4090", 4096, 32, 1.0, 3.5), ("RTX 4090", 8192, 32, 1.0, 3.6),
+            ("RTX 4090", 2048, 0, LABELLED, 5.3), ("RTX 4090", 4096, 0, LABELLED, 5.5),
+            ("RTX 4090", 8192, 0, LABELLED, 5.7),
+        ],
+    )  # fmt: skip
+    def test_ceilings(self, gpu: str, tokens: int, recomputed: int, labelled: float, thousands: float) -> None:
+        step = Step(tokens, recomputed, labelled)
+        assert round(tokens / step_seconds(self.shape, step, known_gpu(gpu)) / 1e3, 1) == thousands
+
+    def test_three_dequantisation_passes_move_53_gigabytes(self) -> None:
+        weights = self.shape.layers * self.shape.layer_linear_weights
+        assert 3 * weights * (NF4_BYTES + 2) == pytest.approx(52.7e9, rel=0.001)
+
+    def test_a_70b_step_brings_71_gigabytes_over_the_bus(self) -> None:
+        shape, gpu = read_shape("Llama-3.1-70B"), known_gpu("rtx4090")
+        tiny = Step(16, 80, LABELLED, streamed=80)
+        assert step_seconds(shape, tiny, gpu) == pytest.approx(70.6e9 / 25e9, rel=0.001)
+        large = Step(4096, 80, LABELLED, streamed=80)
+        assert step_seconds(shape, large, gpu) == step_seconds(shape, Step(4096, 80, LABELLED), gpu)
+
+    def test_unknown_cards_are_told_the_nearest(self) -> None:
+        assert known_gpu("NVIDIA GeForce RTX-4090").name == "RTX 4090"
+        with pytest.raises(ConfigError, match=r"did you mean 'RTX 4090'"):
+            known_gpu("RTX 4091")
+
+
+@pytest.mark.parametrize("size", ["12GiB", "24GiB", "80GiB"])
+@pytest.mark.parametrize("engine", ["peft", "unsloth", "fastprice"])
+def test_a_plan_fits_and_recomputes_no_more_than_it_must(size: str, engine: str) -> None:
+    plan = make_plan("Llama-3.1-8B", size, engine=engine)
+    budget = parse_bytes(size) * (1 - HEADROOM)
+    options: dict[str, Any] = {
+        "tokens": plan.tokens, "sequences": plan.tokens // 180, "loss_head": "completion", "labelled": LABELLED,
+        "engine": engine,
+    }  # fmt: skip
+    assert plan.estimate == estimate_memory("Llama-3.1-8B", recompute=plan.recomputed, **options)
+    assert plan.estimate.peak_bytes <= budget
+    assert plan.tokens * plan.accumulation == 4096
+    assert plan.tokens_per_second <= plan.limit
+    if engine == "unsloth":
+        assert plan.recomputed == 32
+    elif plan.recomputed:
+        assert estimate_memory("Llama-3.1-8B", recompute=plan.recomputed - 1, **options).peak_bytes > budget
+
+
+def test_more_memory_is_never_slower() -> None:
+    speeds = [make_plan("Llama-3.2-3B", f"{size}GiB", gpu="RTX 4090").tokens_per_second for size in (8, 12, 16, 24, 48)]
+    assert speeds == sorted(speeds)
+    assert make_plan("Llama-3.2-3B", "80GiB").recomputed == 0
+
+
+def test_the_method_may_be_left_to_the_plan() -> None:
+    assert make_plan("Llama-3.2-1B", "24GiB", method="auto").method == "lora"  # no dequantisation, and it fits
+    assert make_plan("Llama-3.1-8B", "12GiB", method="auto").method == "qlora"
+
+
+def test_70b_fits_24_gib_only_streamed() -> None:
+    assert find_plan("Llama-3.1-70B", "24GiB") is None
+    plan = make_plan("Llama-3.1-70B", "24GiB", streaming=True, engine="fastprice")
+    assert plan.recomputed == plan.layers
+    assert 0 < plan.streamed < 80
+    assert plan.resident == 80 - plan.streamed
+    assert plan.estimate.peak_bytes <= 24 * GIB * (1 - HEADROOM)
+    assert "streamed from the host" in plan.summary()
+
+
+def test_what_does_not_fit_is_told_with_what_is_needed_and_what_fits() -> None:
+    with pytest.raises(
+        ConfigError, match=r"Llama-3\.1-70B does not fit in 24 GiB: the smallest plan needs .* GiB; .* fits"
+    ) as error:
+        make_plan("meta-llama/Llama-3.1-70B", "24GiB")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [({"tokens": 5}, "tokens: 5"), ({"text": 0}, "text: 0"), ({"method": "qlorra"}, "did you mean 'qlora'"),
+     ({"gpu": "H300"}, "gpu: 'H300'"), ({"rank": 0}, "rank: 0")],
+)  # fmt: skip
+def test_impossible_settings_are_told(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        make_plan("Llama-3.1-8B", "24GiB", **options)
+
+
+def test_the_yaml_is_a_config_that_only_wants_data_and_out(tmp_path: Path) -> None:
+    plan = make_plan("unsloth/Llama-3.1-8B", "16GiB", rank=32)
+    (tmp_path / "plan.yaml").write_text(plan.yaml())
+    config = read_config(tmp_path / "plan.yaml", {"data.catalogue": 100, "out": "run"})
+    assert config.model.base == "unsloth/Llama-3.1-8B"
+    assert (config.model.method, config.model.rank) == ("qlora", 32)
+    assert (config.train.pack_tokens, config.train.accumulation) == (plan.tokens, plan.accumulation)
+
+
+def test_the_next_larger_model() -> None:
+    need = next_larger("Llama-3.1-8B", "8GiB")
+    assert need is not None
+    assert need.base == "gemma-2-9b"
+    assert need.least_bytes > 8 * GIB
+    assert need.plan is None
+    assert find_plan(need.base, need.least_bytes + 1) is not None
+    assert next_larger("Qwen2.5-72B", "24GiB") is None
+
+
+def test_the_table_of_models_and_sizes() -> None:
+    sizes = ["8GiB", "24GiB"]
+    rows = plan_table(sizes, ["Qwen2.5-0.5B", "Llama-3.1-70B"])
+    assert [name for name, _ in rows] == ["Qwen2.5-0.5B", "Llama-3.1-70B"]
+    assert rows[1][1] == [None, None]
+    lines = table(rows, sizes).splitlines()
+    assert lines[0] == "| model | 8 GiB | 24 GiB |"
+    assert lines[3] == "| Llama-3.1-70B | - | - |"
+    everything = plan_table(sizes)
+    assert len(everything) > 20
+    assert all(small is None or large is not None for _, (small, large) in everything)
