@@ -8,7 +8,7 @@ GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null
 # contract tests alone.
 UNSLOTH := unsloth==2026.10.7 unsloth_zoo==2026.10.7
 
-.PHONY: demo test lint format nano clean
+.PHONY: demo test lint format gpu nano clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fastprice demo
@@ -24,6 +24,10 @@ lint: $(VENV)/.installed-dev
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Everything that a rented GPU can show in nine minutes, without network and without installing fastprice.
+gpu:
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu --minutes 9 --out benchmarks/results
 
 # Remakes the shipped nano model: about 20 minutes on one CPU thread.
 nano: $(VENV)/.installed
