@@ -42,6 +42,9 @@ Set = Annotated[
 ModelDir = Annotated[Path, typer.Option("--model", metavar="DIR", help="A run's folder, or a saved estimator.")]
 ConfigFile = Annotated[Path | None, typer.Argument(metavar="[CONFIG.yaml]", help="Settings; options override them.")]
 
+bench_app = typer.Typer(help="Measure this machine: kernels, training steps, memory.", rich_markup_mode=None)
+app.add_typer(bench_app, name="bench")
+
 _MANY_VALUES = {"--text", "--group", "--drop", "--set", "--item"}
 
 
@@ -190,6 +193,64 @@ def evaluate(
     if items.rejects:
         console.print(f"{len(items.rejects):,} rows were not used, such as row {items.rejects[0].row}: "
                       f"{items.rejects[0].reason}", highlight=False, markup=False)  # fmt: skip
+
+
+@app.command()
+def plan(
+    base: Annotated[str, typer.Option("--base", help="Shipped name, folder or hub id.")] = "unsloth/Llama-3.1-8B",
+    gpu: Annotated[str, typer.Option("--gpu", metavar="SIZE", help="Memory of the GPU, such as 24GiB.")] = "24GiB",
+    tokens: Annotated[int, typer.Option(help="Tokens of a micro-batch to aim at.")] = 4096,
+    rank: Annotated[int, typer.Option(help="Rank of the adapters.")] = 16,
+    method: Annotated[str, typer.Option(help="qlora, lora, full or auto.")] = "qlora",
+    all_: Annotated[bool, typer.Option("--all", help="A table of models and GPU sizes.")] = False,
+) -> None:
+    """How to fine-tune a model within a GPU's memory, by arithmetic on its configuration; loads no weights."""
+    from fastprice.memory import make_plan, next_larger, plan_table
+    from fastprice.memory.plan import table
+
+    console = _console()
+    if all_:
+        console.print(table(plan_table(tokens=tokens, rank=rank, method=method)), highlight=False, soft_wrap=True)
+        return
+    found = make_plan(base, gpu, tokens=tokens, rank=rank, method=method)
+    console.print(found.summary(), highlight=False)
+    larger = next_larger(base, gpu, tokens=tokens, rank=rank, method=method)
+    if larger is not None:
+        needs = f"needs at least {larger.least_bytes / 2**30:.1f} GiB"
+        fits = "which fits" if larger.plan else "which does not fit"
+        console.print(f"next larger: {larger.base} ({larger.parameters / 1e9:.2f} B) {needs}, {fits}", highlight=False)
+    if found.recomputed < found.layers:
+        console.print("this version trains with every layer recomputed: less memory than planned, and slower")
+    console.print(f"\n{found.yaml()}", highlight=False, markup=False)
+
+
+@bench_app.callback(invoke_without_command=True)
+def bench(
+    context: typer.Context,
+    quick: Annotated[bool, typer.Option("--quick", help="Under three minutes; ends with a line to paste.")] = False,
+    minutes: Annotated[float, typer.Option(help="Time for the whole suite.")] = 9.0,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for result files.")] = Path("benchmarks/results"),
+) -> None:
+    """Run the benchmarks; on a machine without a GPU they run the nano model and say CPU."""
+    if context.invoked_subcommand is not None:
+        return
+    from fastprice import bench as benchmarks
+
+    if quick:
+        print(benchmarks.quick(out))
+    else:
+        print(f"results: {benchmarks.full(out, minutes=minutes)}")
+
+
+@bench_app.command("report")
+def bench_report(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of result files.")] = Path("benchmarks/results"),
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Page with plots to write.")] = None,
+) -> None:
+    """Tables of the newest result, compared with the one before it, and a page with plots."""
+    from fastprice import bench as benchmarks
+
+    print(benchmarks.report(folder, out))
 
 
 @app.command()

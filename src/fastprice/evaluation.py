@@ -102,7 +102,8 @@ class Evaluation:
         for result in self.results:
             remarks = [result.note] if result.note else []
             if result.unparsed:
-                remarks.append(f"no price for {result.unparsed:,} of {len(self.items):,} items, where a fallback counts")
+                of = f"{result.unparsed:,} of {len(self.items):,}"
+                remarks.append(f"no price for {of} items, where a fallback counts")
             if remarks:
                 lines.append(f"{result.name}: {'; '.join(remarks)}")
         return lines
