@@ -80,6 +80,8 @@ def test_peers_agree_and_are_counted_alike(folder: str, work: Work) -> None:
     assert 120 <= rows["trl-padded"]["tokens_per_step"] <= 512
     assert rows["trl-padded"]["settings"]["per_device_train_batch_size"] == "2"
     assert rows["trl-packed"]["settings"]["packing"] == "True"
+    assert "lora" in rows["peft"]["settings"]["installed"]
+    assert "installed" not in rows["peft-off"]["settings"]
     whole = [{"stage": "steps", "case": step(peer, folder), **row} for peer, row in rows.items()]
     entries = {entry["peer"]: entry for entry in summarise_steps(whole, {})}
     assert entries["trl-packed"]["ratio"]["of"] == "peft"

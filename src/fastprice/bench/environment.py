@@ -71,7 +71,11 @@ def settings_that_spoil() -> list[str]:
     """What `fastprice doctor` warns of, in words: a lowered power limit, memory in use, missing packages."""
     from fastprice.doctor import examine
 
-    return [f"{finding.what} ({finding.remedy})" for finding in examine() if finding.level != "ok"]
+    try:
+        findings = examine()
+    except PackageNotFoundError as error:  # a checkout on PYTHONPATH has no package metadata
+        return [f"fastprice doctor could not look: {error}"]
+    return [f"{finding.what} ({finding.remedy})" for finding in findings if finding.level != "ok"]
 
 
 def measure_limits(device: torch.device | str, seconds: float = 2.0) -> dict[str, Any]:

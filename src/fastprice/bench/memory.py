@@ -12,7 +12,7 @@ __all__ = ["estimated", "largest", "streamed"]
 # and the padding of padded batches is no part of the tokens a row reports.
 _DESCRIBED: dict[str, dict[str, Any]] = {
     "trl-packed": {"engine": "peft", "recompute": "all", "loss_head": "completion"},
-    "peft-off": {"engine": "peft", "recompute": "all", "loss_head": "full"},
+    "peft-off": {"engine": "peft", "recompute": "all", "loss_head": "completion"},
     "peft": {"engine": "fastprice", "recompute": "all", "loss_head": "completion"},
     "unsloth": {"engine": "unsloth", "recompute": "all", "loss_head": "full"},
 }

@@ -15,10 +15,10 @@ adapters, by which analysis.py holds peers against each other; then it times ste
 
 from __future__ import annotations
 
-import inspect
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
@@ -176,16 +176,9 @@ def _run_fastprice(
 
     from fastprice import training
 
-    options: dict[str, Any] = {}
     mode = "off" if peer == "peft-off" else "on"
-    if "kernels" in inspect.signature(training.train).parameters:
-        options["kernels"] = mode
-    elif mode == "on":
-        from fastprice_kernels.install import install
-
-        settings["installed"] = str(install(model))
     settings |= {"engine": engine.name, "kernels": mode, "pack_tokens": tokens}
-    with probe.watching(SFTTrainer):
+    with probe.watching(SFTTrainer), _told_what_is_installed(settings):
         training.train(
             engine,
             model,
@@ -199,8 +192,26 @@ def _run_fastprice(
             evaluations=0,
             warmup=0.0,
             seed=0,
-            **options,
+            kernels=mode,
         )
+
+
+@contextmanager
+def _told_what_is_installed(settings: dict[str, Any]) -> Iterator[None]:
+    """Keeps what the kernels' `install` says it replaced, so that no row claims kernels that stayed out."""
+    module: Any = import_module("fastprice_kernels.install")  # the package exports a function of that name
+    original = module.install
+
+    def install(*arguments: Any, **options: Any) -> Any:
+        report = original(*arguments, **options)
+        settings["installed"] = str(report)
+        return report
+
+    module.install = install
+    try:
+        yield
+    finally:
+        module.install = original
 
 
 def _sft_config(output: str, tokens: int, chosen: dict[str, Any]) -> Any:
