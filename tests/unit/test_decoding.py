@@ -192,7 +192,7 @@ def test_any_highest_price(max_price: int) -> None:
         )
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 30), min_size=1, max_size=7),
     start=st.integers(0, 1),
