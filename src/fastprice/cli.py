@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fastprice import __version__
-from fastprice.errors import ConfigError, FastpriceError
+from fastprice.errors import BaseModelError, ConfigError, FastpriceError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -136,6 +136,7 @@ def predict(
     ] = None,
 ) -> None:
     """Estimate prices of texts, or of every row of a file."""
+    _saved(model)
     if (file is None) == (item is None):
         raise ConfigError("predict: give either a FILE or texts with --item 'some text'")
     if item is not None:
@@ -179,6 +180,7 @@ def evaluate(
     price: Price = None,
 ) -> None:
     """Score a saved model on the priced rows of a file."""
+    _saved(model)
     items = _load(file, model, text, price=price or _columns(model).get("price") or "price")
 
     from fastprice.cleaning import clean_items
@@ -355,9 +357,19 @@ def _load(file: Path, model: Path, text: list[str] | None, *, price: str | None)
 
 def _estimator(model: Path) -> Any:
     from fastprice.estimator import PriceEstimator
-    from fastprice.pipeline import MODEL
 
-    return PriceEstimator.load(model / MODEL if (model / MODEL / "fastprice.json").is_file() else model)
+    return PriceEstimator.load(_saved(model))
+
+
+def _saved(model: Path) -> Path:
+    """The folder of the saved estimator: `model`, or the one in a run's folder. Asked before any file is read."""
+    for folder in (model / "model", model):
+        if (folder / "fastprice.json").is_file():
+            return folder
+    raise BaseModelError(
+        f"--model {model}: neither a run's folder nor a saved estimator (no fastprice.json); "
+        "name the folder that --out or save() made"
+    )
 
 
 def _console() -> Console:

@@ -124,12 +124,21 @@ def test_a_folder_that_no_run_wrote_is_left_alone(fastprice: Run, products: Path
 def test_predict_and_evaluate_name_what_is_wrong_with_their_arguments(
     fastprice: Run, products: Path, tmp_path: Path
 ) -> None:
-    refused(fastprice("predict", "--model", tmp_path, "--item", "a lamp"), "fastprice.json")
+    nowhere = tmp_path / "nowhere"
+    refused(fastprice("predict", "--model", nowhere, "--item", "a lamp"), "nowhere", "fastprice.json")
+    refused(fastprice("evaluate", products, "--model", nowhere, "--text", "title"), "nowhere", "fastprice.json")
+    (tmp_path / "fastprice.json").write_text("{}")
     refused(fastprice("predict", "--model", tmp_path), "--item")
-    refused(
-        fastprice("predict", products, "--model", tmp_path, "--text", "title", "--out", tmp_path / "x.doc"), ".parquet"
-    )
-    refused(fastprice("evaluate", products, "--model", tmp_path, "--text", "title", "--price", "pirce"), "pirce")
+    refused(fastprice("predict", "--model", tmp_path, "--item", "a lamp"), "format None")
+    target = tmp_path / "x.doc"
+    refused(fastprice("predict", products, "--model", tmp_path, "--text", "title", "--out", target), ".parquet")
+    refused(fastprice("evaluate", products, "--model", tmp_path, "--text", "title", "--price", "cots"), "cots", "cost")
+
+
+def test_data_in_the_place_of_settings(fastprice: Run, tmp_path: Path) -> None:
+    path = tmp_path / "items.jsonl.gz"
+    path.write_bytes(gzip.compress(b"{}"))
+    refused(fastprice("train", path), "items.jsonl.gz", "--data")
 
 
 def test_a_traceback_only_under_debug(fastprice: Run, tmp_path: Path) -> None:
