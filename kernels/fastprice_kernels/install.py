@@ -291,7 +291,7 @@ def _install_head(model: nn.Module, made: _Installation) -> None:
             rows = True
         else:
             made.report.kept[f"{name}, last layer"] = f"the last layer: {trouble}"
-    head = heads.Head(causal.__dict__.get("forward"), rows, *heads.logit_transform(causal))
+    head = heads.Head(causal.__dict__.get("forward"), rows, *heads.logit_transform(causal), heads.output_class())
     _replace(made, name, causal, heads.head_forward(type(causal)), head, "completion_cross_entropy")
 
 
@@ -340,7 +340,9 @@ def _linear_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
 def _shared_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     patch: _Patch = self.__dict__[PATCH]
     me = patch.siblings.index(self)
-    key = (x._version, torch.is_grad_enabled(), torch.is_autocast_enabled(x.device.type))
+    # Compiled code makes a graph break of every question about a version counter.
+    version = 0 if torch.compiler.is_compiling() else x._version
+    key = (version, torch.is_grad_enabled(), torch.is_autocast_enabled(x.device.type))
     pending = patch.pending
     if pending is not None and pending.x is x and pending.key == key and me in pending.results:
         y = pending.results.pop(me)

@@ -37,12 +37,14 @@ _LOSS_ARGUMENTS = ("labels", "shift_labels", "num_items_in_batch", "logits_to_ke
 
 @dataclass(frozen=True)
 class Head:
-    """Beside a causal model's replaced forward: the one before, whether the last layer takes rows, cap and scale."""
+    """Beside a causal model's replaced forward: the one before, whether the last layer takes rows, cap and scale of the
+    logits, and what the forward returns."""
 
     previous: Callable[..., Any] | None
     rows: bool
     softcap: float | None
     scale: float
+    output: type[Any]
 
 
 def head_trouble(causal: Any) -> str | None:
@@ -115,7 +117,8 @@ def _run_with_logits(causal: Any, decoder: nn.Module, head: nn.Linear, logits: T
 
 
 @functools.cache
-def _output_class() -> type[Any]:
+def output_class() -> type[Any]:
+    """A `CausalLMOutputWithPast` that carries what the loss head knows besides."""
     from transformers.modeling_outputs import CausalLMOutputWithPast  # the model at hand is one of transformers'
 
     @dataclass
@@ -155,18 +158,16 @@ def _forward_with_loss(self: Any, patch: Head, kwargs: dict[str, Any]) -> Any:
     shift = shifted is None
     labels = (labels if shift else shifted).to(head.weight.device)
     wants_states = kwargs.get("output_hidden_states", getattr(self.config, "output_hidden_states", False))
-    rows = labelled_positions(labels, ignore_index=ignore, shift=shift)
-    if patch.rows and not wants_states and rows.numel():
-        kwargs[_ROWS] = rows
+    if patch.rows and not wants_states:
+        rows = labelled_positions(labels, ignore_index=ignore, shift=shift)
+        if rows.numel():
+            kwargs[_ROWS] = rows
     outputs = getattr(self, self.base_model_prefix)(**kwargs)
-    hidden = outputs.last_hidden_state
-    positions: Tensor | None = rows
     if _ROWS in kwargs:
-        if shift:
-            rows = rows + 1  # the label that a position predicts; never in the next row of the batch
-        labels, shift, positions = labels.reshape(-1)[rows][None], False, None
+        # The label that a position predicts is the next one, which is never in the next row of the batch.
+        labels, shift = labels.reshape(-1)[rows + int(shift)][None], False
     loss, statistics = completion_cross_entropy_with_statistics(
-        hidden,
+        outputs.last_hidden_state,
         head.weight,
         labels,
         bias=head.bias,
@@ -175,9 +176,8 @@ def _forward_with_loss(self: Any, patch: Head, kwargs: dict[str, Any]) -> Any:
         softcap=patch.softcap,
         logit_scale=patch.scale,
         shift=shift,
-        positions=positions,
     )
-    return _output_class()(
+    return patch.output(
         loss=loss,
         logits=None,
         past_key_values=outputs.past_key_values,

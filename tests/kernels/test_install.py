@@ -599,6 +599,16 @@ def test_modules_are_told_by_what_they_do():
         assert _layers.activation_of(SimpleNamespace(act_fn=activations[name])) == kind, name
 
 
+@pytest.mark.filterwarnings("ignore")  # of the compiler's own
+def test_a_model_with_kernels_compiles_into_one_graph(monkeypatch):
+    monkeypatch.setitem(COMMON, "num_hidden_layers", 1)
+    model = make()
+    want = gradients(model)
+    install(model, loss_head=True)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    assert_close(gradients(compiled), want, 2e-5)
+
+
 def test_report_counts():
     report = InstallReport({"a": "lora_mlp", "b": "lora_mlp"}, {"c": "LoRA dropout of 0.1"})
     assert str(report) == "2 x lora_mlp\n1 x stock: LoRA dropout of 0.1"
