@@ -135,7 +135,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         near = nearest_name(path.name, (other.name for other in path.parent.glob("*.y*ml")))
         raise ConfigError(f"{path}: there is no such config file{near}") from error
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read as text ({error}); a config is a YAML file, data goes with --data") from error
+        raise ConfigError(
+            f"{path}: cannot be read as text ({error}); a config is a YAML file, data goes with --data"
+        ) from error
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""

@@ -33,6 +33,7 @@ MANIFEST = "fastprice.json"
 ADAPTER = "adapter"
 MODEL = "model"
 CALIBRATION_ITEMS = 1000  # validation items; their own luck moves a coverage of 90 % by less than 1 % (one sigma)
+CHUNK = 4096  # texts whose distributions are held at once, about 16 KB each
 UNTRAINED_CEILING = 999.0  # dollars: the largest price that a base model is asked about before it has seen any
 # Room for the question, "Price is $" and the answer beside a text of max_tokens.
 _WRAPPER_TOKENS = 64
@@ -185,17 +186,29 @@ class PriceEstimator(RegressorMixin, BaseEstimator):  # type: ignore[misc]
 
         loss  what the guesses should make small: "mae" (the median of each text's distribution), "mse" (its mean),
               "rmsle", "mape", "hits"; ConfigError names the known ones
+
+        On the unsloth engine, whose models give no distribution here, it is the greedy text, whatever the loss.
         """
-        return self.guesses(self.predict_distribution(texts), loss)
+        self._check_fitted()
+        if not self._engine.reads_distributions:
+            prices = self.predict_greedy(texts)
+            return np.where(np.isnan(prices), self.fallback_price_, prices)
+        prompts = self.prompts(texts)
+        parts = [
+            self.guesses(self.distributions(prompts[start : start + CHUNK]), loss)
+            for start in range(0, len(prompts), CHUNK)
+        ]
+        return np.concatenate([np.empty(0), *parts])
 
     def predict_distribution(
         self, texts: Sequence[str] | Sequence[Item], *, on_batch: Callable[[int], None] | None = None
     ) -> list[PriceDistribution]:
         """p(price | text) over whole dollars from 1 to `ceiling_price_`, from the model's own next-token probabilities.
 
-        `on_batch` is told how many texts are done. See fastprice.decoding.
+        Within 1e-4 of each exact probability; `predict` and `predict_interval` walk fewer (fastprice.decoding).
+        `on_batch` is told how many texts are done. Raises ConfigError on the unsloth engine: load with engine="peft".
         """
-        return self.distributions(self.prompts(texts), on_batch=on_batch)
+        return self.distributions(self.prompts(texts), tolerance=1e-4, on_batch=on_batch)
 
     def predict_interval(self, texts: Sequence[str] | Sequence[Item], coverage: float = 0.9) -> NDArray[np.float64]:
         """(low, high) in dollars for each text, float64 of shape (N, 2), that hold `coverage` of unseen prices.
@@ -203,7 +216,7 @@ class PriceEstimator(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         The model's own intervals, widened by what they missed on the validation items (fastprice.intervals). Raises
         DataError when `fit` had no validation items, or too few for this coverage.
         """
-        return self.intervals(self.predict_distribution(texts), coverage)
+        return self.intervals(self.distributions(self.prompts(texts)), coverage)
 
     def intervals(self, distributions: Sequence[PriceDistribution], coverage: float = 0.9) -> NDArray[np.float64]:
         """`predict_interval` for texts whose distributions are known already."""
@@ -235,18 +248,25 @@ class PriceEstimator(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         return [encode_prompt(self._tokenizer, _text_of(text), self.max_tokens) for text in texts]
 
     def distributions(
-        self, prompts: Sequence[Prompt], *, on_batch: Callable[[int], None] | None = None
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        tolerance: float | None = None,
+        on_batch: Callable[[int], None] | None = None,
     ) -> list[PriceDistribution]:
-        """`predict_distribution` for texts that are prompts already."""
-        from fastprice.decoding import price_distributions
+        """The distributions of texts that are prompts already; `tolerance` None: what a point estimate needs."""
+        from fastprice.decoding import QUICK, price_distributions
 
         self._check_fitted()
+        if not self._engine.reads_distributions:
+            raise ConfigError(f"engine: {self._engine.name} gives no distributions; save, then load with engine='peft'")
         self._engine.for_prediction(self._model)
         return price_distributions(
             self._model,
             self._tokenizer,
             [prompt.ids for prompt in prompts],
             max_price=max(1, round(self.ceiling_price_)),
+            tolerance=QUICK if tolerance is None else tolerance,
             batch_size=self.batch_size,
             on_batch=on_batch,
         )
@@ -298,8 +318,8 @@ class PriceEstimator(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         return target
 
     @classmethod
-    def load(cls, folder: str | os.PathLike[str], *, base: str | None = None, engine: str = "auto") -> PriceEstimator:
-        """The estimator saved in `folder`, ready to predict.
+    def load(cls, folder: str | os.PathLike[str], *, base: str | None = None, engine: str = "peft") -> PriceEstimator:
+        """The estimator saved in `folder`, ready to predict: by stock transformers, which gives distributions.
 
         `base` says where the base model is now, when it is no longer where it was at training. Raises BaseModelError
         when the folder or its base cannot be read.
@@ -336,10 +356,12 @@ class PriceEstimator(RegressorMixin, BaseEstimator):  # type: ignore[misc]
 
     def _calibrated(self, items: list[Item]) -> Calibration | None:
         """How far the intervals of the trained model must be widened, from at most `CALIBRATION_ITEMS` of `items`."""
+        if not self._engine.reads_distributions:
+            return None
         drawn = _draw(items, CALIBRATION_ITEMS, self.seed)
         scored = [
             (distribution, _price_of(item))
-            for item, distribution in zip(drawn, self.predict_distribution(drawn), strict=True)
+            for item, distribution in zip(drawn, self.distributions(self.prompts(drawn)), strict=True)
             if not distribution.is_empty
         ]
         return calibrate(*zip(*scored, strict=True)) if scored else None

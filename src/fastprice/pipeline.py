@@ -177,7 +177,7 @@ def _told_intervals(estimator: Any, test: Sequence[Item]) -> str:
     """One line on how many unseen prices the calibrated 90 % intervals hold, and how wide they are."""
     calibration = estimator.calibration_
     if calibration is None or calibration.max_coverage < 0.9:
-        return "90 % intervals need at least 9 validation items with an estimate; there were fewer"
+        return "no 90 % intervals: they need at least 9 validation items and an engine that gives distributions (peft)"
     bounds = estimator.predict_interval(test, coverage=0.9)
     truths = np.array([item.price for item in test])
     held = 100 * ((bounds[:, 0] <= truths) & (truths <= bounds[:, 1])).mean()
