@@ -44,6 +44,7 @@ from fastprice_kernels.lora import Projection, lora_mlp, lora_projections
 __all__ = ["InstallReport", "install", "installed", "uninstall"]
 
 _INSTALLATION = "_fastprice_installation"
+_ACCELERATE = "_original_forward"  # where accelerate keeps the forward that it wraps
 _DECODE_ROWS = 16
 _QKV = ("q_proj", "k_proj", "v_proj")
 _MLP = ("gate_proj", "up_proj", "down_proj")
@@ -165,12 +166,15 @@ def uninstall(model: nn.Module) -> None:
     if made is None:
         return
     for module, _, ours in made.forwards:
-        if module.__dict__.get("forward") is not ours:
+        if ours not in (module.__dict__.get("forward"), module.__dict__.get(_ACCELERATE)):
             raise RuntimeError(f"the forward of a {type(module).__name__} was replaced after install: undo that first")
-    for module, previous, _ in made.forwards:
-        del module.__dict__["forward"], module.__dict__[PATCH]
-        if previous is not None:
-            module.__dict__["forward"] = previous
+    for module, previous, ours in made.forwards:
+        del module.__dict__[PATCH]
+        # Accelerate wraps a model's forward for good; its wrapper then finds no patch and runs the stock forward.
+        slot = "forward" if module.__dict__["forward"] == ours else _ACCELERATE
+        del module.__dict__[slot]
+        if previous is not None or slot == _ACCELERATE:
+            module.__dict__[slot] = previous or MethodType(type(module).forward, module)
     for module in made.spared:
         module.support_avx512bf16_for_cpu = True  # type: ignore[assignment]
     if made.unsloth:

@@ -139,7 +139,9 @@ def head_forward(kind: type[nn.Module]) -> Callable[..., Any]:
 
     @functools.wraps(stock)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        patch: Head = self.__dict__[PATCH]
+        patch: Head | None = self.__dict__.get(PATCH)
+        if patch is None:  # uninstalled, but still inside accelerate's wrapper
+            return stock(self, *args, **kwargs)
         kwargs.update(zip(names, args, strict=False))
         labelled = kwargs.get("labels") is not None or kwargs.get("shift_labels") is not None
         keep = kwargs.get("logits_to_keep", 0)

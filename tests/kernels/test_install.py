@@ -563,6 +563,24 @@ def test_a_trl_loss_is_taken_over_and_given_back():
     assert causal.__dict__["forward"] is chunked
 
 
+def test_a_full_fine_tuning_that_accelerate_wraps():
+    """Accelerate puts autocast around our forward; taking ours out leaves its wrapper, on stock code."""
+    accelerate = pytest.importorskip("accelerate")
+    torch.manual_seed(0)
+    plain = transformers.AutoModelForCausalLM.from_config(CONFIGS["llama"]())
+    accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
+    reference = accelerator.prepare_model(copy.deepcopy(plain))
+    want = gradients(reference)
+    report = install(plain, loss_head=True, last_layer=True)
+    assert set(report.replaced.values()) == {"completion_cross_entropy", "last layer at labelled positions"}
+    wrapped = accelerator.prepare_model(plain)
+    assert_close(gradients(wrapped), want, 5e-2)
+    assert wrapped(**batch()).logits is None
+    uninstall(plain)
+    assert all(torch.equal(a, b) for a, b in zip(gradients(wrapped), want, strict=True))
+    assert wrapped(**batch()).logits is not None
+
+
 def test_plain_four_bit_models_without_adapters():
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(CONFIGS["llama"]())
