@@ -11,6 +11,7 @@ the nano model, and everything it writes says CPU.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 __all__ = ["full", "quick", "report"]
@@ -23,7 +24,10 @@ def quick(out: Path, *, minutes: float = 2.8) -> str:
     from fastprice.bench.report import load_result, paste_line
     from fastprice.bench.suite import Plan, run_suite
 
-    plan = Plan.quick(_memory_of_gpu()) if torch.cuda.is_available() else Plan.for_cpu()
+    if torch.cuda.is_available():
+        plan = Plan.quick(_memory_of_gpu())
+    else:
+        plan = replace(Plan.for_cpu(), peers=("peft", "trl-packed"), families=("dequantize",))
     path = run_suite(out, minutes=minutes, plan=plan, stages=("kernels", "steps"))
     return paste_line(load_result(path))
 

@@ -54,6 +54,8 @@ def step_groups(rows: Iterable[Row]) -> dict[tuple[str, int, int, int], dict[str
     groups: dict[tuple[str, int, int, int], dict[str, list[Row]]] = {}
     for row in ok_rows(rows, "step"):
         case = row["case"]
+        if row["stage"] == "fit":
+            continue  # two steps, to see whether they fit at all
         key = (case["model"], case["tokens"], case["rank"], case.get("cap_bytes") or 0)
         groups.setdefault(key, {}).setdefault(row["peer"], []).append(row)
     return groups

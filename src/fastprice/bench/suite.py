@@ -22,7 +22,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -135,28 +135,28 @@ class _Run:
     plan: Plan
     scratch: Path
     root: Path | None
+    folders: dict[str, str | None] = field(default_factory=dict)
 
     def measure(self, stage: str, case: Mapping[str, Any], *, timeout: float) -> list[dict[str, Any]]:
         return self.runner.measure(stage, case, timeout=self.plan.patience * timeout)
 
     def folder(self, model: str) -> str | None:
         """The folder of `model`, made by a worker when it is first asked for; None where that failed."""
+        if model not in self.folders:
+            self.folders[model] = self._make(model)
+        return self.folders[model]
+
+    def _make(self, model: str) -> str | None:
         folder = self.scratch / model
-        if folder.is_dir():
-            return str(folder) if (folder / "tokenizer.json").is_file() else None
         needed = _folder_bytes(model)
         free = shutil.disk_usage(self.scratch).free
         case = {"kind": "folder", "model": model, "folder": str(folder)}
         if free < 1.1 * needed:
             reason = f"{needed / GIB:.1f} GiB are needed for its weights, {free / GIB:.1f} GiB are free"
             self.runner.add("folder", case, {"status": "skipped", "reason": reason})
-            folder.mkdir()
             return None
         rows = self.measure("folder", case, timeout=60 + 4 * needed / GIB)
-        if rows[-1]["status"] != "ok":
-            folder.mkdir(exist_ok=True)
-            return None
-        return str(folder)
+        return str(folder) if rows[-1]["status"] == "ok" else None
 
     def step(self, stage: str, peer: str, model: str, **changed: Any) -> dict[str, Any] | None:
         """One run of training steps; its row, or None without a folder."""
@@ -278,7 +278,8 @@ def _steps(run: _Run) -> None:
 
 
 def _memory(run: _Run) -> None:
-    measured = {(row["case"]["model"], row["peer"]): row for row in ok_rows(run.runner.rows, "step")}
+    rows = [row for row in ok_rows(run.runner.rows, "step") if row["stage"] != "fit"]
+    measured = {(row["case"]["model"], row["peer"]): row for row in rows}
     steps = [
         {
             "model": model,
