@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from fastprice.cleaning import clean_items
     from fastprice.estimator import PriceEstimator
     from fastprice.items import Item, Items, load_items
+    from fastprice.memory import MemoryEstimate, estimate_memory
     from fastprice.metrics import Scores, score
     from fastprice.money import parse_price
     from fastprice.splitting import split_items
@@ -31,9 +32,11 @@ __version__ = "0.1.0"
 _HOME = {
     "Item": "items",
     "Items": "items",
+    "MemoryEstimate": "memory",
     "PriceEstimator": "estimator",
     "Scores": "metrics",
     "clean_items": "cleaning",
+    "estimate_memory": "memory",
     "load_items": "items",
     "parse_price": "money",
     "score": "metrics",
@@ -47,6 +50,7 @@ __all__ = [
     "FastpriceError",
     "Item",
     "Items",
+    "MemoryEstimate",
     "MissingDependencyError",
     "NotFittedError",
     "PriceEstimator",
@@ -54,6 +58,7 @@ __all__ = [
     "TrainingError",
     "__version__",
     "clean_items",
+    "estimate_memory",
     "load_items",
     "parse_price",
     "score",
