@@ -460,7 +460,7 @@ def completion_cross_entropy_with_statistics(
         hidden, head_weight = hidden.to(dtype), head_weight.to(dtype)
     _check(hidden, head_weight, labels, bias, reduction, softcap, chunk)
     width = hidden.shape[-1]
-    flat_labels = _shifted(labels, ignore_index, shift)
+    flat_labels = _shifted(labels.long(), ignore_index, shift)
     total, statistics = _SumOverLabels.apply(
         hidden.reshape(-1, width),
         head_weight,
@@ -474,7 +474,12 @@ def completion_cross_entropy_with_statistics(
     )
     labelled, correct, entropy = statistics.unbind()
     if num_items is not None:
-        total = total / (num_items.to(total.device) if isinstance(num_items, Tensor) else num_items)
+        # No label in the whole batch: 0, not 0 / 0.
+        if isinstance(num_items, Tensor):
+            items = num_items.to(total.device, total.dtype)
+            total = total / items.where(items != 0, 1)
+        else:
+            total = total / (num_items or 1)
     elif reduction == "mean":
         total = total / labelled.clamp(min=1)
     return total, LossStatistics(labelled, correct, entropy)

@@ -117,7 +117,9 @@ def test_shapes(shape):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("options", [{}, {"reduction": "sum"}, {"num_items": 5}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"reduction": "sum"}, {"num_items": 5}, {"num_items": torch.tensor(0)}], ids=str
+)
 def test_without_labels_loss_and_gradients_are_zero(dtype, options):
     case = make(2, 5, 8, vocabulary=13, dtype=dtype, labelled=0.0, bias=True)
     with torch.no_grad():
@@ -152,6 +154,15 @@ def test_accumulated_micro_batches_equal_one_batch(dtype):
         d_weight += dw.double()
     for got, other in zip((sum(losses), torch.cat(d_hidden), d_weight), want, strict=True):
         assert_near(got, other, BANDS[dtype])
+
+
+def test_labels_of_any_integer_dtype():
+    case = make(2, 9, 8, vocabulary=13, dtype=torch.float64)
+    want = truth(case)
+    for dtype in (torch.int32, torch.int8):
+        narrow = SimpleNamespace(**{**vars(case), "labels": case.labels.to(dtype)})
+        for value, other in zip(run(completion_cross_entropy, narrow), want, strict=True):
+            assert_near(value, other, 1e-13)
 
 
 def test_given_positions_equal_found_ones():
