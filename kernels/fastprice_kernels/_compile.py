@@ -149,8 +149,7 @@ def compile_case(case: CompileCase, target: int) -> MachineCode:
         built = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
     except Exception as error:  # Triton raises many kinds; the report needs to know whose code failed.
         raise RuntimeError(f"{case.name} does not build for sm_{target}: {error}") from error
-    usage, sass = _disassemble(built.asm["cubin"])
-    return _read(case, target, usage, sass, built.asm["ttgir"], built.metadata.shared)
+    return _read(case, target, _disassemble(built.asm["cubin"]), built.asm["ttgir"], built.metadata.shared)
 
 
 def missed_bars(case: CompileCase, code: MachineCode) -> list[str]:
@@ -174,26 +173,23 @@ def missed_bars(case: CompileCase, code: MachineCode) -> list[str]:
     return [f"{code.case} on sm_{code.target}: {what}" for what in missed]
 
 
-def _disassemble(cubin: bytes) -> tuple[str, str]:
-    """The resource usage and the disassembly of one binary, as cuobjdump prints them."""
+def _disassemble(cubin: bytes) -> str:
+    """The resource usage and the disassembly of one binary, as cuobjdump prints them: most of a build's time."""
     cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.TemporaryDirectory() as folder:
         binary = Path(folder) / "kernel.cubin"
         binary.write_bytes(cubin)
-        printed = [
-            subprocess.run([cuobjdump, flag, binary], capture_output=True, text=True, check=True).stdout
-            for flag in ("-res-usage", "-sass")
-        ]
-    return printed[0], printed[1]
+        command = [str(cuobjdump), "-res-usage", "-sass", str(binary)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def _read(case: CompileCase, target: int, usage: str, sass: str, ttgir: str, dynamic_shared: int) -> MachineCode:
-    registers = _USAGE.search(usage)
+def _read(case: CompileCase, target: int, printed: str, ttgir: str, dynamic_shared: int) -> MachineCode:
+    registers = _USAGE.search(printed)
     if registers is None:
-        raise RuntimeError(f"{case.name} on sm_{target}: cuobjdump printed no resource usage: {usage!r}")
+        raise RuntimeError(f"{case.name} on sm_{target}: cuobjdump printed no resource usage: {printed[:200]!r}")
     opcodes: Counter[str] = Counter()
     store_bits: list[int] = []
-    for line in sass.splitlines():
+    for line in printed.splitlines():
         found = _INSTRUCTION.match(line)
         if found is None:
             continue

@@ -28,7 +28,7 @@ Why it is written this way:
   start in the middle of a byte, unaligned views. No layer of a language model needs it.
 
 Row-strided output (`out=` a view of a wider buffer): a word's row follows from one multiply-high by a reciprocal,
-exact for the ranges that `_launch` admits.
+exact for the ranges that `_fits_words` admits.
 """
 
 # mypy: disable-error-code="no-untyped-def"
