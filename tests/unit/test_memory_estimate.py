@@ -265,9 +265,9 @@ def test_the_simulation_counts_storages_not_tensors() -> None:
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from fastprice.memory.simulate import _Live
+    from fastprice.memory.standins import Live
 
-    with FakeTensorMode(), _Live() as live:
+    with FakeTensorMode(), Live() as live:
         x = torch.empty(1000, requires_grad=True)
         y = x.exp()
         view = y.view(10, 100)

@@ -1,6 +1,6 @@
 """Simulates a training step's memory with the real model code, to check `estimate_memory` against.
 
-    python -m fastprice.memory.simulate --table docs/memory-errors.md     (half an hour on one CPU core)
+    python -m fastprice.memory.simulate --table docs/memory-errors.md     (some twenty minutes of CPU time)
 
 transformers' model, PEFT's adapters, TRL's loss, accelerate's autocast and PyTorch's AdamW run on fake tensors
 (`torch._subclasses.FakeTensorMode`): shapes, dtypes, autograd and lifetimes are real, the numbers are not there, so a
@@ -9,9 +9,9 @@ Nothing of the estimate is used here, and nothing of this there.
 
 Where a CUDA device would run other code than the CPU on which this runs, a stand-in does what CUDA's would:
 
-- attention (`_Flash`): what Flash Attention saves and allocates, instead of what the CPU's does. Soft-capped scores
-  (Gemma 2) have no flash kernel with a backward; they run through fastprice's own attention as it is;
-- 4-bit layers (`_Linear4bit`): packed bytes and statistics as bitsandbytes holds them, dequantised into a temporary in
+- attention (`Flash` in standins.py): what Flash Attention saves and allocates, instead of what the CPU's does.
+  Soft-capped scores (Gemma 2) have no flash kernel with a backward; they run through fastprice's own attention;
+- 4-bit layers (`linear4bit`): packed bytes and statistics as bitsandbytes holds them, dequantised into a temporary in
   forward and again in backward, as its `MatMul4Bit` does on CUDA; PEFT's 4-bit layer wraps them as it wraps the real;
 - the chunked loss: TRL's own chunk function, in a loop whose length does not depend on the labels' values.
 
@@ -25,7 +25,6 @@ import itertools
 import multiprocessing
 import statistics
 import warnings
-import weakref
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -39,9 +38,6 @@ import torch
 from accelerate.utils import convert_outputs_to_fp32
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
-from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AttentionInterface
 from trl.trainer import sft_trainer
 from trl.trainer.sft_trainer import _CHUNKED_LM_HEAD_CHUNK_SIZE, _patch_chunked_ce_lm_head
@@ -49,6 +45,7 @@ from trl.trainer.utils import entropy_from_logits
 
 from fastprice.memory.estimate import MemoryEstimate, estimate_memory
 from fastprice.memory.shapes import settings_of
+from fastprice.memory.standins import Live, attention, linear4bit
 
 __all__ = ["Case", "cases", "markdown", "simulate"]
 
@@ -91,112 +88,6 @@ class Case:
         )  # fmt: skip
 
 
-class _Live(TorchDispatchMode):
-    """Bytes of all storages made while it is on, and their highest sum."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes = 0
-        self.peak = 0
-        self._known: WeakIdKeyDictionary = WeakIdKeyDictionary()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        tree_map_only(Tensor, self._add, result)
-        return result
-
-    def _add(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        if storage in self._known:
-            return
-        size = storage.nbytes()
-        self._known[storage] = size
-        self.bytes += size
-        self.peak = max(self.peak, self.bytes)
-        weakref.finalize(storage, self._freed, size)
-
-    def _freed(self, size: int) -> None:
-        self.bytes -= size
-
-
-class _Flash(torch.autograd.Function):
-    """Flash Attention 2's memory: saves q, k, v, output and logsumexp; its backward gathers dq in fp32, and dk and dv
-    for every query head before they are summed over a group. q: (1, T, H, D); k, v: (1, T, G, D)."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        output = torch.empty_like(q)
-        ctx.save_for_backward(q, k, v, output, q.new_empty(q.shape[:-1], dtype=torch.float32))
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v, _, rows = ctx.saved_tensors
-        held = [torch.empty_like(rows), torch.empty_like(q, dtype=torch.float32)]
-        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        if q.shape[2] != k.shape[2]:
-            held += [torch.empty_like(q), torch.empty_like(q)]
-        del held
-        return dq, dk, dv
-
-
-def _attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
-) -> tuple[Tensor, None]:
-    """transformers' attention interface: q (B, H, T, D), k and v (B, G, T, D) -> (B, T, H, D)."""
-    from fastprice.attention import packed_attention
-
-    if options.get("softcap") is not None and module.training:
-        return packed_attention(module, query, key, value, attention_mask, **options)
-    return _Flash.apply(*(side.transpose(1, 2) for side in (query, key, value))), None
-
-
-class _Matmul4bit(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: Any, bias: Tensor | None) -> Tensor:
-        ctx.layer = layer
-        return nn.functional.linear(x, layer.dequantised(x.dtype), bias)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        (gradient,) = gradients
-        return gradient @ ctx.layer.dequantised(gradient.dtype), None, None
-
-
-def _linear4bit(layer: nn.Linear) -> nn.Module:
-    """A stand-in for bitsandbytes' `Linear4bit` with double quantisation, on the meta device."""
-    import bitsandbytes
-
-    class _Linear4bit(bitsandbytes.nn.Linear4bit):  # type: ignore[misc]
-        def forward(self, x: Tensor) -> Tensor:
-            output: Tensor = _Matmul4bit.apply(x.to(torch.bfloat16), self, self.bias)
-            return output.to(x.dtype)
-
-        def dequantised(self, dtype: torch.dtype) -> Tensor:
-            absmax = self.absmax.to(torch.float32)
-            absmax += self.offset
-            weight = self.weight.new_empty((self.out_features, self.in_features), dtype=torch.bfloat16)
-            cast: Tensor = weight.to(dtype)
-            return cast
-
-    made = _Linear4bit(layer.in_features, layer.out_features, bias=False, compute_dtype=torch.bfloat16, device="meta")
-    count = layer.weight.numel()
-    packed = nn.Parameter(torch.empty(count // 2, 1, dtype=torch.uint8, device="meta"), requires_grad=False)
-    packed.compress_statistics, packed.quant_type = True, "nf4"  # type: ignore[attr-defined]
-    made.weight = packed
-    made.bias = layer.bias
-    blocks = -(-count // 64)
-    for name, size, dtype in (
-        ("absmax", blocks, torch.uint8),
-        ("nested_absmax", -(-blocks // 256), torch.float32),
-        ("code", 16, torch.float32),
-        ("nested_code", 256, torch.float32),
-        ("offset", 1, torch.float32),
-    ):
-        made.register_buffer(name, torch.empty(size, dtype=dtype, device="meta"))
-    return made
-
-
 def build(case: Case) -> Any:
     """The model of the case as fastprice's stock engine makes it, with adapters, on the meta device."""
     from peft import get_peft_model
@@ -215,7 +106,7 @@ def build(case: Case) -> Any:
         for parent in list(model.model.modules()):
             for name, layer in list(parent.named_children()):
                 if isinstance(layer, nn.Linear):
-                    setattr(parent, name, _linear4bit(layer))
+                    setattr(parent, name, linear4bit(layer))
         model.is_loaded_in_4bit = True
     return get_peft_model(model, lora_config(rank=case.rank, alpha=2 * case.rank, dropout=0.0))
 
@@ -227,7 +118,7 @@ def simulate(case: Case) -> int:
     backward pass and an optimiser step. Evaluation: the states alone; then a forward pass with a cache.
     """
     model = build(case)
-    with _as_on_cuda(), FakeTensorMode(allow_non_fake_inputs=True), _Live() as live:
+    with _as_on_cuda(), FakeTensorMode(allow_non_fake_inputs=True), Live() as live:
         _fill(model)
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         for parameter in parameters:
@@ -333,7 +224,7 @@ def _chunks_of(rows: int) -> Iterator[None]:
 @contextmanager
 def _as_on_cuda() -> Iterator[None]:
     """What differs between a CUDA device and the CPU: the attention, and that PEFT asks for CUDA's autocast state."""
-    AttentionInterface.register(_ATTENTION, _attention)
+    AttentionInterface.register(_ATTENTION, attention)
     enabled = torch.is_autocast_enabled("cuda")
     torch.set_autocast_enabled("cuda", True)
     try:
@@ -361,7 +252,8 @@ def cases() -> list[Case]:
 
 def markdown(results: Sequence[tuple[Case, int, MemoryEstimate]]) -> str:
     """The page of errors: each case with its simulated peak (bytes) and its estimate."""
-    errors = [100 * (estimate.tensor_bytes / simulated - 1) for _, simulated, estimate in results]
+    # Rounded, and -0.0 made 0.0
+    errors = [round(100 * (estimate.tensor_bytes / simulated - 1), 2) + 0.0 for _, simulated, estimate in results]
     worst, lowest = max(errors, key=abs), min(errors)
     rows = [
         f"| {case.base} | {case.method} | {case.tokens:,} | {case.recompute} | {case.loss_head} | "
@@ -377,19 +269,23 @@ def markdown(results: Sequence[tuple[Case, int, MemoryEstimate]]) -> str:
             f"{len(results)} training steps: **median error {statistics.median(map(abs, errors)):.2f} %, worst "
             f"{worst:+.2f} %, furthest under {min(lowest, 0.0):+.2f} %.**",
             "",
-            "The estimate (`fastprice.estimate_memory`) is arithmetic on a model's configuration. The simulation runs",
-            "transformers' model code, PEFT's adapters, TRL's loss, accelerate's autocast and PyTorch's AdamW on fake",
-            "tensors and adds up every storage; neither uses the other. Both count tensors: what PyTorch calls",
-            "*allocated*. The CUDA context, cuBLAS's workspace and the allocator's rounding and fragmentation are seen",
-            "by neither; `estimate_memory` adds an assumed amount for them, which no figure here speaks for, nor has",
-            "any figure here been measured on a GPU.",
+            "The estimate (`fastprice.memory.estimate_memory`) is arithmetic on a model's configuration. The",
+            "simulation runs transformers' model code, PEFT's adapters, TRL's loss, accelerate's autocast and",
+            "PyTorch's AdamW on fake tensors and adds up every storage. Neither uses the other, and nothing is",
+            "fitted; but the estimate's list of operations was corrected against this simulation while it was",
+            "written, so the table shows that the two agree, and would show when a library changes what it keeps.",
+            "",
+            "**No figure here was measured on a GPU.** Both sides count tensors, what PyTorch calls *allocated*. The",
+            "CUDA context, cuBLAS's workspace and the allocator's rounding and fragmentation are seen by neither;",
+            "`estimate_memory` adds assumed amounts for them. Where a CUDA device runs other code than a CPU, the",
+            "simulation has stand-ins: attention saves what Flash Attention saves, and 4-bit layers hold what",
+            "bitsandbytes holds and dequantise into a temporary, forward and backward. Only the engine `peft` is here;",
+            "for `unsloth` and `fastprice` the estimate is arithmetic alone.",
             "",
             f"Versions: torch {torch.__version__.partition('+')[0]}, transformers {version('transformers')}, peft "
-            f"{version('peft')}, trl {version('trl')}. Rank 16 on all linear layers, adapters in fp32, bf16 autocast,",
-            "texts of 512 tokens in one packed row, AdamW's states and an earlier micro-batch's gradients present.",
-            "",
-            "Stand-ins where a CUDA device runs other code than a CPU: attention saves what Flash Attention saves;",
-            "4-bit layers hold what bitsandbytes holds and dequantise into a temporary, forward and backward.",
+            f"{version('peft')}, trl {version('trl')}.",
+            "Rank 16 on all linear layers, adapters in fp32, bf16 autocast, texts of 512 tokens in one packed row,",
+            "every token labelled, AdamW's states and an earlier micro-batch's gradients present.",
             "",
             "| model | method | tokens | recompute | loss head | simulated GiB | estimated GiB | error | peak at |",
             "|---|---|---|---|---|---|---|---|---|",
