@@ -116,23 +116,31 @@ def test_unknown_stages_are_named(tmp_path: Path) -> None:
 
 
 def test_tests_are_counted_and_a_red_one_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "tests" / "gpu").mkdir(parents=True)
-    told = {"status": 1, "tail": "FAILED tests/gpu/test_x.py::test_y\n1 failed, 3 passed, 2 skipped in 4.0s\n"}
+    folder = tmp_path / "tests" / "gpu"
+    folder.mkdir(parents=True)
     monkeypatch.setattr(MadeUp, "answer", staticmethod(step), raising=False)
     monkeypatch.setattr(suite, "Runner", MadeUp)
-    monkeypatch.setattr(MadeUp, "call", lambda *_, **__: (told["status"], told["tail"]))
 
-    def last(name: str) -> dict[str, Any]:
-        path = run_suite(
-            tmp_path / name, minutes=5.0, plan=Plan(models=("nano",)), stages=("tests",), root=tmp_path, quiet=True
-        )
-        return dict(json.loads(path.read_text())["rows"][-1])
+    def told(body: str) -> dict[str, Any]:
+        (folder / "test_x.py").write_text(f"import pytest\n{body}")
+        plan = Plan(models=("nano",))
+        path = run_suite(tmp_path / "out", minutes=5.0, plan=plan, stages=("tests",), root=tmp_path, quiet=True)
+        gpu, kernels = (row for row in json.loads(path.read_text())["rows"] if row["stage"] == "tests")
+        assert kernels["status"] == "skipped"
+        return dict(gpu)
 
-    red = last("red")
+    green = "@pytest.mark.parametrize('x', [1, 2])\ndef test_good(x): pass\n"
+    left_out = "@pytest.mark.skip(reason='no')\ndef test_left(): pass\n"
+    assert told(green + left_out)["counts"] == {"passed": 2, "skipped": 1}
+    red = told(green + "def test_bad(): assert 1 == 2\n")
     assert red["status"] == "failed"
-    assert red["counts"] == {"failed": 1, "passed": 3, "skipped": 2}
-    assert "test_y" in red["reason"]
-    told |= {"status": 0, "tail": "2 skipped in 1.0s"}
-    assert last("skipped")["status"] == "skipped"
-    told |= {"status": 0, "tail": "9 passed in 1.0s"}
-    assert last("green")["status"] == "ok"
+    assert red["counts"] == {"passed": 2, "failed": 1}
+    assert "test_bad" in red["reason"]
+    assert told(left_out)["status"] == "skipped"
+    assert told("import nothing_of_that_name")["status"] == "failed"
+
+
+def test_what_passed_before_the_time_was_over_is_known() -> None:
+    row = suite._count_tests(124, "tests/gpu/test_x.py::test_a PASSED [ 10%]\ntests/gpu/test_x.py::test_b ")
+    assert row["counts"] == {"passed": 1}
+    assert "out of time" in row["reason"]

@@ -26,7 +26,6 @@ from fastprice.bench.worker import MARK
 __all__ = ["Runner", "result_path"]
 
 FORMAT = 1
-_TAIL = 1200  # characters of a dead worker's last words
 
 
 def result_path(folder: Path, environment: Mapping[str, Any]) -> Path:
@@ -88,7 +87,7 @@ class Runner:
         return rows
 
     def call(self, stage: str, command: Sequence[str], *, timeout: float) -> tuple[int, str]:
-        """Any other command: its status (124 when it was stopped) and the end of what it printed."""
+        """Any other command: its status (124 when it was stopped) and what it printed."""
         allowed = min(timeout, self.left)
         if allowed < 5:
             return 124, "no time was left"
@@ -96,7 +95,7 @@ class Runner:
         process = self._start(command)
         status = self._listen(process, allowed, lines.append)
         self._note(stage, "".join(lines[-60:]))
-        return (124 if status is None else status), "".join(lines)[-_TAIL:]
+        return (124 if status is None else status), "".join(lines)
 
     def add(self, stage: str, case: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
         """Keeps a row, writes the result file, and shows one line."""

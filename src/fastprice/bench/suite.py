@@ -36,7 +36,12 @@ __all__ = ["STAGES", "Plan", "run_suite"]
 
 GIB = 2**30
 _ORDER = ("peft", "unsloth-tuned", "trl-packed", "unsloth", "unsloth-kernels", "peft-off", "trl-padded")
-_COUNTS = re.compile(r"(\d+) (passed|failed|error|errors|skipped|deselected)")
+_OUTCOME = re.compile(r"::.* (PASSED|FAILED|SKIPPED|ERROR|XFAIL)\b")
+# Folder, what of it, seconds. Reading machine code needs no GPU and takes minutes; the interpreter needs none either.
+_TEST_FOLDERS: tuple[tuple[str, list[str], float], ...] = (
+    ("tests/gpu", [], 180.0),
+    ("tests/kernels", ["-m", "not interpreter and not slow", "-k", "not compile_report and not machine_code"], 60.0),
+)
 _START = 25.0  # seconds for a worker to import its libraries on a machine that does little else
 
 
@@ -203,30 +208,33 @@ def _tests(run: _Run) -> None:
         reason = "without a GPU these are part of the ordinary test suite"
         run.runner.add("tests", {"kind": "tests"}, {"status": "skipped", "reason": reason})
         return
-    folders = [folder for folder in ("tests/gpu", "tests/kernels") if run.root and (run.root / folder).is_dir()]
-    for folder in folders:
-        assert run.root is not None
+    for folder, chosen, seconds in _TEST_FOLDERS:
         case = {"kind": "tests", "folder": folder}
+        if run.root is None or not (run.root / folder).is_dir():
+            run.runner.add("tests", case, {"status": "skipped", "reason": "no checkout with these tests here"})
+            continue
         command = [
-            sys.executable, "-m", "pytest", str(run.root / folder), "--rootdir", str(run.root), "-q", "--tb=line",
-            "-p", "no:cacheprovider", "-o", "filterwarnings=default",
+            sys.executable, "-m", "pytest", str(run.root / folder), "--rootdir", str(run.root), "-v", "--tb=line",
+            "-p", "no:cacheprovider", "-o", "filterwarnings=default", *chosen,
         ]  # fmt: skip
-        if folder.endswith("kernels"):
-            command += ["-m", "not interpreter"]
-        status, tail = run.runner.call("tests", command, timeout=150)
-        counts = {name: int(count) for count, name in _COUNTS.findall(tail)}
-        wrong = counts.get("failed", 0) + counts.get("error", 0) + counts.get("errors", 0)
-        row: dict[str, Any] = {"counts": counts, "status": "ok"}
-        if status == 5 or (status == 0 and not counts.get("passed")):
-            row |= {"status": "skipped", "reason": f"no test ran here: {counts}"}
-        elif status != 0:
-            last = [line for line in tail.splitlines() if line.strip()][-1:]
-            failed = [line for line in tail.splitlines() if line.startswith(("FAILED", "ERROR"))]
-            reason = "stopped: out of time" if status == 124 else f"{wrong} failed: {(failed or last)[:3]}"
-            row |= {"status": "failed", "reason": reason[:600]}
-        run.runner.add("tests", case, row)
-    if not folders:
-        run.runner.add("tests", {"kind": "tests"}, {"status": "skipped", "reason": "no checkout with tests here"})
+        status, told = run.runner.call("tests", command, timeout=seconds)
+        run.runner.add("tests", case, _count_tests(status, told))
+
+
+def _count_tests(status: int, told: str) -> dict[str, Any]:
+    """A row from what `pytest -v` printed, be it to its end or not."""
+    outcomes = _OUTCOME.findall(told)
+    counts = {name.lower(): outcomes.count(name) for name in dict.fromkeys(outcomes)}
+    row: dict[str, Any] = {"counts": counts, "status": "ok"}
+    red = [line.strip()[:160] for line in told.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    if status == 124:
+        row |= {"status": "failed", "reason": f"stopped: out of time after {counts}"}
+    elif status not in (0, 5):
+        last = [line.strip() for line in told.splitlines() if line.strip()][-1:]
+        row |= {"status": "failed", "reason": f"{counts}: {'; '.join(red or last)}"[:800]}
+    elif not counts.get("passed"):
+        row |= {"status": "skipped", "reason": f"no test ran here: {counts}"}
+    return row
 
 
 def _kernels(run: _Run) -> None:
