@@ -563,9 +563,18 @@ def test_a_trl_loss_is_taken_over_and_given_back():
     assert causal.__dict__["forward"] is chunked
 
 
-def test_a_full_fine_tuning_that_accelerate_wraps():
-    """Accelerate puts autocast around our forward; taking ours out leaves its wrapper, on stock code."""
+@pytest.fixture
+def fresh_accelerate():
+    """Accelerate's state is one a process: whoever trained before this test has chosen another precision."""
     accelerate = pytest.importorskip("accelerate")
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    yield accelerate
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_a_full_fine_tuning_that_accelerate_wraps(fresh_accelerate):
+    """Accelerate puts autocast around our forward; taking ours out leaves its wrapper, on stock code."""
+    accelerate = fresh_accelerate
     torch.manual_seed(0)
     plain = transformers.AutoModelForCausalLM.from_config(CONFIGS["llama"]())
     accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
