@@ -254,7 +254,7 @@ def bench_report(
     """Tables of the newest result, compared with the one before it, and a page with plots."""
     from fastprice import bench as benchmarks
 
-    print(benchmarks.report(folder, out))
+    print(benchmarks.write_report(folder, out))
 
 
 @app.command()

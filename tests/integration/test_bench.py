@@ -191,7 +191,7 @@ def test_a_case_that_cannot_be_is_one_row(work: Work) -> None:
 
 
 def test_a_run_leaves_a_whole_result_that_says_cpu(tmp_path: Path) -> None:
-    from fastprice.bench import report
+    from fastprice.bench import write_report
     from fastprice.bench.report import load_result, paste_line
 
     path = run_suite(tmp_path, minutes=3.0, plan=Plan.for_cpu(), stages=("tests", "memory"), quiet=True)
@@ -201,5 +201,5 @@ def test_a_run_leaves_a_whole_result_that_says_cpu(tmp_path: Path) -> None:
     assert result["limits"]["copy_bytes_per_second"] > 0
     assert [row["status"] for row in result["rows"] if row["stage"] in ("tests", "memory")] == ["skipped", "skipped"]
     assert "CPU, no GPU figure" in paste_line(result)
-    assert "no GPU figure" in report(tmp_path)
+    assert "no GPU figure" in write_report(tmp_path)
     assert (tmp_path / "report.html").is_file()

@@ -2,7 +2,7 @@
 
     quick(out)            under three minutes on any CUDA card; returns one line to paste
     full(out, ...)        all stages (suite.py) in a number of minutes; returns the result file
-    report(folder, out)   tables and a page from result files; returns the Markdown
+    write_report(folder, out)   tables and a page from result files; returns the Markdown
 
 A result is one JSON file, `<device>-<date>-<commit>.json`, that is never overwritten. Without a GPU the same code runs
 the nano model, and everything it writes says CPU.
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-__all__ = ["full", "quick", "report"]
+__all__ = ["full", "quick", "write_report"]
 
 
 def quick(out: Path, *, minutes: float = 2.8) -> str:
@@ -51,7 +51,7 @@ def full(
     return run_suite(out, minutes=minutes, plan=plan, stages=stages)
 
 
-def report(folder: Path, out: Path | None = None) -> str:
+def write_report(folder: Path, out: Path | None = None) -> str:
     """The newest result in `folder` as Markdown, compared with the one before it of the same device.
 
     Writes the page with plots to `out` (default: `report.html` in `folder`). DataError where there are no results.
