@@ -55,7 +55,7 @@ def ratio(benchmark: Any, request: pytest.FixtureRequest) -> Ratio:
     def measure(ours: Callable[[], object], theirs: Callable[[], object], *, at_least: float) -> float:
         name = request.node.name
         samples = interleave(
-            {"ours": ours, "theirs": theirs}, "cpu", seconds=4.0, warmup=1, least=7, clock=time.process_time
+            {"ours": ours, "theirs": theirs}, "cpu", seconds=3.0, warmup=1, least=5, clock=time.process_time
         )
         found = ratios(samples["theirs"], samples["ours"])
         benchmark.extra_info.update(ratio=found.as_dict(), at_least=at_least)

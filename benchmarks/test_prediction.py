@@ -15,14 +15,14 @@ def test_distribution_against_generate(model: Any, ratio: Any) -> None:
     tokenizer = load_tokenizer("nano")
     model.set_attn_implementation("sdpa")
     sharpen(model)
-    prompts = draw_prompts(tokenizer, 16, model.config.vocab_size)
+    prompts = draw_prompts(tokenizer, 8, model.config.vocab_size)
     found = price_distributions(model, tokenizer, prompts)
     exact = price_distributions(model, tokenizer, prompts, tolerance=0.0)
     for each, truth in zip(found, exact, strict=True):
         assert each.median() == truth.median()
         assert 1 - each.missing_mass == pytest.approx(1 - truth.missing_mass, rel=0.01)
     ratio(
-        lambda: price_distributions(model, tokenizer, prompts, batch_size=16),
-        lambda: generate_prices(model, tokenizer, prompts, 16),
+        lambda: price_distributions(model, tokenizer, prompts, batch_size=8),
+        lambda: generate_prices(model, tokenizer, prompts, 8),
         at_least=0.3,  # of four generated tokens, on a model of which not much is computed but the prompt
     )
