@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Literal
 
+from fastprice import __version__
+
 __all__ = ["Finding", "examine"]
 
 REQUIRED = ("torch", "triton", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets")
@@ -26,9 +28,7 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Everything worth knowing before a run, in reading order."""
-    findings = [
-        Finding("ok", f"fastprice {version('fastprice')}, Python {platform.python_version()}, {platform.platform()}")
-    ]
+    findings = [Finding("ok", f"fastprice {__version__}, Python {platform.python_version()}, {platform.platform()}")]
     for name in REQUIRED:
         found = _version(name)
         findings.append(

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fastprice import __version__
 from fastprice.cleaning import clean_items
 from fastprice.config import RunConfig
 from fastprice.errors import ConfigError, DataError
@@ -254,7 +255,8 @@ def _describe_device() -> str:
 def _versions() -> dict[str, str]:
     from importlib.metadata import version
 
-    return {name: version(name) for name in ("fastprice", "torch", "transformers", "trl", "peft", "bitsandbytes")}
+    libraries = ("torch", "transformers", "trl", "peft", "bitsandbytes")
+    return {"fastprice": __version__, **{name: version(name) for name in libraries}}
 
 
 def _write(path: Path, content: str) -> None:

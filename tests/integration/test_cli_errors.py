@@ -150,6 +150,13 @@ def test_a_traceback_only_under_debug(fastprice: Run, tmp_path: Path) -> None:
         fastprice(*arguments, "--debug")
 
 
+def test_doctor_names_what_is_there(fastprice: Run) -> None:
+    status, said, _ = fastprice("doctor")
+    assert status == 0
+    for part in ("fastprice 0.", "torch ", "trl ", "GPU"):
+        assert part in said
+
+
 def test_usage_errors_are_status_2(fastprice: Run) -> None:
     assert fastprice("trian")[0] == 2
     assert fastprice("train", "--no-such-option")[0] == 2

@@ -9,7 +9,7 @@ import torch
 
 from fastprice.attention import PACKED_ATTENTION, register_packed_attention
 from fastprice.engines import Loaded
-from fastprice.engines.bases import base_error, load_tokenizer, resolve_base
+from fastprice.engines.bases import base_error, load_config, load_tokenizer, resolve_base
 from fastprice.methods import Method, lora_config
 from fastprice.packing import PackCollator
 
@@ -38,7 +38,7 @@ class PeftEngine:
         options: dict[str, Any] = {"dtype": dtype, "attn_implementation": "sdpa"}
         if torch.cuda.is_available():
             options["device_map"] = {"": torch.cuda.current_device()}
-        if method == "qlora":
+        if method == "qlora" and getattr(load_config(base), "quantization_config", None) is None:
             options["quantization_config"] = BitsAndBytesConfig(
                 load_in_4bit=True,
                 bnb_4bit_quant_type="nf4",
