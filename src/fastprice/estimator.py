@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -20,6 +17,8 @@ from fastprice.intervals import Calibration, calibrate
 from fastprice.items import Item
 from fastprice.methods import check_method, suggested_learning_rate
 from fastprice.prompts import Prompt, encode_prompt, encode_rows
+from fastprice.storage import ADAPTER, MANIFEST, MODEL, read_manifest, write_folder
+from fastprice.targets import draw_items, price_of, text_of, training_items
 
 if TYPE_CHECKING:
     from fastprice.distribution import PriceDistribution
@@ -28,10 +27,6 @@ if TYPE_CHECKING:
 
 __all__ = ["PriceEstimator"]
 
-FORMAT = 1
-MANIFEST = "fastprice.json"
-ADAPTER = "adapter"
-MODEL = "model"
 CALIBRATION_ITEMS = 1000  # validation items; their own luck moves a coverage of 90 % by less than 1 % (one sigma)
 CHUNK = 4096  # texts whose distributions are held at once, about 16 KB each
 UNTRAINED_CEILING = 999.0  # dollars: the largest price that a base model is asked about before it has seen any
@@ -140,16 +135,16 @@ class PriceEstimator(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         """
         from fastprice.training import train as run_training
 
-        items, validation_items = _training_items(train, validation)
-        prices = [_price_of(item) for item in items]
+        items, validation_items = training_items(train, validation)
+        prices = [price_of(item) for item in items]
         if not hasattr(self, "_model") or hasattr(self, "training_"):
             self.prepare()
         # Set first: validation during training predicts too.
         self.fallback_price_, self.ceiling_price_ = float(np.median(prices)), max(prices)
         rows = encode_rows(self._tokenizer, items, self.max_tokens)
         self.cut_ = sum(row.cut > 0 for row in rows)
-        watched = _draw(validation_items, self.validation_items, self.seed)
-        truths = np.array([_price_of(item) for item in watched])
+        watched = draw_items(validation_items, self.validation_items, self.seed)
+        truths = np.array([price_of(item) for item in watched])
 
         def validation_error() -> float:
             return float(np.abs(self.predict(watched) - truths).mean())
@@ -245,7 +240,7 @@ class PriceEstimator(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         self._check_fitted()
         if isinstance(texts, str):
             raise DataError("predict takes a list of texts, not one string: write predict([text])")
-        return [encode_prompt(self._tokenizer, _text_of(text), self.max_tokens) for text in texts]
+        return [encode_prompt(self._tokenizer, text_of(text), self.max_tokens) for text in texts]
 
     def distributions(
         self,
@@ -280,7 +275,7 @@ class PriceEstimator(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         """R² of the predictions, as scikit-learn's regressors score; for error in dollars use `fastprice.score`."""
         from sklearn.metrics import r2_score
 
-        truths = [_price_of(item) for item in items] if prices is None else prices
+        truths = [price_of(item) for item in items] if prices is None else prices
         return float(r2_score(truths, self.predict(items)))
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
@@ -291,31 +286,15 @@ class PriceEstimator(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         """
         if not hasattr(self, "training_") or not hasattr(self, "_model"):
             raise NotFittedError("nothing to save: this PriceEstimator was not fitted")
-        target = Path(folder)
-        if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not (target / MANIFEST).is_file())):
-            raise ConfigError(f"save: {target} exists and is not a saved estimator; give a new or empty folder")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
-            whole = Path(scratch) / "whole"
-            if self.method == "full":
-                self._model.save_pretrained(whole / MODEL)
-                self._tokenizer.save_pretrained(whole / MODEL)
-            else:
-                self._model.save_pretrained(whole / ADAPTER)
-            manifest = {
-                "format": FORMAT,
-                "settings": self.get_params(),
-                "fallback_price": self.fallback_price_,
-                "ceiling_price": self.ceiling_price_,
-                "calibration": None if self.calibration_ is None else self.calibration_.as_dict(),
-                "best_step": self.training_.best_step,
-                "validation_mae": self.training_.best_mae,
-            }
-            (whole / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-            if target.exists():
-                shutil.move(target, Path(scratch) / "replaced")
-            shutil.move(whole, target)
-        return target
+        manifest = {
+            "settings": self.get_params(),
+            "fallback_price": self.fallback_price_,
+            "ceiling_price": self.ceiling_price_,
+            "calibration": None if self.calibration_ is None else self.calibration_.as_dict(),
+            "best_step": self.training_.best_step,
+            "validation_mae": self.training_.best_mae,
+        }
+        return write_folder(folder, manifest, self._write_weights)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], *, base: str | None = None, engine: str = "peft") -> PriceEstimator:
@@ -325,7 +304,7 @@ class PriceEstimator(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         when the folder or its base cannot be read.
         """
         source = Path(folder)
-        manifest = _read_manifest(source)
+        manifest = read_manifest(source)
         try:
             estimator = cls(**manifest["settings"])
             fallback_price, ceiling_price = float(manifest["fallback_price"]), float(manifest["ceiling_price"])
@@ -354,13 +333,20 @@ class PriceEstimator(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         chosen.for_prediction(estimator._model)
         return estimator
 
+    def _write_weights(self, folder: Path) -> None:
+        if self.method == "full":
+            self._model.save_pretrained(folder / MODEL)
+            self._tokenizer.save_pretrained(folder / MODEL)
+        else:
+            self._model.save_pretrained(folder / ADAPTER)
+
     def _calibrated(self, items: list[Item]) -> Calibration | None:
         """How far the intervals of the trained model must be widened, from at most `CALIBRATION_ITEMS` of `items`."""
         if not self._engine.reads_distributions:
             return None
-        drawn = _draw(items, CALIBRATION_ITEMS, self.seed)
+        drawn = draw_items(items, CALIBRATION_ITEMS, self.seed)
         scored = [
-            (distribution, _price_of(item))
+            (distribution, price_of(item))
             for item, distribution in zip(drawn, self.distributions(self.prompts(drawn)), strict=True)
             if not distribution.is_empty
         ]
@@ -404,65 +390,3 @@ class PriceEstimator(RegressorMixin, BaseEstimator):  # type: ignore[misc]
             )
         if wrong:
             raise ConfigError("; ".join(wrong))
-
-
-def _training_items(
-    train: Sequence[Item] | Sequence[str], second: Sequence[Item] | ArrayLike | None
-) -> tuple[list[Item], list[Item]]:
-    """(training items, validation items) from `fit(items, items)`, `fit(items)` or scikit-learn's `fit(texts, y)`."""
-    if isinstance(train, str) or len(train) == 0:
-        raise DataError("fit needs a non-empty list of items or texts to train on")
-    if all(isinstance(item, Item) for item in train):
-        items: list[Item] = list(train)  # type: ignore[arg-type]
-        if second is None:
-            return items, []
-        validation: list[Any] = list(second)  # type: ignore[arg-type]
-        if all(isinstance(item, Item) for item in validation):
-            return items, validation
-        return [Item(item.text, float(price)) for item, price in _paired(items, validation)], []
-    if second is None:
-        raise DataError("fit on texts needs their prices too: fit(texts, prices), or pass Items")
-    return [Item(str(text), float(price)) for text, price in _paired(list(train), list(second))], []  # type: ignore[arg-type]
-
-
-def _paired(left: list[Any], right: list[Any]) -> list[tuple[Any, Any]]:
-    if len(left) != len(right):
-        raise DataError(f"{len(left)} texts but {len(right)} prices: give one price for each text")
-    return list(zip(left, right, strict=True))
-
-
-def _price_of(item: Any) -> float:
-    price = getattr(item, "price", None)
-    if price is None or not np.isfinite(price) or price <= 0:
-        where = (
-            f"row {item.row}" if getattr(item, "row", None) is not None else f"item {getattr(item, 'text', item)!r:.60}"
-        )
-        raise DataError(f"{where} has no usable price ({price}): every item here needs one above 0")
-    return float(price)
-
-
-def _text_of(text: Any) -> str:
-    return text.text if isinstance(text, Item) else str(text)
-
-
-def _draw(items: list[Item], most: int, seed: int) -> list[Item]:
-    if len(items) <= most:
-        return items
-    chosen = np.random.default_rng(seed).choice(len(items), most, replace=False)
-    return [items[index] for index in sorted(chosen)]
-
-
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    path = folder / MANIFEST
-    if not path.is_file():
-        raise BaseModelError(
-            f"{folder} is not a saved estimator: it has no {MANIFEST}; give a folder that save() wrote"
-        )
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise BaseModelError(f"{path} is not valid JSON ({error}); restore it or train again") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        found = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
-        raise BaseModelError(f"{path} has format {found}, this fastprice reads format {FORMAT}; use its own version")
-    return manifest

@@ -1,0 +1,3 @@
+from fastprice.cli import main
+
+main()

@@ -1,0 +1,58 @@
+"""A saved estimator: one folder with the settings, and the adapter or the whole model."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fastprice.errors import BaseModelError, ConfigError
+
+__all__ = ["ADAPTER", "FORMAT", "MANIFEST", "MODEL", "read_manifest", "write_folder"]
+
+FORMAT = 1
+MANIFEST = "fastprice.json"
+ADAPTER = "adapter"
+MODEL = "model"
+
+
+def write_folder(folder: str | os.PathLike[str], manifest: dict[str, Any], write: Callable[[Path], object]) -> Path:
+    """`folder` with what `write` puts there and its manifest: it appears whole or not at all.
+
+    An older save in it is replaced; any other non-empty folder is refused with ConfigError.
+    """
+    target = Path(folder)
+    if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not (target / MANIFEST).is_file())):
+        raise ConfigError(f"save: {target} exists and is not a saved estimator; give a new or empty folder")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
+        whole = Path(scratch) / "whole"
+        whole.mkdir()
+        write(whole)
+        text = json.dumps({"format": FORMAT, **manifest}, indent=2) + "\n"
+        (whole / MANIFEST).write_text(text, encoding="utf-8")
+        if target.exists():
+            shutil.move(target, Path(scratch) / "replaced")
+        shutil.move(whole, target)
+    return target
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of the saved estimator in `folder`; BaseModelError for another folder, format or damage."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise BaseModelError(
+            f"{folder} is not a saved estimator: it has no {MANIFEST}; give a folder that save() wrote"
+        )
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BaseModelError(f"{path} is not valid JSON ({error}); restore it or train again") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        found = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
+        raise BaseModelError(f"{path} has format {found}, this fastprice reads format {FORMAT}; use its own version")
+    return manifest
