@@ -28,9 +28,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", metavar="DIR")
     parser.add_argument("--stages", default=None, metavar="A,B", help=f"some of {','.join(STAGES)}")
     parser.add_argument("--models", default="llama-3.2-1b,llama-3.1-8b", metavar="A,B", help="the most important first")
-    parser.add_argument("--tokens", type=int, default=4096, help="of a pack (default 4096)")
+    parser.add_argument("--tokens", default="4096,2048,8192", metavar="A,B", help="of a pack, the first most important")
     parser.add_argument("--batch", type=int, default=4, help="rows of a padded micro-batch (default 4)")
-    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--rank", default="16,32", metavar="A,B", help="of the adapters; the others for A tokens")
     parser.add_argument("--peers", default=None, metavar="A,B", help="of the training steps; all by default")
     parser.add_argument("--rounds", type=int, default=2, help="of all peers (default 2)")
     parser.add_argument("--commit", default=None, help="for the record, where the checkout has no .git")
@@ -46,11 +46,13 @@ def main(arguments: list[str] | None = None) -> int:
         plan = Plan.for_cpu()
     else:
         chosen = {"peers": options.peers.split(",")} if options.peers else {}
+        tokens, ranks = ([int(each) for each in text.split(",")] for text in (options.tokens, options.rank))
         plan = Plan(
             models=options.models.split(","),
-            tokens=options.tokens,
+            tokens=tokens[0],
             batch=options.batch,
-            rank=options.rank,
+            rank=ranks[0],
+            others=[(each, ranks[0]) for each in tokens[1:]] + [(tokens[0], each) for each in ranks[1:]],
             rounds=options.rounds,
             **chosen,
         )

@@ -71,6 +71,10 @@ def test_peers_agree_and_are_counted_alike(folder: str, work: Work) -> None:
         assert row["status"] == "ok", f"{peer}: {row.get('reason')}"
         assert row["adapters"] == 2 * 7 * 2
         assert row["steps"] == 2
+        assert set(row["phase_seconds"]) == {"forward", "backward", "between"}
+        phases = sum(phase["p50"] for phase in row["phase_seconds"].values())
+        assert phases == pytest.approx(row["step_seconds"]["p50"], rel=0.2)
+        assert row["load_seconds"] > 0
     for peer in ("trl-padded", "peft-off", "peft"):
         check = agreement(rows[peer], rows["trl-packed"])
         assert check["ok"], f"{peer}: {check}"

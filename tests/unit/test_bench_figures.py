@@ -17,6 +17,7 @@ from fastprice.bench.cases import DEQUANTIZE_SHAPES, NF4_BYTES, draw_rows, shape
 from fastprice.bench.memory import largest
 from fastprice.bench.page import write_page
 from fastprice.bench.report import compare, find_results, limits_table, load_result, markdown, paste_line
+from fastprice.bench.static import drift, read_static, static_table, write_static
 from fastprice.bench.timing import ratios, spread_of
 from fastprice.errors import ConfigError, DataError
 from fastprice.prompts import IGNORE
@@ -36,6 +37,9 @@ def step_row(peer: str, rate: float, *, loss: float = 11.0, norm: float = 2.0, n
         "mean_tokens_per_second": rate,
         "items_per_second": rate / 140,
         "step_seconds": {"p20": 1.0, "p50": 1.0, "p80": 1.0, "count": 9, "noise": noise, "noisy": noise > 0.05},
+        "phase_seconds": {"forward": {"p50": 0.3}, "backward": {"p50": 0.6}, "between": {"p50": 0.1}},
+        "load_seconds": 12.0,
+        "load_host_bytes": 5 * 2**30,
         "flops_per_token": 4e9,
         "peak_allocated": 2 * 2**30,
         "peak_reserved": 3 * 2**30,
@@ -197,6 +201,44 @@ def test_the_page_plots_what_was_measured_and_escapes_the_rest(tmp_path: Path) -
     assert "Arithmetic limits (not measured)" in page
     empty = write_page(result(), tmp_path / "empty.html").read_text()
     assert "data:image" not in empty
+
+
+def test_phases_are_shares_of_the_step_and_absent_where_unseen() -> None:
+    unseen = {**step_row("trl-packed", 9.0), "phase_seconds": {}}
+    text = markdown(result(step_row("peft", 10.0), unseen))
+    assert "| peft | 30% | 60% | 10% | 12.0 s | 5.00 GiB |" in text
+    assert "| trl-packed | - | - | - | 12.0 s | 5.00 GiB |" in text
+
+
+def static_row(case: str = "nf4", target: int = 90, **changed: Any) -> dict[str, Any]:
+    return {
+        "case": case, "target": target, "registers": 40, "spills": 0, "shared_bytes": 1024, "store_bits": 128,
+        "instructions_per_element": 6.4, "tensor_cores": {"HGMMA": 2}, **changed,
+    }  # fmt: skip
+
+
+def test_worse_machine_code_is_told_and_better_is_not() -> None:
+    before = [static_row(), static_row(target=80)]
+    assert drift(before, before) == []
+    assert drift(before, [static_row(instructions_per_element=6.0, registers=30)]) == []
+    assert drift(before, [static_row(instructions_per_element=6.5)]) == [], "within what does not matter"
+    assert drift(before, [static_row(instructions_per_element=7.0)]) == [
+        "nf4 on sm_90: instructions per element 6.4 before, 7 now"
+    ]
+    assert drift(before, [static_row(spills=1)]) == ["nf4 on sm_90: spills 0 before, 1 now"]
+    assert drift(before, [static_row("new")]) == ["new on sm_90 has no figures yet"]
+
+
+def test_static_figures_are_kept_and_shown_as_read_off_not_measured(tmp_path: Path) -> None:
+    rows = [static_row(), static_row(target=80, registers=64)]
+    write_static(tmp_path / "static.json", rows, "triton 3.6.0")
+    assert read_static(tmp_path / "static.json") == ("triton 3.6.0", rows)
+    assert "| nf4 | 6.40 | 128 | 1,024 | HGMMA | 64 | 0 |" in static_table(rows)
+    page = write_page(result(step_row("peft", 10.0)), tmp_path / "page.html", static=rows).read_text()
+    assert "read off, not measured" in page
+    (tmp_path / "static.json").write_text("{}")
+    with pytest.raises(DataError, match="no static figures"):
+        read_static(tmp_path / "static.json")
 
 
 def test_arithmetic_ceilings_match_the_known_ones() -> None:

@@ -63,6 +63,13 @@ def test_peers_take_turns_round_after_round(run: Callable[..., Any]) -> None:
     assert len({case["folder"] for case in rows if case["model"] == "llama-3.2-1b"}) == 1
 
 
+def test_other_packs_and_ranks_come_when_all_rounds_of_the_first_are_done(run: Callable[..., Any]) -> None:
+    plan = {"models": ("llama-3.2-1b",), "peers": ("peft",), "others": [(2048, 16), (4096, 32)]}
+    rows = [row["case"] for row in run(step, ("steps",), **plan) if row["case"]["kind"] == "step"]
+    works = [(case["tokens"], case["rank"]) for case in rows]
+    assert works == [(4096, 16)] * 2 + [(2048, 16)] * 2 + [(4096, 32)] * 2
+
+
 def test_a_peer_that_fails_is_not_tried_again_and_stops_no_other(run: Callable[..., Any]) -> None:
     def answer(case: Mapping[str, Any]) -> dict[str, Any]:
         failing = case.get("peer") == "unsloth" and case.get("model") == "llama-3.2-1b"

@@ -54,16 +54,19 @@ def full(
 def write_report(folder: Path, out: Path | None = None) -> str:
     """The newest result in `folder` as Markdown, compared with the one before it of the same device.
 
-    Writes the page with plots to `out` (default: `report.html` in `folder`). DataError where there are no results.
+    Writes the page with plots to `out` (default: `report.html` in `folder`), with the kernels' static figures where
+    there is a static.json beside the folder. DataError where there are no results.
     """
     from fastprice.bench.page import write_page
     from fastprice.bench.report import compare, comparison_table, find_results, load_result, markdown
+    from fastprice.bench.static import read_static
 
     results = [load_result(path) for path in find_results(folder)]
     newest = results[-1]
     same = [result for result in results[:-1] if result["environment"]["device"] == newest["environment"]["device"]]
     before = same[-1] if same else None
-    write_page(newest, out or folder / "report.html", before)
+    static = folder.parent / "static.json"
+    write_page(newest, out or folder / "report.html", before, read_static(static)[1] if static.is_file() else ())
     text = markdown(newest)
     if before is not None:
         text += f"\nSince {before['environment']['time'][:10]}, commit {before['environment']['commit']}:\n\n"

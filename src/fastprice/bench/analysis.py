@@ -11,6 +11,7 @@ from typing import Any
 
 __all__ = [
     "FASTPRICE",
+    "PHASES",
     "STOCK",
     "agreement",
     "geometric_mean",
@@ -26,6 +27,7 @@ Row = Mapping[str, Any]
 # In this order of preference, as the reference of the loss and as the stock path of ratios.
 STOCK = ("trl-packed", "trl-padded", "peft-off")
 FASTPRICE = ("peft", "unsloth-kernels")
+PHASES = ("forward", "backward", "between")  # of a step; the last: optimiser, loading of data, what else a trainer does
 # Largest relative difference of loss and of gradient norm between two right engines in one dtype. TRL keeps adapters in
 # bf16 and fastprice in fp32, so even fp32 runs differ by the rounding of A and B.
 _BANDS = {"float32": (1e-3, 5e-3), "bfloat16": (1e-2, 6e-2), "float16": (5e-3, 3e-2)}
@@ -89,6 +91,9 @@ def summarise_steps(rows: Iterable[Row], limits: Mapping[str, Any]) -> list[dict
                     "tokens_per_second": middle,
                     "items_per_second": _median(sorted(row["items_per_second"] for row in rounds)),
                     "step_seconds": rounds[0]["step_seconds"],
+                    "phase_seconds": rounds[0]["phase_seconds"],
+                    "load_seconds": rounds[0]["load_seconds"],
+                    "load_host_bytes": rounds[0]["load_host_bytes"],
                     "noisy": any(row["step_seconds"]["noisy"] for row in rounds) or _spread(rates) > 0.05,
                     "peak_allocated": _most(rounds, "peak_allocated"),
                     "peak_reserved": _most(rounds, "peak_reserved"),

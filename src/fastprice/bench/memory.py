@@ -43,6 +43,7 @@ def estimated(steps: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
         row: dict[str, Any] = {
             "model": step["model"],
             "peer": step["peer"],
+            "tokens": round(step["tokens"]),
             "estimated_reserved": without_context,
             "estimated_allocated": estimate.tensor_bytes,
             "moment": estimate.moment,

@@ -12,6 +12,7 @@ from typing import Any
 from fastprice.bench.analysis import ok_rows, step_groups, summarise_steps
 from fastprice.bench.cases import MODELS
 from fastprice.bench.report import compare, comparison_table, limits_table, markdown, title
+from fastprice.bench.static import static_table
 
 __all__ = ["write_page"]
 
@@ -26,8 +27,16 @@ img { max-width: 100% }
 """
 
 
-def write_page(result: Mapping[str, Any], out: Path, before: Mapping[str, Any] | None = None) -> Path:
-    """Writes the page of `result` to `out`, with what changed since `before` where that is given; returns `out`."""
+def write_page(
+    result: Mapping[str, Any],
+    out: Path,
+    before: Mapping[str, Any] | None = None,
+    static: Sequence[Mapping[str, Any]] = (),
+) -> Path:
+    """Writes the page of `result` to `out`, with what changed since `before` where that is given; returns `out`.
+
+    static: rows of `static.read_static`, for the table of what the compiler says of the kernels.
+    """
     about = result["environment"]
     parts = [f"<h1>fastprice benchmarks</h1><p>{html.escape(title(result))}</p>"]
     if about["kind"] != "gpu":
@@ -46,6 +55,8 @@ def write_page(result: Mapping[str, Any], out: Path, before: Mapping[str, Any] |
             parts.append(f"<h2>{heading}</h2>{image}")
     if before is not None:
         parts.append(f"<h2>Since {html.escape(title(before))}</h2>" + _table(comparison_table(compare(before, result))))
+    if static:
+        parts.append("<h2>The kernels' machine code (read off, not measured)</h2>" + _table(static_table(static)))
     parts.append("<h2>Arithmetic limits (not measured)</h2>")
     parts.append(_table(limits_table([model for model in MODELS if model != "nano"])))
     head = f"<meta charset='utf-8'><title>fastprice benchmarks</title><style>{_STYLE}</style>"

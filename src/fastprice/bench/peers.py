@@ -97,7 +97,8 @@ def _run_trl(
     options: dict[str, Any] = {"dtype": compute_dtype(), "attn_implementation": "sdpa"}
     if probe.device.type == "cuda":
         options["device_map"] = {"": 0}
-    model = AutoModelForCausalLM.from_pretrained(folder, **options)
+    with probe.loading():
+        model = AutoModelForCausalLM.from_pretrained(folder, **options)
     _keep_layout(model)
     chosen: dict[str, Any] = (
         {"per_device_train_batch_size": batch}
@@ -127,13 +128,14 @@ def _run_unsloth(
 
     tuned = peer == "unsloth-tuned"
     checkpointing: Any = False if tuned else "unsloth"
-    model, tokenizer = engine.FastLanguageModel.from_pretrained(
-        model_name=folder,
-        max_seq_length=tokens,
-        dtype=None,
-        load_in_4bit=True,
-        use_gradient_checkpointing=checkpointing,
-    )
+    with probe.loading():
+        model, tokenizer = engine.FastLanguageModel.from_pretrained(
+            model_name=folder,
+            max_seq_length=tokens,
+            dtype=None,
+            load_in_4bit=True,
+            use_gradient_checkpointing=checkpointing,
+        )
     model = engine.FastLanguageModel.get_peft_model(
         model,
         r=rank,
@@ -169,7 +171,8 @@ def _run_fastprice(
     from fastprice.engines import choose_engine
 
     engine = choose_engine("unsloth" if peer == "unsloth-kernels" else "peft")
-    loaded = engine.load_base(folder, method="qlora", max_tokens=tokens)
+    with probe.loading():
+        loaded = engine.load_base(folder, method="qlora", max_tokens=tokens)
     model = engine.attach(loaded.model, method="qlora", rank=rank, alpha=2.0 * rank, dropout=0.0, seed=0)
 
     from trl import SFTTrainer

@@ -1,13 +1,14 @@
 """A watcher of one training run, whatever trainer runs it: it replaces `training_step`, and nothing else.
 
 Before the first step it takes loss and gradient norm of a fixed batch with fixed adapters, in the trainer's own path
-(its collator, autocast, scaling), by which runs are compared. Then it times steps without ever waiting for the device,
-and last it samples the allocator over one more step.
+(its collator, autocast, scaling), by which runs are compared. Then it times steps and their phases without ever waiting
+for the device, and last it samples the allocator over one more step.
 """
 
 from __future__ import annotations
 
 import gc
+import resource
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 
+from fastprice.bench.analysis import PHASES
 from fastprice.bench.models import seed_adapters
 from fastprice.bench.timing import Stopwatch, spread_of
 from fastprice.engines.peft import compute_dtype
@@ -50,12 +52,27 @@ class Probe:
     curve: list[tuple[float, int]] = field(default_factory=list)
     done: int = 0
     step_seconds: list[float] = field(default_factory=list)
+    phase_seconds: dict[str, list[float]] = field(default_factory=dict)
+    load_seconds: float = float("nan")
+    load_host_bytes: int = 0
     peak_allocated: int | None = None
     peak_reserved: int | None = None
 
     def __post_init__(self) -> None:
         self._watch = Stopwatch(self.device)
         self._began = 0.0
+        self._forward_over = False
+        self._phases_seen = True
+
+    @contextmanager
+    def loading(self) -> Iterator[None]:
+        """Times what loads the model, and takes the process's peak of host memory (ru_maxrss) after it."""
+        began = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.load_seconds = time.perf_counter() - began
+        self.load_host_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux tells KiB
 
     @contextmanager
     def watching(self, trainer_class: Any) -> Iterator[None]:
@@ -88,16 +105,34 @@ class Probe:
             self._reset_memory()  # one step before the clock starts, as the allocator must grow again
         if self.done == WARMUP:
             self._began = time.perf_counter()
-            self._watch.mark()
-        if self.done > WARMUP:
-            self._watch.mark()  # the end of the step before: its optimiser and the loading of data are in it
+            self._mark_forward(trainer)
+        if self.done >= WARMUP:
+            self._watch.mark()  # also the end of the step before
             if self._finished():
                 self._finish(inputs, items, run)
-        if self.done >= WARMUP:
             self.counts.append(_count(inputs))
+        self._forward_over = False
         result = run(inputs, items)
         self.done += 1
+        if self.done > WARMUP:
+            if not self._forward_over:
+                self._phases_seen = False  # a trainer whose step does not go through compute_loss
+                self._watch.mark()
+            self._watch.mark()
         return result
+
+    def _mark_forward(self, trainer: Any) -> None:
+        """Lets the trainer's `compute_loss` mark its end, which parts forward from backward."""
+        original = trainer.compute_loss
+
+        def compute_loss(*arguments: Any, **named: Any) -> Any:
+            result = original(*arguments, **named)
+            if not self._forward_over:
+                self._forward_over = True
+                self._watch.mark()
+            return result
+
+        trainer.compute_loss = compute_loss
 
     def _take_check(self, trainer: Any, model: Any, run: Callable[[Any, Any], Any]) -> None:
         """Loss and gradient norm of the fixed rows, with adapters that are the same for every peer."""
@@ -128,7 +163,10 @@ class Probe:
         return timed >= self.steps or (timed >= 2 and time.perf_counter() - self._began > self.seconds)
 
     def _finish(self, inputs: Any, items: Any, run: Callable[[Any, Any], Any]) -> None:
-        self.step_seconds = self._watch.intervals()
+        marks = self._watch.intervals()
+        parts = {name: marks[place :: len(PHASES)] for place, name in enumerate(PHASES)}
+        self.step_seconds = [sum(each) for each in zip(*parts.values(), strict=True)]
+        self.phase_seconds = parts if self._phases_seen else {}
         if self.device.type == "cuda":
             self.peak_allocated = torch.cuda.max_memory_allocated()
             self.peak_reserved = torch.cuda.max_memory_reserved()
@@ -149,6 +187,9 @@ def summarise_probe(probe: Probe) -> dict[str, Any]:
         "adapters": probe.adapters,
         "steps": len(times),
         "step_seconds": spread_of(times).as_dict(),
+        "phase_seconds": {name: spread_of(each).as_dict() for name, each in probe.phase_seconds.items()},
+        "load_seconds": probe.load_seconds,
+        "load_host_bytes": probe.load_host_bytes,
         "tokens_per_second": rates.as_dict(),
         "mean_tokens_per_second": sum(tokens) / sum(times),
         "items_per_second": sum(items) / sum(times),

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastprice.bench.analysis import ok_rows, summarise_kernels, summarise_steps
+from fastprice.bench.analysis import PHASES, ok_rows, summarise_kernels, summarise_steps
 from fastprice.errors import DataError
 
 __all__ = ["compare", "find_results", "limits_table", "load_result", "markdown", "paste_line", "short_table", "title"]
@@ -168,7 +168,14 @@ def _limits_line(result: Result) -> str:
 
 def _blocks(result: Result) -> list[str]:
     rows = result["rows"]
-    return [_step_table(result), _kernel_table(rows), _memory_table(rows), _predict_table(rows), _fit_table(rows)]
+    return [
+        _step_table(result),
+        _phase_table(result),
+        _kernel_table(rows),
+        _memory_table(rows),
+        _predict_table(rows),
+        _fit_table(rows),
+    ]
 
 
 def _step_table(result: Result) -> str:
@@ -200,6 +207,26 @@ def _step_table(result: Result) -> str:
     return "\n".join(lines)
 
 
+def _phase_table(result: Result) -> str:
+    """Where a step's time goes, in shares of it, and how the model was loaded."""
+    entries = summarise_steps(result["rows"], result["limits"])
+    if not entries:
+        return ""
+    lines = [
+        "| model, tokens, rank | peer | forward | backward | optimiser, data | loading | host peak after it |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for entry in entries:
+        took = {name: each["p50"] for name, each in entry["phase_seconds"].items()}
+        whole = sum(took.values())
+        shares = [f"{took[name] / whole:.0%}" if took else "-" for name in PHASES]
+        lines.append(
+            f"| {entry['model']}, {entry['tokens']}, {entry['rank']} | {entry['peer']} | {' | '.join(shares)} | "
+            f"{entry['load_seconds']:.1f} s | {entry['load_host_bytes'] / GIB:.2f} GiB |"
+        )
+    return "\n".join(lines)
+
+
 def _kernel_table(rows: Iterable[Mapping[str, Any]]) -> str:
     summary = summarise_kernels(rows)
     if not summary:
@@ -220,10 +247,10 @@ def _memory_table(rows: Iterable[Mapping[str, Any]]) -> str:
     measured = [row for row in ok_rows(rows, "estimate") if "error" in row]
     if not measured:
         return ""
-    lines = ["| model | peer | estimated | measured (peak reserved) | error |", "|---|---|---|---|---|"]
+    lines = ["| model | tokens | peer | estimated | measured (peak reserved) | error |", "|---|---|---|---|---|---|"]
     for row in measured:
         sizes = f"{row['estimated_reserved'] / GIB:.2f} GiB | {row['measured_reserved'] / GIB:.2f} GiB"
-        lines.append(f"| {row['model']} | {row['peer']} | {sizes} | {row['error']:+.1%} |")
+        lines.append(f"| {row['model']} | {row['tokens']:,} | {row['peer']} | {sizes} | {row['error']:+.1%} |")
     return "\n".join(lines)
 
 

@@ -23,6 +23,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ class Plan:
     """What to measure.
 
     models: names of `cases.MODELS`, the most important first; tokens: of a pack; batch: rows of a padded micro-batch;
+    rank: of the adapters; others: further pairs of (tokens, rank) to train with, when all rounds of the first are done;
     steps: timed steps a run, at most `step_seconds` long; rounds: of all peers over all models; kernel_seconds: timing
     of one kernel case; caps: GPU sizes to pretend (GiB); peers: of peers.PEERS, the most important first; families: of
     kernel_cases.FAMILIES; cuda: whether there is a GPU; patience: by how much longer than on a machine of its own a
@@ -60,6 +62,7 @@ class Plan:
     tokens: int = 4096
     batch: int = 4
     rank: int = 16
+    others: Sequence[tuple[int, int]] = ()
     steps: int = 20
     step_seconds: float = 10.0
     rounds: int = 2
@@ -274,20 +277,21 @@ def _unsloth(run: _Run) -> None:
 
 def _steps(run: _Run) -> None:
     """Round after round over all models and peers, so that a peer's runs lie apart in time (A, B, A, B)."""
-    given_up: set[tuple[str, str]] = set()
-    for _ in range(run.plan.rounds):
-        for model in run.plan.models:
-            for peer in run.plan.peers:
-                if (model, peer) in given_up or run.runner.left < _START + run.plan.step_seconds:
-                    continue
-                row = run.step("steps", peer, model)
-                if row is None or row["status"] != "ok":
-                    given_up.add((model, peer))
+    plan = run.plan
+    given_up: set[tuple[int, int, str, str]] = set()
+    for (tokens, rank), _ in product([(plan.tokens, plan.rank), *plan.others], range(plan.rounds)):
+        for model, peer in product(plan.models, plan.peers):
+            this = (tokens, rank, model, peer)
+            if this in given_up or run.runner.left < _START + plan.step_seconds:
+                continue
+            row = run.step("steps", peer, model, tokens=tokens, rank=rank)
+            if row is None or row["status"] != "ok":
+                given_up.add(this)
 
 
 def _memory(run: _Run) -> None:
     rows = [row for row in ok_rows(run.runner.rows, "step") if row["stage"] != "fit"]
-    measured = {(row["case"]["model"], row["peer"]): row for row in rows}
+    measured = {(row["case"]["model"], row["case"]["tokens"], row["case"]["rank"], row["peer"]): row for row in rows}
     steps = [
         {
             "model": model,
@@ -299,7 +303,7 @@ def _memory(run: _Run) -> None:
             "peak_reserved": row["peak_reserved"],
             "peak_allocated": row["peak_allocated"],
         }
-        for (model, peer), row in measured.items()
+        for (model, _, _, peer), row in measured.items()
     ]
     if not steps:
         reason = "no training step was measured"
