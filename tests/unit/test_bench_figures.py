@@ -196,7 +196,7 @@ def test_a_cpu_result_says_so_wherever_it_is_shown(tmp_path: Path) -> None:
 def test_the_page_plots_what_was_measured_and_escapes_the_rest(tmp_path: Path) -> None:
     measured = result(step_row("peft", 10.0), step_row("trl-packed", 9.0), kernel_row(1.0, 2.0), device="<b>GPU</b>")
     page = write_page(measured, tmp_path / "page.html", measured).read_text()
-    assert page.count("data:image/svg+xml") == 3
+    assert page.count("data:image/svg+xml") == 4
     assert "<b>GPU</b>" not in page
     assert "Arithmetic limits (not measured)" in page
     empty = write_page(result(), tmp_path / "empty.html").read_text()

@@ -118,8 +118,8 @@ def summarise_steps(rows: Iterable[Row], limits: Mapping[str, Any]) -> list[dict
 
 
 def summarise_kernels(rows: Iterable[Row]) -> list[dict[str, Any]]:
-    """For each family and peer: over how many cases, geometric mean and smallest of the median ratios (peer over
-    fastprice: above 1 is faster), and the share of the limit that fastprice reaches (geometric mean)."""
+    """For each family and peer: over how many cases, geometric mean, smallest and largest of the median ratios (peer
+    over fastprice: above 1 is faster), and the share of the limit that fastprice reaches (geometric mean)."""
     found: dict[tuple[str, str], list[float]] = {}
     shares: dict[str, list[float]] = {}
     for row in ok_rows(rows, "kernels"):
@@ -133,6 +133,7 @@ def summarise_kernels(rows: Iterable[Row]) -> list[dict[str, Any]]:
             "cases": len(values),
             "mean": geometric_mean(values),
             "smallest": min(values),
+            "largest": max(values),
             "share_of_limit": geometric_mean(shares[family]),
         }
         for (family, peer), values in found.items()

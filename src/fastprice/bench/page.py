@@ -1,4 +1,4 @@
-"""A page of plots for one benchmark result: speeds, memory over a step, the roofline. One HTML file, no script."""
+"""A page of plots for one benchmark result: speeds, ratios, memory over a step, roofline. One HTML file, no script."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastprice.bench.analysis import ok_rows, step_groups, summarise_steps
+from fastprice.bench.analysis import ok_rows, step_groups, summarise_kernels, summarise_steps
 from fastprice.bench.cases import MODELS
 from fastprice.bench.report import compare, comparison_table, limits_table, markdown, title
 from fastprice.bench.static import static_table
@@ -47,6 +47,7 @@ def write_page(
     parts += [_table(block) for block in markdown(result).split("\n\n")[1:]]
     for heading, draw in (
         ("Training speed", _speed_plot),
+        ("How many times as fast as each peer", _ratio_plot),
         ("Memory over a training step", _memory_plot),
         ("Kernels against the machine's limits", _roofline_plot),
     ):
@@ -106,6 +107,31 @@ def _speed_plot(figure: Any, result: Mapping[str, Any]) -> bool:
     colours = [_COLOURS["fastprice" if _is_ours(entry["peer"]) else "peer"] for entry in entries]
     axes.barh(names, middles, xerr=reach, color=colours)
     axes.set_xlabel("real tokens a second (bar: median of rounds, line: slowest to fastest)")
+    return True
+
+
+def _ratio_plot(figure: Any, result: Mapping[str, Any]) -> bool:
+    """A bar for each peer of the training steps and of each kernel; its line spans rounds, or a kernel's cases."""
+    bars = [
+        (f"{entry['model']}, {entry['tokens']}: {entry['peer']}", *(entry["ratio"][k] for k in ("low", "mid", "high")))
+        for entry in summarise_steps(result["rows"], result["limits"])
+        if entry["ratio"]
+    ]
+    bars += [
+        (f"{each['family']}: {each['peer']}", each["smallest"], each["mean"], each["largest"])
+        for each in summarise_kernels(result["rows"])
+    ]
+    if not bars:
+        return False
+    names, lows, middles, highs = zip(*bars, strict=True)
+    axes = figure.subplots()
+    reach = [
+        [middle - low for low, middle in zip(lows, middles, strict=True)],
+        [high - middle for high, middle in zip(highs, middles, strict=True)],
+    ]
+    axes.barh(names, middles, xerr=reach, color=_COLOURS["fastprice"])
+    axes.axvline(1.0, color=_COLOURS["limit"])
+    axes.set_xlabel("speed of fastprice over the peer's (line: all rounds, or all cases of a kernel)")
     return True
 
 
