@@ -6,6 +6,7 @@
     ├── BaseModelError          a base model or a saved estimator that cannot be found, read or trained
     ├── MissingDependencyError  an optional package or device that the request needs
     ├── TrainingError           training that started and cannot go on (loss not finite, no labelled token)
+    ├── StreamingError          weights that could not be brought from the host to the device
     └── NotFittedError          prediction before `fit` or `load`
 
 Every message is one line: what is wrong, where (file, row, column, key), and what to do. The command line prints that
@@ -24,6 +25,7 @@ __all__ = [
     "FastpriceError",
     "MissingDependencyError",
     "NotFittedError",
+    "StreamingError",
     "TrainingError",
     "nearest_name",
 ]
@@ -51,6 +53,10 @@ class MissingDependencyError(FastpriceError):
 
 class TrainingError(FastpriceError):
     """Training that cannot go on without doing harm."""
+
+
+class StreamingError(FastpriceError):
+    """Weights that could not be brought from the host to the device in time."""
 
 
 class NotFittedError(FastpriceError, ValueError, AttributeError):
