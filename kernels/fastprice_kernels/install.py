@@ -344,8 +344,8 @@ def _linear_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
 def _shared_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     patch: _Patch = self.__dict__[PATCH]
     me = patch.siblings.index(self)
-    # Compiled code makes a graph break of every question about a version counter.
-    version = 0 if torch.compiler.is_compiling() else x._version
+    # Compiled code makes a graph break of every question about a version counter; inference tensors have none.
+    version = 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
     key = (version, torch.is_grad_enabled(), torch.is_autocast_enabled(x.device.type))
     pending = patch.pending
     if pending is not None and pending.x is x and pending.key == key and me in pending.results:

@@ -8,9 +8,12 @@ The last layer's output at a position without a label goes nowhere: no later lay
 read it. Its keys and values are needed, its output projection, MLP and final norm are not. So between attention and
 output projection the labelled rows are gathered, and the rest of the model sees (1, M, D) hidden states in place of
 (B, S, D), M labelled positions. For Llama-3.1-8B that leaves out 193 of the layer's 218 million weights' products at
-those positions: 2.8 % of the whole model's at a small share of labels, 5.6 % for Llama-3.2-1B. The positions
-travel as a keyword argument through the decoder (its layers hand unknown ones on to attention, which ignores them), so
-that a layer recomputed in the backward gets the ones of its own forward.
+those positions: 2.8 % of the whole model's at a small share of labels, 5.6 % for Llama-3.2-1B. The positions travel as
+a keyword argument through the decoder (its layers hand unknown ones on to attention, which ignores them), so that a
+layer recomputed in the backward gets the ones of its own forward.
+
+A batch may bring the positions as `label_positions`, made where it was collated: else the host waits for the device to
+learn how many there are. To give batches one static shape they may be padded with positions that predict nothing.
 """
 
 from __future__ import annotations
@@ -26,11 +29,17 @@ import torch
 from torch import Tensor, nn
 
 from fastprice_kernels._layers import Symbol
-from fastprice_kernels.loss_head import completion_cross_entropy_with_statistics, labelled_positions
+from fastprice_kernels.loss_head import (
+    chunk_rows,
+    completion_cross_entropy_with_statistics,
+    labelled_positions,
+    shifted_labels,
+)
 
 __all__ = ["Head", "head_forward", "head_trouble", "last_decoder_layer", "layer_forward", "layer_trouble"]
 
 PATCH = "_fastprice_patch"  # in the __dict__ of a module whose forward was replaced: what that forward needs
+POSITIONS = "label_positions"  # what a batch may bring: `labelled_positions` of its labels
 _ROWS = "fastprice_rows"
 _LOSS_ARGUMENTS = ("labels", "shift_labels", "num_items_in_batch", "logits_to_keep", "ignore_index")
 
@@ -143,33 +152,41 @@ def head_forward(kind: type[nn.Module]) -> Callable[..., Any]:
         if patch is None:  # uninstalled, but still inside accelerate's wrapper
             return stock(self, *args, **kwargs)
         kwargs.update(zip(names, args, strict=False))
+        positions = kwargs.pop(POSITIONS, None)
         labelled = kwargs.get("labels") is not None or kwargs.get("shift_labels") is not None
         keep = kwargs.get("logits_to_keep", 0)
         wants_logits = isinstance(keep, Tensor) or bool(keep) or kwargs.get("return_dict") is False
         if not labelled or wants_logits or kwargs.get("output_router_logits"):
             return stock(self, **kwargs) if patch.previous is None else patch.previous(**kwargs)
-        return _forward_with_loss(self, patch, kwargs)
+        return _forward_with_loss(self, patch, positions, kwargs)
 
     return forward
 
 
-def _forward_with_loss(self: Any, patch: Head, kwargs: dict[str, Any]) -> Any:
+def _forward_with_loss(self: Any, patch: Head, positions: Tensor | None, kwargs: dict[str, Any]) -> Any:
     labels, shifted, items, _, ignore = (kwargs.pop(name, None) for name in _LOSS_ARGUMENTS)
     ignore = -100 if ignore is None else ignore
     head = self.get_output_embeddings()
     shift = shifted is None
     labels = (labels if shift else shifted).to(head.weight.device)
     wants_states = kwargs.get("output_hidden_states", getattr(self.config, "output_hidden_states", False))
+    rows = chunk = None
     if patch.rows and not wants_states:
-        rows = labelled_positions(labels, ignore_index=ignore, shift=shift)
-        if rows.numel():
-            kwargs[_ROWS] = rows
+        rows = labelled_positions(labels, ignore_index=ignore, shift=shift) if positions is None else positions
+        rows = rows if rows.numel() else None
+        kwargs |= {} if rows is None else {_ROWS: rows}
     outputs = getattr(self, self.base_model_prefix)(**kwargs)
-    if _ROWS in kwargs:
+    hidden = outputs.last_hidden_state
+    if rows is not None:
+        # One chunk's size goes by all positions: those that were left out make no room scarcer.
+        trains = head.weight.requires_grad and torch.is_grad_enabled()
+        capped = patch.softcap is not None
+        chunk = chunk_rows(hidden, head.weight, labels.numel(), rows.numel(), capped=capped, trains=trains)
         # The label that a position predicts is the next one, which is never in the next row of the batch.
-        labels, shift = labels.reshape(-1)[rows + int(shift)][None], False
+        labels, shift = shifted_labels(labels, ignore, shift)[rows][None], False
+        positions = torch.arange(rows.numel(), device=labels.device)
     loss, statistics = completion_cross_entropy_with_statistics(
-        outputs.last_hidden_state,
+        hidden,
         head.weight,
         labels,
         bias=head.bias,
@@ -178,6 +195,8 @@ def _forward_with_loss(self: Any, patch: Head, kwargs: dict[str, Any]) -> Any:
         softcap=patch.softcap,
         logit_scale=patch.scale,
         shift=shift,
+        positions=positions,
+        chunk=chunk,
     )
     return patch.output(
         loss=loss,

@@ -45,9 +45,11 @@ from fastprice_kernels._compile import CompileCase
 
 __all__ = [
     "LossStatistics",
+    "chunk_rows",
     "completion_cross_entropy",
     "completion_cross_entropy_with_statistics",
     "labelled_positions",
+    "shifted_labels",
 ]
 
 _BLOCK = 4096
@@ -213,6 +215,14 @@ def _chunk_rows(
     return min(max(labelled, 1), max(rows, _FEWEST_ROWS, width // 8 if grad_weight else 0))
 
 
+def chunk_rows(hidden: Tensor, weight: Tensor, positions: int, labelled: int, *, capped: bool, trains: bool) -> int:
+    """Rows of a chunk for `labelled` of `positions`, whose hidden states are like `hidden` (..., D), by the budget in
+    the module's docstring; `capped`: with a softcap; `trains`: with a gradient for `weight` (V, D)."""
+    on_cpu = not hidden.is_cuda
+    spare = 4 * (hidden.itemsize < 4) + 4 * capped if on_cpu else 0
+    return _chunk_rows(positions, labelled, weight.shape[0], weight.shape[1], hidden.itemsize, spare, trains)
+
+
 def _in_chunks(
     hidden: Tensor,
     weight: Tensor,
@@ -227,15 +237,14 @@ def _in_chunks(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The sums over rows `positions` of `hidden` (T, D), and their gradients; see `completion_ce` for both sides."""
     wants_hidden, wants_weight, wants_bias = wants
-    vocabulary, width = weight.shape
+    vocabulary = weight.shape[0]
     wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     dh = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if wants_hidden else hidden.new_empty(0)
     dw = torch.zeros_like(weight) if wants_weight else weight.new_empty(0)
     db = torch.zeros(vocabulary if wants_bias else 0, dtype=wide, device=hidden.device)
     count, on_cpu = positions.shape[0], not hidden.is_cuda
     if not chunk:
-        spare = 4 * (hidden.itemsize < 4) + 4 * (softcap is not None) if on_cpu else 0
-        chunk = _chunk_rows(hidden.shape[0], count, vocabulary, width, hidden.itemsize, spare, wants_weight)
+        chunk = chunk_rows(hidden, weight, hidden.shape[0], count, capped=softcap is not None, trains=wants_weight)
     labels = labels[positions]
     room = hidden.new_empty(min(chunk, count), vocabulary)
     statistics = torch.empty(count, 3, dtype=wide, device=hidden.device)
@@ -373,10 +382,11 @@ def labelled_positions(labels: Tensor, *, ignore_index: int = -100, shift: bool 
 
     With `shift` that is the position before each label, as `completion_cross_entropy` counts them.
     """
-    return (_shifted(labels, ignore_index, shift) != ignore_index).nonzero().squeeze(1)
+    return (shifted_labels(labels, ignore_index, shift) != ignore_index).nonzero().squeeze(1)
 
 
-def _shifted(labels: Tensor, ignore_index: int, shift: bool) -> Tensor:
+def shifted_labels(labels: Tensor, ignore_index: int, shift: bool) -> Tensor:
+    """The label that each of the (..., S) positions predicts, flattened."""
     if not shift:
         return labels.reshape(-1)
     shifted = torch.full_like(labels, ignore_index)
@@ -460,7 +470,7 @@ def completion_cross_entropy_with_statistics(
         hidden, head_weight = hidden.to(dtype), head_weight.to(dtype)
     _check(hidden, head_weight, labels, bias, reduction, softcap, chunk)
     width = hidden.shape[-1]
-    flat_labels = _shifted(labels.long(), ignore_index, shift)
+    flat_labels = shifted_labels(labels.long(), ignore_index, shift)
     total, statistics = _SumOverLabels.apply(
         hidden.reshape(-1, width),
         head_weight,

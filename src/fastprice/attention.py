@@ -4,12 +4,17 @@ On CUDA: xformers' memory-efficient attention under a `BlockDiagonalCausalMask` 
 inputs, else PyTorch's `varlen_attn` (Flash Attention). On a CPU, and for soft-capped scores (Gemma 2), which neither of
 them offers with a backward pass: one call a text, which still beats a padded batch, as that would compute the padding.
 
+Packs of one static shape (packing.py) bring the texts' borders as a tensor on the device, whose values the host never
+reads, and so go to `varlen_attn`, which takes them like that: a `BlockDiagonalCausalMask` is built from lengths on the
+host, which a CUDA graph would freeze. On a CPU they go through one masked call over the whole pack.
+
 Legend: T tokens of the pack, H query heads, G key heads, D head dimension. q is (1, H, T, D); k, v are (1, G, T, D).
 """
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from functools import cache, lru_cache
 from itertools import accumulate
 from typing import Any
@@ -20,7 +25,7 @@ from torch.nn import functional as F
 
 from fastprice.errors import ConfigError
 
-__all__ = ["PACKED_ATTENTION", "backend", "packed_attention", "register_packed_attention"]
+__all__ = ["PACKED_ATTENTION", "backend", "packed_attention", "register_packed_attention", "varlen_works"]
 
 PACKED_ATTENTION = "fastprice_packed"
 
@@ -43,6 +48,8 @@ def packed_attention(
     attention_mask: Tensor | None,
     *,
     pack_lengths: tuple[int, ...] | None = None,
+    pack_borders: Tensor | None = None,
+    pack_longest: int = 0,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -51,9 +58,17 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """Attention in transformers' interface: q, k, v as in the legend; returns ((1, T, H, D), None).
 
-    `pack_lengths` are the tokens of each text, adding up to T; `sliding_window` counts the query's own position.
+    `pack_lengths` are the tokens of each text, adding up to T; `sliding_window` counts the query's own position. A pack
+    of one static shape has `pack_borders` instead, int32 (texts + 1,) from 0 to T, no text above `pack_longest` tokens.
     Raises ConfigError without lengths: attention over a whole pack would be silently wrong.
     """
+    if pack_borders is not None:
+        if softcap is not None or dropout:
+            raise ConfigError("packs of one static shape: this model caps or drops attention scores; use graphs='off'")
+        window = None if sliding_window is None or pack_longest <= sliding_window else sliding_window
+        if query.is_cuda:
+            return _varlen_attention(query, key, value, pack_borders, pack_longest, scaling, window), None
+        return _masked_attention(query, key, value, pack_borders, scaling, window), None
     if pack_lengths is None:
         raise ConfigError(
             "packed attention was called without pack_lengths: collate batches with fastprice.packing.PackCollator"
@@ -63,7 +78,8 @@ def packed_attention(
     if way == "xformers":
         return _xformers_attention(query, key, value, pack_lengths, scaling, window), None
     if way == "varlen":
-        return _varlen_attention(query, key, value, pack_lengths, scaling, window), None
+        borders = _borders(pack_lengths, query.device)
+        return _varlen_attention(query, key, value, borders, max(pack_lengths), scaling, window), None
     outputs = [
         _text_attention(q, k, v, scaling=scaling, dropout=dropout, window=window, softcap=softcap)
         for q, k, v in zip(
@@ -85,14 +101,27 @@ def backend(device: str, dtype: torch.dtype) -> str:
     """
     if device != "cuda" or dtype not in (torch.float16, torch.bfloat16):
         return "texts"
-    for name, attention in (("xformers", _xformers_attention), ("varlen", _varlen_attention)):
-        probe = torch.zeros(1, 2, 16, 64, device=device, dtype=dtype, requires_grad=True)
-        try:
-            attention(probe, probe[:, :1], probe[:, :1], (8, 8), None, None).sum().backward()
-        except (ImportError, NotImplementedError, RuntimeError, AttributeError, ValueError):
-            continue  # not here: the next one
-        return name
-    return "texts"
+    if _works(lambda x: _xformers_attention(x, x[:, :1], x[:, :1], (8, 8), None, None), device, dtype):
+        return "xformers"
+    return "varlen" if varlen_works(device, dtype) else "texts"
+
+
+@cache
+def varlen_works(device: str, dtype: torch.dtype) -> bool:
+    """Whether PyTorch's `varlen_attn` runs forward and backward on this device in this dtype."""
+    if device != "cuda" or dtype not in (torch.float16, torch.bfloat16):
+        return False
+    borders = _borders((8, 8), torch.device(device))
+    return _works(lambda x: _varlen_attention(x, x[:, :1], x[:, :1], borders, 8, None, None), device, dtype)
+
+
+def _works(attention: Callable[[Tensor], Tensor], device: str, dtype: torch.dtype) -> bool:
+    probe = torch.zeros(1, 2, 16, 64, device=device, dtype=dtype, requires_grad=True)
+    try:
+        attention(probe).sum().backward()
+    except (ImportError, NotImplementedError, RuntimeError, AttributeError, ValueError):
+        return False
+    return True
 
 
 def _xformers_attention(
@@ -119,7 +148,13 @@ def _block_mask(lengths: tuple[int, ...], window: int | None) -> Any:
 
 
 def _varlen_attention(
-    query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scaling: float | None, window: int | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    borders: Tensor,
+    longest: int,
+    scaling: float | None,
+    window: int | None,
 ) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
@@ -130,8 +165,7 @@ def _varlen_attention(
             options["enable_gqa"] = True
         else:
             k, v = (side.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for side in (k, v))
-    borders = _borders(lengths, query.device)
-    output = varlen_attn(q, k, v, borders, borders, max(lengths), max(lengths), **options)
+    output = varlen_attn(q, k, v, borders, borders, longest, longest, **options)
     assert isinstance(output, Tensor)  # a tuple only where auxiliary outputs are asked for
     return output[None]
 
@@ -147,6 +181,19 @@ def _varlen_groups() -> bool:
 @lru_cache(maxsize=8)
 def _borders(lengths: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+
+
+def _masked_attention(
+    query: Tensor, key: Tensor, value: Tensor, borders: Tensor, scaling: float | None, window: int | None
+) -> Tensor:
+    """Attention over a whole pack under a (T, T) mask, (1, T, H, D) out; never reads `borders` on the host."""
+    at = torch.arange(query.shape[2], device=query.device)
+    text = torch.searchsorted(borders, at.to(borders.dtype), right=True)
+    allowed = (text[:, None] == text[None, :]) & (at[:, None] >= at[None, :])
+    if window is not None:
+        allowed = allowed & (at[:, None] - at[None, :] < window)
+    output = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed, scale=scaling, enable_gqa=True)
+    return output.transpose(1, 2).contiguous()
 
 
 def _text_attention(

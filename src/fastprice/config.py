@@ -20,6 +20,11 @@ __all__ = ["CleanConfig", "DataConfig", "ModelConfig", "RunConfig", "SplitConfig
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    @field_validator("kernels", "graphs", "mask", mode="before", check_fields=False)
+    @classmethod
+    def _yaml_reads_on_and_off_as_booleans(cls, value: Any) -> Any:
+        return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
 
 class DataConfig(_Section):
     """Where the items come from: a file with its columns, or so many items of the synthetic catalogue."""
@@ -78,6 +83,7 @@ class TrainConfig(_Section):
     epochs: float = Field(default=1.0, gt=0)
     pack_tokens: int = Field(default=2048, ge=72)
     accumulation: int = Field(default=1, ge=1)
+    graphs: Literal["auto", "on", "off"] = "off"
     warmup: float = Field(default=0.03, ge=0, le=1)
     evaluations: int = Field(default=5, ge=0)
     validation_items: int = Field(default=200, ge=1)

@@ -41,6 +41,8 @@ class PriceEstimator(RegressorMixin, BaseEstimator):  # type: ignore[misc]
     method         "qlora": NF4 base, LoRA adapters; "lora": 16-bit base (fp32 on a CPU); "full": every weight trains
     engine         "auto", "peft" or "unsloth" (CUDA)
     kernels        "auto": fastprice_kernels under the model while it trains on CUDA; "on" or "off" anywhere
+    graphs         "on": steps replayed as CUDA graphs once a replay agreed with the eager step (fastprice.graphs);
+                   "auto": where that is possible and pays; "off"
     rank, alpha    of the adapters; alpha None is 2 x rank; dropout on their input
     learning_rate  peak; None is a width-dependent default (`fastprice.methods.suggested_learning_rate`)
     epochs         passes over the training items
@@ -64,6 +66,7 @@ class PriceEstimator(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         method: str = "qlora",
         engine: str = "auto",
         kernels: str = "auto",
+        graphs: str = "off",
         rank: int = 16,
         alpha: float | None = None,
         dropout: float = 0.0,
@@ -82,6 +85,7 @@ class PriceEstimator(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         self.method = method
         self.engine = engine
         self.kernels = kernels
+        self.graphs = graphs
         self.rank = rank
         self.alpha = alpha
         self.dropout = dropout
@@ -167,6 +171,7 @@ class PriceEstimator(RegressorMixin, BaseEstimator):  # type: ignore[misc]
                 warmup=self.warmup,
                 seed=self.seed,
                 kernels=self.kernels,
+                graphs=self.graphs,
                 on_event=on_event,
             )
         except BaseException:
@@ -370,6 +375,7 @@ class PriceEstimator(RegressorMixin, BaseEstimator):  # type: ignore[misc]
             f"{name} must be {what}, not {getattr(self, name)!r}"
             for name, what, holds in (
                 ("kernels", "auto, on or off", self.kernels in ("auto", "on", "off")),
+                ("graphs", "auto, on or off", self.graphs in ("auto", "on", "off")),
                 ("rank", "at least 1", self.rank >= 1),
                 ("dropout", "from 0 to below 1", 0 <= self.dropout < 1),
                 ("learning_rate", "above 0", self.learning_rate is None or self.learning_rate > 0),

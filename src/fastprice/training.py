@@ -8,21 +8,27 @@ by the same prediction code that users call, and the checkpoint with the smalles
 from __future__ import annotations
 
 import logging
+import os
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fastprice.engines import Engine
-from fastprice.errors import TrainingError
+from fastprice.engines.peft import compute_dtype
+from fastprice.errors import ConfigError, TrainingError
+from fastprice.graphs import AUTO_PARAMETERS, BANDS, GraphedStep, hindrance, parameter_count
 from fastprice.guards import Curves, FiniteGuard, TrainingEvent
-from fastprice.packing import pack_rows
+from fastprice.packing import StaticShape, pack_rows
 from fastprice.prompts import IGNORE, TrainingRow
+
+if TYPE_CHECKING:
+    from fastprice_kernels import InstallReport
 
 __all__ = ["TrainingResult", "train", "uses_kernels"]
 
@@ -55,6 +61,7 @@ def train(
     warmup: float,
     seed: int,
     kernels: str,
+    graphs: str = "off",
     on_event: Callable[[TrainingEvent], None] | None = None,
 ) -> TrainingResult:
     """Trains whatever in `model` requires a gradient on `rows`, in place.
@@ -64,16 +71,24 @@ def train(
     evaluations   how many times `validate` runs over the whole training, evenly spread, the end included
     warmup        share of the steps over which the learning rate rises; it then falls along a cosine
     kernels       "on", "off", or "auto": fastprice_kernels under the model on CUDA, the stock path elsewhere
+    graphs        "on": packs of one static shape and their steps replayed as CUDA graphs (graphs.py), ConfigError where
+                  that is impossible; "auto": so where it is possible, for models that launches bound; "off"
 
-    Raises TrainingError when no row carries a label or the loss stops being finite.
+    Raises TrainingError when no row carries a label or the loss stops being finite; ConfigError for graphs that are
+    asked for and cannot be had.
     """
     from datasets import Dataset
     from transformers import PrinterCallback
 
     if not any(label != IGNORE for row in rows for label in row.labels):
         raise TrainingError("no token carries loss: there is nothing to learn from; check the prices and max_tokens")
-    packs = Dataset.from_list(pack_rows(rows, pack_tokens, seed))
+    packed = pack_rows(rows, pack_tokens, seed)
+    packs = Dataset.from_list(packed)
     ours = uses_kernels(kernels)
+    captures = _captures(graphs, model, engine, kernels=ours)
+    collator = engine.collator()
+    if ours and engine.name == "peft":
+        collator = replace(collator, positions=True, static=StaticShape.of(packed) if captures else None)
     steps = max(1, round(epochs * -(-len(packs) // accumulation)))
     curves = Curves(on_event)
     with tempfile.TemporaryDirectory(prefix="fastprice-") as folder:
@@ -94,10 +109,11 @@ def train(
                     warmup_steps=round(warmup * steps),
                     seed=seed,
                     loss_type="nll" if ours and engine.name == "peft" else None,
+                    captures=captures,
                 ),
                 train_dataset=packs,
                 eval_dataset=packs.select([0]) if validate and evaluations else None,
-                data_collator=engine.collator(),
+                data_collator=collator,
                 processing_class=tokenizer,
                 callbacks=[curves, FiniteGuard()],
             )
@@ -105,7 +121,13 @@ def train(
         if engine.name == "peft":
             _restore_precision(model)
         engine.for_training(model)
-        with _kernels_under(model, engine, kernels) if ours else nullcontext(), _quiet():
+        with _kernels_under(model, engine, kernels) if ours else nullcontext() as report, _quiet():
+            if captures and report is not None:
+                trainer.captures = "completion_cross_entropy" in report.replaced.values()
+                if not trainer.captures:
+                    warnings.warn(
+                        "CUDA graphs stay off: the model keeps its own loss, see the line above", stacklevel=2
+                    )
             trainer.train()
     best = trainer.state.best_metric
     return TrainingResult(
@@ -131,6 +153,35 @@ def _trainer_class() -> Any:
             self._validate = validate
             self._engine = engine
             self._own_loss = own_loss
+            self.captures = False
+            self._graphed: GraphedStep | None = None
+
+        def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
+            if not self.captures:
+                return super().training_step(model, inputs, num_items_in_batch)
+            if not model.training:
+                model.train()
+            if self._graphed is None:
+                self._graphed = self._graph(model)
+            inputs = self._prepare_inputs(inputs)
+            self._count(inputs)
+            tensors = {name: each for name, each in inputs.items() if name != "pack_lengths"}
+            items = torch.as_tensor(num_items_in_batch, device=self.args.device)
+            return self._graphed({**tensors, "num_items_in_batch": items})
+
+        def _graph(self, model: Any) -> GraphedStep:
+            def step(batch: dict[str, Any]) -> torch.Tensor:
+                with self.compute_loss_context_manager():
+                    loss = model(**batch, use_cache=False).loss
+                self.accelerator.backward(loss)
+                return loss.detach()  # type: ignore[no-any-return]
+
+            trained = {name: each for name, each in model.named_parameters() if each.requires_grad}
+            return GraphedStep(step, trained, band=BANDS[compute_dtype()])
+
+        def _count(self, inputs: dict[str, Any]) -> None:
+            self._total_train_tokens += sum(inputs["pack_lengths"])
+            self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
 
         def compute_loss(
             self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -138,8 +189,7 @@ def _trainer_class() -> Any:
             if not self._own_loss:
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             # TRL's own reads entropy and accuracy off the device at every step, which makes the host wait for it.
-            self._total_train_tokens += inputs["input_ids"].numel()
-            self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+            self._count(inputs)
             outputs = model(**inputs, use_cache=False, num_items_in_batch=num_items_in_batch)
             return (outputs.loss, outputs) if return_outputs else outputs.loss
 
@@ -169,6 +219,7 @@ def _arguments(
     warmup_steps: int,
     seed: int,
     loss_type: str | None,
+    captures: bool,
 ) -> Any:
     from trl import SFTConfig
 
@@ -189,6 +240,10 @@ def _arguments(
         }
     else:
         options = {"eval_strategy": "no", "save_strategy": "no"}
+    if captures:  # the state of the random numbers cannot be read during a capture; a captured step draws none
+        options["gradient_checkpointing_kwargs"] = {"use_reentrant": False, "preserve_rng_state": False}
+    if cuda:  # from pinned memory: the host need not wait for the step before to end
+        options["accelerator_config"] = {"non_blocking": True}
     return SFTConfig(
         output_dir=folder,
         max_steps=steps,
@@ -226,9 +281,22 @@ def uses_kernels(kernels: str) -> bool:
     return kernels == "on" or (kernels == "auto" and torch.cuda.is_available())
 
 
+def _captures(graphs: str, model: Any, engine: Engine, *, kernels: bool) -> bool:
+    """Whether steps are to be captured: `graphs` is "on", "off" or "auto". ConfigError for an "on" that cannot be."""
+    if graphs == "off" or (graphs == "auto" and parameter_count(model) > AUTO_PARAMETERS):
+        return False
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    trouble = hindrance(model, engine.name, kernels=kernels, dtype=compute_dtype(), processes=processes)
+    if trouble is not None and graphs == "on":
+        raise ConfigError(f"graphs: on, but {trouble}; use graphs='auto' or 'off'")
+    return trouble is None
+
+
 @contextmanager
-def _kernels_under(model: Any, engine: Engine, kernels: str) -> Iterator[None]:
+def _kernels_under(model: Any, engine: Engine, kernels: str) -> Iterator[InstallReport | None]:
     """fastprice_kernels under the model for the time of the training, with our loss head on the peft engine.
+
+    Gives the report of what was replaced, or None where nothing was.
 
     Under "auto" an Unsloth of another shape than the one the kernels were written for keeps the stock path, with a
     warning; under "on" that is an error.
@@ -236,15 +304,15 @@ def _kernels_under(model: Any, engine: Engine, kernels: str) -> Iterator[None]:
     from fastprice_kernels.install import install, uninstall
 
     try:
-        install(model, loss_head=engine.name == "peft", last_layer=engine.name == "peft")
+        report = install(model, loss_head=engine.name == "peft", last_layer=engine.name == "peft")
     except RuntimeError as error:
         if kernels == "on":
             raise TrainingError(f"kernels: {error}; use kernels='off'") from error
         warnings.warn(f"fastprice_kernels stay out: {error}", stacklevel=2)
-        yield
+        yield None
         return
     try:
-        yield
+        yield report
     finally:
         uninstall(model)
 

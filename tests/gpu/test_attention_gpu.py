@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -17,10 +19,16 @@ LENGTHS = (33, 1, 128, 7, 300)
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("window", [None, 40])
-@pytest.mark.parametrize("way", ["_xformers_attention", "_varlen_attention"])
+@pytest.mark.parametrize("way", ["_xformers_attention", "_varlen_attention", "static"])
 def test_backends_agree_with_one_call_a_text(way: str, window: int | None, dtype: torch.dtype) -> None:
+    """ "static": borders as a pack of one static shape has them, with texts of no tokens at the end."""
+    texts: tuple[Any, ...] = (LENGTHS,)
     if way == "_xformers_attention":
         pytest.importorskip("xformers")
+    else:
+        lengths = (*LENGTHS, 0, 0, 0) if way == "static" else LENGTHS
+        longest = 320 if way == "static" else max(LENGTHS)
+        texts, way = (attention._borders(lengths, torch.device("cuda")), longest), "_varlen_attention"
     torch.manual_seed(0)
     tokens = sum(LENGTHS)
     shapes = ((1, 8, tokens, 64), (1, 2, tokens, 64), (1, 2, tokens, 64))
@@ -28,7 +36,7 @@ def test_backends_agree_with_one_call_a_text(way: str, window: int | None, dtype
     truths = [each.detach().double().requires_grad_() for each in inputs]
     weight = torch.randn(1, tokens, 8, 64, device="cuda", dtype=dtype)
 
-    output = getattr(attention, way)(*inputs, LENGTHS, None, window)
+    output = getattr(attention, way)(*inputs, *texts, None, window)
     (output * weight).sum().backward()
     truth, _ = attention.packed_attention(
         torch.nn.Identity(), *truths, None, pack_lengths=LENGTHS, sliding_window=window

@@ -312,6 +312,16 @@ def test_evaluation_agrees_and_logits_are_there_without_labels():
     torch.testing.assert_close(states.loss, want.loss)
 
 
+def test_inference_mode_gives_the_same_logits():
+    model = make().eval()
+    inputs = batch()
+    del inputs["labels"]
+    with torch.inference_mode():
+        want = model(**inputs).logits
+        install(model, loss_head=True, last_layer=True)
+        torch.testing.assert_close(model(**inputs).logits, want)
+
+
 def test_outputs_carry_what_trl_reads():
     model = make()
     inputs = batch()

@@ -333,7 +333,7 @@ def test_peak_memory_of_a_step_measured(labelled, share, dtype):
     with counter:
         # The op's body, since a dispatch mode does not look inside an op.
         positions = labelled_positions(case.labels)
-        flat = loss_head._shifted(case.labels, -100, True)
+        flat = loss_head.shifted_labels(case.labels, -100, True)
         totals, dh, _, _ = loss_head._completion_ce(
             case.hidden.detach()[0], head, None, flat, positions, -100, None, 1.0, 0, True, False, False
         )

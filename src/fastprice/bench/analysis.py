@@ -26,7 +26,7 @@ Row = Mapping[str, Any]
 
 # In this order of preference, as the reference of the loss and as the stock path of ratios.
 STOCK = ("trl-packed", "trl-padded", "peft-off")
-FASTPRICE = ("peft", "unsloth-kernels")
+FASTPRICE = ("peft", "peft-graphs", "unsloth-kernels")
 PHASES = ("forward", "backward", "between")  # of a step; the last: optimiser, loading of data, what else a trainer does
 # Largest relative difference of loss and of gradient norm between two right engines in one dtype. TRL keeps adapters in
 # bf16 and fastprice in fp32, so even fp32 runs differ by the rounding of A and B.

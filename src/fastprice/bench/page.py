@@ -90,7 +90,7 @@ def _image(draw: Callable[[Any, Mapping[str, Any]], bool], result: Mapping[str, 
 
 
 def _is_ours(peer: str) -> bool:
-    return peer in ("peft", "peft-off", "unsloth-kernels") or peer.startswith("fastprice")
+    return peer in ("peft", "peft-graphs", "peft-off", "unsloth-kernels") or peer.startswith("fastprice")
 
 
 def _speed_plot(figure: Any, result: Mapping[str, Any]) -> bool:

@@ -10,6 +10,7 @@ adapters, by which analysis.py holds peers against each other; then it times ste
     unsloth-tuned    no recomputation, packing=True, packs of `tokens`
     peft-off         fastprice on the peft engine, its kernels off, packs of `tokens`
     peft             fastprice on the peft engine, its kernels on
+    peft-graphs      the same, its steps replayed as CUDA graphs (the row's settings say whether they were)
     unsloth-kernels  fastprice on the unsloth engine, its kernels on
 """
 
@@ -18,7 +19,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from typing import Any
 
@@ -32,7 +33,7 @@ from fastprice.prompts import IGNORE, TrainingRow
 
 __all__ = ["PEERS", "train_steps"]
 
-PEERS = ("trl-padded", "trl-packed", "unsloth", "unsloth-tuned", "peft-off", "peft", "unsloth-kernels")
+PEERS = ("trl-padded", "trl-packed", "unsloth", "unsloth-tuned", "peft-off", "peft", "peft-graphs", "unsloth-kernels")
 _CHECK_ROWS = 8
 
 
@@ -175,13 +176,11 @@ def _run_fastprice(
         loaded = engine.load_base(folder, method="qlora", max_tokens=tokens)
     model = engine.attach(loaded.model, method="qlora", rank=rank, alpha=2.0 * rank, dropout=0.0, seed=0)
 
-    from trl import SFTTrainer
-
     from fastprice import training
 
     mode = "off" if peer == "peft-off" else "on"
     settings |= {"engine": engine.name, "kernels": mode, "pack_tokens": tokens}
-    with probe.watching(SFTTrainer), _told_what_is_installed(settings):
+    with _watched_training(probe, training, settings), _told_what_is_installed(settings):
         training.train(
             engine,
             model,
@@ -196,7 +195,33 @@ def _run_fastprice(
             warmup=0.0,
             seed=0,
             kernels=mode,
+            graphs="on" if peer == "peft-graphs" else "off",
         )
+
+
+@contextmanager
+def _watched_training(probe: Probe, training: Any, settings: dict[str, Any]) -> Iterator[None]:
+    """Watches the trainer that `training` makes, and keeps what became of its graphs."""
+    trainer_class, graphed = training._trainer_class, training.GraphedStep
+
+    class Told(graphed):  # type: ignore[misc, valid-type]
+        def __call__(self, batch: Any) -> Any:
+            result = super().__call__(batch)
+            settings["graphs"] = self.trouble or self.state
+            return result
+
+    with ExitStack() as watches:
+
+        def watched() -> Any:
+            made = trainer_class()
+            watches.enter_context(probe.watching(made))
+            return made
+
+        training._trainer_class, training.GraphedStep = watched, Told
+        try:
+            yield
+        finally:
+            training._trainer_class, training.GraphedStep = trainer_class, graphed
 
 
 @contextmanager

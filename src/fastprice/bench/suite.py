@@ -36,7 +36,7 @@ from fastprice.errors import ConfigError, nearest_name
 __all__ = ["STAGES", "Plan", "run_suite"]
 
 GIB = 2**30
-_ORDER = ("peft", "unsloth-tuned", "trl-packed", "unsloth", "unsloth-kernels", "peft-off", "trl-padded")
+_ORDER = ("peft", "unsloth-tuned", "trl-packed", "unsloth", "unsloth-kernels", "peft-graphs", "peft-off", "trl-padded")
 _OUTCOME = re.compile(r"::.* (PASSED|FAILED|SKIPPED|ERROR|XFAIL)\b")
 # Folder, what of it, seconds. Reading machine code needs no GPU and takes minutes; the interpreter needs none either.
 _TEST_FOLDERS: tuple[tuple[str, list[str], float], ...] = (
