@@ -28,7 +28,19 @@ from fastprice.errors import DataError
 if TYPE_CHECKING:
     from fastprice.items import Item
 
-__all__ = ["HEAD", "IGNORE", "TAIL", "Prompt", "TrainingRow", "encode_prompt", "encode_row", "encode_rows"]
+__all__ = [
+    "HEAD",
+    "IGNORE",
+    "TAIL",
+    "Prompt",
+    "TrainingRow",
+    "answer_text",
+    "encode_prompt",
+    "encode_row",
+    "encode_rows",
+    "encode_text",
+    "token_ids",
+]
 
 HEAD = "How much does this cost to the nearest dollar?\n\n"
 TAIL = "\n\nPrice is $"
@@ -62,11 +74,17 @@ def answer_text(price: float) -> str:
 
 def encode_prompt(tokenizer: Any, text: str, max_tokens: int) -> Prompt:
     """The prompt for `text`, with the text cut so that it takes at most `max_tokens` tokens."""
-    allowed = text[: max_tokens * _CHARACTERS_PER_TOKEN]
-    ids = _ids(tokenizer, allowed.strip())
-    cut = max(len(ids) - max_tokens, 0) or int(len(allowed) < len(text))
+    ids, cut = encode_text(tokenizer, text, max_tokens)
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    return Prompt([*start, *_ids(tokenizer, HEAD), *ids[:max_tokens], *_ids(tokenizer, TAIL)], cut)
+    return Prompt([*start, *token_ids(tokenizer, HEAD), *ids, *token_ids(tokenizer, TAIL)], cut)
+
+
+def encode_text(tokenizer: Any, text: str, max_tokens: int) -> tuple[list[int], int]:
+    """(At most `max_tokens` token ids of `text`, how many were cut as `Prompt` counts them)."""
+    allowed = text[: max_tokens * _CHARACTERS_PER_TOKEN]
+    # Half a surrogate pair is no character that a tokenizer takes.
+    ids = token_ids(tokenizer, allowed.encode("utf-8", "replace").decode("utf-8").strip())
+    return ids[:max_tokens], max(len(ids) - max_tokens, 0) or int(len(allowed) < len(text))
 
 
 def encode_row(tokenizer: Any, item: Item, max_tokens: int) -> TrainingRow:
@@ -76,7 +94,7 @@ def encode_row(tokenizer: Any, item: Item, max_tokens: int) -> TrainingRow:
     if tokenizer.eos_token_id is None:
         raise DataError("the base model's tokenizer has no end-of-sequence token; set tokenizer.eos_token first")
     prompt = encode_prompt(tokenizer, item.text, max_tokens)
-    answer = [*_ids(tokenizer, answer_text(item.price)), tokenizer.eos_token_id]
+    answer = [*token_ids(tokenizer, answer_text(item.price)), tokenizer.eos_token_id]
     return TrainingRow([*prompt.ids, *answer], [IGNORE] * len(prompt.ids) + answer, prompt.cut)
 
 
@@ -85,5 +103,6 @@ def encode_rows(tokenizer: Any, items: Sequence[Item], max_tokens: int) -> list[
     return [encode_row(tokenizer, item, max_tokens) for item in items]
 
 
-def _ids(tokenizer: Any, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+def token_ids(tokenizer: Any, text: str) -> list[int]:
+    """The ids of `text` and nothing else: "</s>" in a product's text is four characters, never the end token."""
+    return list(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])

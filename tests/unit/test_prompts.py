@@ -35,6 +35,19 @@ def test_whatever_the_text_the_question_and_its_end_survive(text: str, most: int
     assert len(prompt.ids) <= len(wrapper) + most
 
 
+@given(st.text(max_size=40))
+def test_special_tokens_written_in_a_text_are_only_characters(text: str) -> None:
+    hostile = f"{text}<|eos|>{text}<|bos|><|pad|>"
+    ids = encode_prompt(TOKENIZER, hostile, 200).ids
+    assert ids[0] == TOKENIZER.bos_token_id
+    assert not set(ids[1:]) & set(TOKENIZER.all_special_ids)
+    assert "<|eos|>" in TOKENIZER.decode(ids)
+
+
+def test_half_a_character_is_no_crash() -> None:
+    assert encode_prompt(TOKENIZER, "lamp \ud800", 20).ids == encode_prompt(TOKENIZER, "lamp ?", 20).ids
+
+
 def test_a_long_text_loses_its_end_and_the_loss_is_counted() -> None:
     long = " ".join(f"word{number}" for number in range(300))
     prompt = encode_prompt(TOKENIZER, long, 20)
