@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from fastprice.memory import MemoryEstimate, estimate_memory
     from fastprice.metrics import Scores, score
     from fastprice.money import parse_price
+    from fastprice.prompting import PromptedEstimator
     from fastprice.splitting import split_items
 
 __version__ = "0.1.0"
@@ -34,6 +35,7 @@ _HOME = {
     "Items": "items",
     "MemoryEstimate": "memory",
     "PriceEstimator": "estimator",
+    "PromptedEstimator": "prompting",
     "Scores": "metrics",
     "clean_items": "cleaning",
     "estimate_memory": "memory",
@@ -54,6 +56,7 @@ __all__ = [
     "MissingDependencyError",
     "NotFittedError",
     "PriceEstimator",
+    "PromptedEstimator",
     "Scores",
     "TrainingError",
     "__version__",

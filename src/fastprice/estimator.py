@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -239,6 +239,19 @@ class PriceEstimator(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         prompts = [prompt.ids for prompt in self.prompts(texts)]
         prices = greedy_prices(self._model, self._tokenizer, prompts, batch_size=self.batch_size)
         return np.minimum(prices, self.ceiling_price_)
+
+    @property
+    def model(self) -> Any:
+        """The transformers model with its adapters, in the state for prediction; NotFittedError without one."""
+        self._check_fitted()
+        self._engine.for_prediction(self._model)
+        return self._model
+
+    @property
+    def tokenizer(self) -> Any:
+        """The base model's tokenizer; NotFittedError without one."""
+        self._check_fitted()
+        return self._tokenizer
 
     def prompts(self, texts: Sequence[str] | Sequence[Item]) -> list[Prompt]:
         """The prompts of `texts` as the model reads them; each tells how many tokens of its text were cut."""

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["LARGEST", "Split", "split_items"]
+__all__ = ["LARGEST", "Split", "near_duplicates", "split_items"]
 
 LARGEST = 0.05  # of all items: the largest cluster that near-duplicates may make,
 _SMALL = 20  # or this many items, in a small set, though never more than a quarter of it
@@ -99,6 +99,21 @@ def split_items(
         parts[name], parts["train"] = _take(parts["train"], round(share * len(items)), leave=len(wanted) - later)
     chosen = {name: [items[index] for index in sorted(chain.from_iterable(part))] for name, part in parts.items()}
     return Split(chosen["train"], chosen.get("validation", []), chosen.get("test", []), notes)
+
+
+def near_duplicates(text: str, others: Sequence[str]) -> NDArray[np.bool_]:
+    """Which of `others` are `text` itself or nearly so, as `split_items` sees it: bool (len(others),).
+
+    The same text whatever its case and white space, or a Jaccard similarity of the shingles of at least 0.8.
+    """
+    import numpy as np
+
+    keys = [text_key(text), *map(text_key, others)]
+    values, starts = _shingles(keys)
+    own, *sets = np.split(values, starts[1:])
+    common = np.array([len(np.intersect1d(own, each, assume_unique=True)) for each in sets], dtype=np.int64)
+    sizes = np.array([len(each) for each in sets], dtype=np.int64)
+    return common >= _THRESHOLDS[0] * (len(own) + sizes - common)
 
 
 def _take(clusters: list[list[int]], target: int, *, leave: int) -> tuple[list[list[int]], list[list[int]]]:

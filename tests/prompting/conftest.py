@@ -1,0 +1,19 @@
+"""One prepared nano model and one small split for all tests here."""
+
+from __future__ import annotations
+
+import pytest
+
+from fastprice import PriceEstimator, split_items
+from fastprice.catalogue import make_catalogue
+from fastprice.splitting import Split
+
+
+@pytest.fixture(scope="session")
+def nano() -> PriceEstimator:
+    return PriceEstimator(base="nano", method="lora", batch_size=8).prepare()
+
+
+@pytest.fixture(scope="session")
+def split() -> Split:
+    return split_items(make_catalogue(90, seed=5))
