@@ -91,7 +91,7 @@ def _run_trl(
     from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
     from trl import SFTTrainer
 
-    from fastprice.engines.peft import _keep_layout
+    from fastprice.engines.peft import settle_four_bit
     from fastprice.methods import lora_config
 
     set_seed(0)
@@ -100,7 +100,7 @@ def _run_trl(
         options["device_map"] = {"": 0}
     with probe.loading():
         model = AutoModelForCausalLM.from_pretrained(folder, **options)
-    _keep_layout(model)
+    settle_four_bit(model, compute_dtype())
     chosen: dict[str, Any] = (
         {"per_device_train_batch_size": batch}
         if peer == "trl-padded"

@@ -13,7 +13,7 @@ from fastprice.engines.bases import base_error, load_config, load_tokenizer, res
 from fastprice.methods import Method, lora_config
 from fastprice.packing import PackCollator
 
-__all__ = ["PeftEngine"]
+__all__ = ["PeftEngine", "compute_dtype", "settle_four_bit"]
 
 
 class PeftEngine:
@@ -50,7 +50,7 @@ class PeftEngine:
         except (OSError, ValueError, KeyError) as error:
             raise base_error(base, "weights", error) from error
         if method == "qlora":
-            _keep_layout(model)
+            settle_four_bit(model, dtype)
         if model.config.pad_token_id is None:
             model.config.pad_token_id = tokenizer.pad_token_id
         return Loaded(model, tokenizer, folder)
@@ -96,8 +96,9 @@ def _plain(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _keep_layout(model: Any) -> None:
-    """Keeps bitsandbytes from repacking 4-bit weights in place on CPUs with AVX512-BF16.
+def settle_four_bit(model: Any, dtype: torch.dtype) -> None:
+    """Makes the 4-bit layers of `model` compute in `dtype`, also those of a base that was quantised elsewhere for
+    another one, and keeps bitsandbytes from repacking them in place on CPUs with AVX512-BF16.
 
     It does so at the first forward in eval mode without gradients, and backward then reads the new layout as the old:
     after the first evaluation, training would go on with wrong gradients (bitsandbytes 0.50.2).
@@ -107,3 +108,5 @@ def _keep_layout(model: Any) -> None:
     for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
             module.support_avx512bf16_for_cpu = False
+            module.compute_dtype = module.weight.quant_state.dtype = dtype
+            module.compute_type_is_set = True
