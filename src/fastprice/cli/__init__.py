@@ -11,7 +11,7 @@ import sys
 import typer
 
 from fastprice import __version__
-from fastprice.cli import bases, machine, prediction, training
+from fastprice.cli import bases, comparing, machine, prediction, training
 from fastprice.cli.options import MANY_VALUES
 from fastprice.errors import FastpriceError
 
@@ -32,6 +32,7 @@ for command in (
     prediction.predict,
     prediction.evaluate,
     bases.quantise,
+    comparing.compare,
     machine.plan,
     machine.doctor,
 ):

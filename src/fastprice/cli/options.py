@@ -29,7 +29,7 @@ ModelDir = Annotated[Path, typer.Option("--model", metavar="DIR", help="A run's 
 ConfigFile = Annotated[Path | None, typer.Argument(metavar="[CONFIG.yaml]", help="Settings; options override them.")]
 
 # Options that take several values after one name.
-MANY_VALUES = {"--text", "--group", "--drop", "--set", "--item"}
+MANY_VALUES = {"--text", "--group", "--drop", "--set", "--item", "--strategies"}
 
 
 def overrides_of(pairs: list[str] | None, options: dict[str, Any]) -> dict[str, Any]:

@@ -65,7 +65,7 @@ class Chaining:
             [each.prompt for each in laid_out],
             np.array(read, dtype=np.int64),
             np.array([each.tokens for each in written], dtype=np.int64),
-            Counter({"facts told": sum(map(len, facts)), "of facts": len(FIELDS) * len(items)}),
+            Counter({"facts told": sum(map(len, facts))}),
         )
 
 

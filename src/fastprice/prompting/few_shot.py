@@ -50,7 +50,9 @@ class FewShot:
 
     def ask(self, estimator: PriceEstimator, items: Sequence[Item]) -> Asked:
         layout = layout_of(estimator)
-        return asked_of([layout.price_prompt(item.text, examples=self._examples(item)) for item in items], self.k)
+        examples = [self._examples(item) for item in items]
+        laid_out = [layout.price_prompt(item.text, examples=each) for item, each in zip(items, examples, strict=True)]
+        return asked_of(laid_out, sum(map(len, examples)))
 
     def _examples(self, item: Item) -> list[Item]:
         if not hasattr(self, "examples_"):
@@ -68,10 +70,9 @@ def unlike(item: Item, candidates: Sequence[Item]) -> list[bool]:
     ]
 
 
-def asked_of(laid_out: Sequence[LaidOut], k: int) -> Asked:
-    """One call of the model an item, on prompts with up to `k` examples each."""
+def asked_of(laid_out: Sequence[LaidOut], shown: int) -> Asked:
+    """One call of the model an item, on prompts for which there were `shown` examples in all."""
     read = np.array([len(each.prompt.ids) for each in laid_out], dtype=np.int64)
-    tally = Counter({"examples dropped": 0, "examples shortened": 0, "of examples": k * len(laid_out)})
-    for each in laid_out:
-        tally.update({"examples dropped": each.dropped, "examples shortened": each.shortened})
+    dropped, shortened = sum(each.dropped for each in laid_out), sum(each.shortened for each in laid_out)
+    tally = Counter({"examples shown": shown - dropped, "examples dropped": dropped, "examples shortened": shortened})
     return Asked([each.prompt for each in laid_out], read, np.zeros_like(read), tally)

@@ -33,7 +33,7 @@ __all__ = ["BM25Index", "EmbeddingIndex", "Index", "Neighbours", "Retrieval", "s
 
 ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 _WORD = re.compile(r"\w+(?:[.\-]\w+)*")  # "8", "3.5" and "B660-I" are one word each
-_LOOKED_AT = 32  # candidates at once, beyond the k wanted
+_LOOKED_AT = 32  # candidates at once, where the first k hold copies
 
 
 class Index(Protocol):
@@ -127,8 +127,10 @@ class Neighbours:
         order = np.argsort(-scores, kind="stable")
         order = order[scores[order] > 0]
         found: list[Item] = []
+        step = self.k
         while len(order) and len(found) < self.k:
-            looked_at, order = np.split(order, [self.k + _LOOKED_AT])
+            looked_at, order = np.split(order, [step])
+            step = _LOOKED_AT
             candidates = [self.items_[index] for index in looked_at]
             found += [each for each, allowed in zip(candidates, unlike(item, candidates), strict=True) if allowed]
         return found[: self.k]
@@ -156,7 +158,7 @@ class Retrieval:
         layout = layout_of(estimator)
         found = [self.neighbours.of(item)[::-1] for item in items]
         laid_out = [layout.price_prompt(item.text, examples=near) for item, near in zip(items, found, strict=True)]
-        asked = asked_of(laid_out, self.k)
+        asked = asked_of(laid_out, sum(map(len, found)))
         asked.tally["examples not found"] = self.k * len(items) - sum(map(len, found))
         return asked
 

@@ -1,0 +1,189 @@
+"""`compare`: ways of asking a model without training it, ranked on one data set."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fastprice.cli.options import (
+    Base,
+    ConfigFile,
+    Data,
+    Drop,
+    Group,
+    Price,
+    Set,
+    Text,
+    load_estimator,
+    make_console,
+    overrides_of,
+    saved_estimator_folder,
+)
+from fastprice.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fastprice.config import RunConfig
+    from fastprice.estimator import PriceEstimator
+    from fastprice.pipeline import Prepared
+    from fastprice.prompting.comparison import Comparison
+
+STRATEGIES = ["zero-shot", "few-shot:4", "retrieval:4", "chaining", "tools"]
+RESULT = "compare.json"
+
+
+def compare(
+    config: ConfigFile = None,
+    data: Data = None,
+    text: Text = None,
+    price: Price = None,
+    group: Group = None,
+    drop: Drop = None,
+    model: Annotated[
+        Path | None, typer.Option("--model", metavar="DIR", help="A run's folder: its model on its own unseen items.")
+    ] = None,
+    base: Base = None,
+    method: Annotated[str | None, typer.Option(help="qlora, lora or full: how the base is loaded.")] = None,
+    strategies: Annotated[
+        list[str] | None,
+        typer.Option("--strategies", metavar="NAME...", help="zero-shot, few-shot:K, retrieval:K, chaining, tools."),
+    ] = None,
+    items: Annotated[int, typer.Option(help="Test items, drawn with the seed.", min=1)] = 200,
+    calibrate: Annotated[int, typer.Option(help="Validation items for the intervals; 0: none.", min=0)] = 100,
+    loss: Annotated[str, typer.Option(help="What the estimates make small: mae, mse, rmsle, mape or hits.")] = "mae",
+    limit: Annotated[int | None, typer.Option(help="Use only so many items, drawn with the seed.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of draw and split.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Folder for compare.json.")] = None,
+    set_: Set = None,
+) -> None:
+    """Rank ways of asking a model (zero-shot, few-shot, retrieval, chaining, tools) on items it has not seen."""
+    from fastprice.pipeline import prepare_items
+    from fastprice.prompting import choose_strategy
+    from fastprice.prompting.comparison import compare_strategies, metric_of
+    from fastprice.targets import draw_items
+
+    metric_of(loss)
+    if model is not None and (base is not None or method is not None):
+        raise ConfigError("compare: give --model (a run's) or --base, not both; a run knows its base and method")
+    if out is not None and out.exists() and not out.is_dir():
+        raise ConfigError(f"--out {out}: is a file; name a folder")
+    given = overrides_of(
+        set_,
+        {"data.file": data, "data.text": text, "data.price": price, "data.group": group, "data.drop": drop,
+         "data.limit": limit, "model.base": base, "model.method": method, "seed": seed},
+    )  # fmt: skip
+    settings = _settings(config, model, given)
+    chosen = [choose_strategy(name, seed=settings.seed) for name in strategies or STRATEGIES]
+    prepared = prepare_items(settings)
+    if model is not None:
+        _check_same_items(model, prepared)
+
+    split = prepared.split
+    test = draw_items(split.test, items, settings.seed)
+    calibration = draw_items(split.validation, calibrate, settings.seed) if calibrate else []
+    console = make_console()
+    console.print(f"{len(test):,} of {len(split.test):,} test items, {len(calibration):,} to calibrate intervals, "
+                  f"{len(split.train):,} to take examples from")  # fmt: skip
+    estimator = _base(settings, prepared) if model is None else load_estimator(model)
+
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("", total=len(chosen) * (len(test) + len(calibration)))
+        comparison = compare_strategies(
+            estimator,
+            chosen,
+            split.train,
+            calibration,
+            test,
+            loss=loss,
+            on_items=lambda name, more: progress.update(task, description=name, advance=more),
+        )
+    console.print(comparison.table())
+    if out is not None:
+        path = _write(out, settings, str(model or settings.model.base), comparison)
+        console.print(f"written: {path}", highlight=False)
+
+
+def _settings(config: Path | None, model: Path | None, given: dict[str, Any]) -> RunConfig:
+    """The settings of this comparison: those of the run that made `model`, or of `config`, under what was given."""
+    from fastprice.config import read_config
+    from fastprice.pipeline import CONFIG
+
+    if model is None:
+        return read_config(config, {"out": "unused", **given})
+    if config is not None:
+        raise ConfigError(f"compare: --model has its own settings, leave {config} out")
+    saved_estimator_folder(model)
+    folder = next((each for each in (model, model.parent) if (each / CONFIG).is_file()), None)
+    if folder is None:
+        raise ConfigError(
+            f"--model {model}: no {CONFIG} beside it, so nobody knows which items it was trained on; give the folder "
+            "that fastprice train wrote"
+        )
+    trained = read_config(folder / CONFIG)
+    settings = read_config(folder / CONFIG, given)
+    before, now = _flat(trained), _flat(settings)
+    if changed := [key for key in before if before[key] != now[key]]:
+        raise ConfigError(
+            f"--model {model}: its run had other settings for {', '.join(changed)}, and with others its test items are "
+            "not those that it has not seen; leave these options out"
+        )
+    return settings
+
+
+def _flat(settings: RunConfig) -> dict[str, Any]:
+    """Settings by dotted key, less the data's file: it may have moved, and what it holds is checked by its counts."""
+    dotted: dict[str, Any] = {}
+    for section, value in settings.model_dump().items():
+        inside = value if isinstance(value, dict) else {"": value}
+        dotted.update({f"{section}.{key}".rstrip("."): each for key, each in inside.items()})
+    del dotted["data.file"]
+    return dotted
+
+
+def _check_same_items(model: Path, prepared: Prepared) -> None:
+    """ConfigError when the data has changed since the run: other items make another split."""
+    from fastprice.pipeline import RESULTS
+
+    for folder in (model, model.parent):
+        if (folder / RESULTS).is_file():
+            counts = json.loads((folder / RESULTS).read_text(encoding="utf-8"))["counts"]
+            if counts != prepared.counts():
+                raise ConfigError(
+                    f"{prepared.items.source}: not the items that {model} was trained on ({counts['train']:,} train, "
+                    f"{counts['test']:,} test; now {len(prepared.split.train):,} and {len(prepared.split.test):,}), so "
+                    "its unseen items are not known; give the file of the run with --data"
+                )
+            return
+
+
+def _base(settings: RunConfig, prepared: Prepared) -> PriceEstimator:
+    """The base as it comes, its prices within those of the training items, as after training."""
+    import numpy as np
+
+    from fastprice.estimator import PriceEstimator
+
+    # The other engine gives no distributions.
+    estimator = PriceEstimator(**{**settings.estimator_params(), "engine": "peft"}).prepare()
+    prices = [item.price for item in prepared.split.train if item.price is not None]
+    estimator.fallback_price_, estimator.ceiling_price_ = float(np.median(prices)), max(prices)
+    return estimator
+
+
+def _write(out: Path, settings: RunConfig, model: str, comparison: Comparison) -> Path:
+    from fastprice import __version__
+
+    out.mkdir(parents=True, exist_ok=True)
+    about = {"model": model, "data": settings.data.model_dump(), "seed": settings.seed, "fastprice": __version__}
+    half = out / f".{RESULT}.{os.getpid()}.tmp"
+    try:
+        half.write_text(json.dumps({**about, **comparison.as_dict()}, indent=1) + "\n", encoding="utf-8")
+        half.replace(out / RESULT)
+    finally:
+        half.unlink(missing_ok=True)
+    return out / RESULT

@@ -1,0 +1,159 @@
+"""`fastprice compare` and what it measures."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from fastprice import ConfigError, Item, PriceEstimator
+from fastprice.catalogue import make_catalogue
+from fastprice.config import read_config
+from fastprice.pipeline import prepare_items, run
+from fastprice.prompting import choose_strategy
+from fastprice.prompting.comparison import compare_strategies
+from fastprice.prompting.few_shot import FewShot
+from fastprice.prompting.retrieval import Retrieval
+from fastprice.splitting import Split
+
+Run = Callable[..., tuple[int, str, str]]
+COLUMNS = ("--text", "text", "--price", "price", "--group", "sku")
+
+
+def write_products(path: Path, count: int) -> Path:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["text", "price", "sku"])
+        writer.writerows([item.text, item.price, item.group] for item in make_catalogue(count, seed=6))
+    return path
+
+
+@pytest.fixture(scope="module")
+def products(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_products(tmp_path_factory.mktemp("data") / "products.csv", 90)
+
+
+def test_strategies_and_baselines_are_ranked_on_the_same_items(nano: PriceEstimator, split: Split) -> None:
+    seen: list[tuple[str, int]] = []
+    strategies = [choose_strategy(name) for name in ("zero-shot", "retrieval:2")]
+    comparison = compare_strategies(
+        nano, strategies, split.train, [], split.test, on_items=lambda name, more: seen.append((name, more))
+    )
+    names = [entry.name for entry in comparison.entries]
+    assert sorted(names) == ["constant (median)", "median of retrieval:2", "retrieval:2", "zero-shot"]
+    errors = [float(entry.scores.mae) for entry in comparison.entries]
+    assert errors == sorted(errors)
+    by_name = {entry.name: entry for entry in comparison.entries}
+    truths = np.array([item.price for item in split.test])
+    zero_shot = np.abs(nano.predict(split.test) - truths).mean()
+    assert float(by_name["zero-shot"].scores.mae) == pytest.approx(zero_shot)
+    constant = np.abs(np.median([item.price or 0 for item in split.train]) - truths).mean()
+    assert float(by_name["constant (median)"].scores.mae) == pytest.approx(constant)
+    best, worst = comparison.entries[0], comparison.entries[-1]
+    difference = comparison.difference(worst, best)
+    assert float(difference) == pytest.approx(errors[-1] - errors[0])
+    assert difference.low <= float(difference) <= difference.high
+    assert by_name["retrieval:2"].prompt_tokens > by_name["zero-shot"].prompt_tokens > 0
+    assert by_name["constant (median)"].prompt_tokens == 0
+    for name in ("zero-shot", "retrieval:2"):
+        assert sum(more for who, more in seen if who == name) == len(split.test)
+    assert json.loads(json.dumps(comparison.as_dict()))["entries"][0]["to_best"]["value"] == 0
+
+
+def test_hits_rank_from_the_most_and_names_must_differ(nano: PriceEstimator, split: Split) -> None:
+    comparison = compare_strategies(nano, [choose_strategy("zero-shot")], split.train, [], split.test, loss="hits")
+    hits = [float(entry.scores.hit_rate) for entry in comparison.entries]
+    assert hits == sorted(hits, reverse=True)
+    assert "median of retrieval:4" in [entry.name for entry in comparison.entries]
+    with pytest.raises(ConfigError, match="'few-shot:2' is named more than once"):
+        compare_strategies(nano, [FewShot(2), FewShot(2)], split.train, [], split.test)
+    with pytest.raises(ConfigError, match="did you mean 'rmsle'"):
+        compare_strategies(nano, [], split.train, [], split.test, loss="rmsl")
+
+
+def test_intervals_are_calibrated_for_each_strategy(nano: PriceEstimator, split: Split) -> None:
+    comparison = compare_strategies(
+        nano, [choose_strategy("zero-shot")], split.train, split.train[:12], split.train[:12]
+    )
+    (entry,) = [entry for entry in comparison.entries if entry.name == "zero-shot"]
+    assert entry.held is not None
+    assert entry.held >= 11 / 12, "the interval that 12 items vouch for reaches the farthest of them, but for rounding"
+    assert entry.width is not None
+    assert entry.width > 0
+
+
+def test_a_base_is_compared_from_the_command_line(fastprice: Run, products: Path, tmp_path: Path) -> None:
+    status, shown, said = fastprice(
+        "compare", "--data", products, *COLUMNS, "--method", "lora", "--strategies", "zero-shot", "few-shot:2",
+        "--items", 6, "--calibrate", 0, "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert status == 0, said
+    assert "6 unseen items, ranked by MAE $" in shown
+    assert "12 examples shown" in shown
+    written = json.loads((tmp_path / "out" / "compare.json").read_text())
+    assert written["model"] == "nano"
+    assert {entry["name"] for entry in written["entries"]} == {
+        "zero-shot", "few-shot:2", "constant (median)", "median of retrieval:4",
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(products: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of a few steps."""
+    out = tmp_path_factory.mktemp("run") / "first"
+    settings = {
+        "data.file": str(products), "data.group": "sku", "model.method": "lora", "train.epochs": 0.3,
+        "train.evaluations": 0, "seed": 3, "out": str(out),
+    }  # fmt: skip
+    run(read_config(None, settings), Console(quiet=True))
+    return out
+
+
+def test_a_runs_model_is_compared_on_the_items_it_has_not_seen(
+    fastprice: Run, trained: Path, products: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Item] = []
+    fit_on: list[Item] = []
+    fit, ask = Retrieval.fit, Retrieval.ask
+    monkeypatch.setattr(Retrieval, "fit", lambda self, train: fit_on.extend(train) or fit(self, train))
+    monkeypatch.setattr(
+        Retrieval, "ask", lambda self, estimator, items: asked.extend(items) or ask(self, estimator, items)
+    )
+    moved = tmp_path / "moved.csv"
+    shutil.copy(products, moved)
+    status, _, said = fastprice("compare", "--model", trained, "--data", moved, "--strategies", "retrieval:2")
+    assert status == 0, said
+    split = prepare_items(read_config(trained / "config.yaml")).split
+    assert set(fit_on) == set(split.train)
+    assert set(asked) <= set(split.test) | set(split.validation)
+    assert set(split.test) <= set(asked)
+
+
+def test_what_would_ask_about_items_it_has_seen_is_refused(
+    fastprice: Run, trained: Path, products: Path, tmp_path: Path
+) -> None:
+    other = write_products(tmp_path / "other.csv", 70)
+    bare = tmp_path / "bare"
+    shutil.copytree(trained / "model", bare)
+    for arguments, expected in [
+        (("--model", trained, "--data", other), "not the items that"),
+        (("--model", trained, "--seed", 4), "other settings for seed"),
+        (("--model", trained, "--price", "sku"), "other settings for data.price"),
+        (("--model", trained, "--base", "nano"), "not both"),
+        (("--model", bare, "--data", products, *COLUMNS), "no config.yaml beside it"),
+        (("--model", tmp_path), "neither a run's folder nor a saved estimator"),
+        (("--data", products, *COLUMNS, "--strategies", "few-shot:x"), "a whole number from 1"),
+        (("--data", products, *COLUMNS, "--strategies", "guess"), "unknown name"),
+        (("--data", products, *COLUMNS, "--loss", "rmsl"), "did you mean 'rmsle'"),
+        (("--data", products, *COLUMNS, "--out", products), "is a file"),
+        (("--strategies", "zero-shot"), "no data"),
+    ]:
+        status, _, said = fastprice("compare", *arguments)
+        assert (status, said.count("\n")) == (2, 1), said
+        assert expected in said
