@@ -1,28 +1,52 @@
-"""Puts `dequantize_nf4` in the place of Unsloth's `fast_dequantize`, in every module that imported it by name.
+"""Puts the kernels in the place of Unsloth's functions, in every module that imported them by name and on the model.
 
-Written against Unsloth 2026.10.7, where `matmul_lora` and the fused layers of `unsloth.kernels.fast_lora` look
-`fast_dequantize` up in their own module at each call. That version has a Triton kernel of its own for NF4, on CUDA
-devices of capability 7.0 and up; older ones take three launches. `matmul_lora` stays: its products are `lora.py`'s
-separate form, and it calls what is replaced here. Unsloth is never imported here, only found where it is loaded.
+Written against Unsloth 2026.10.7. `fast_dequantize` and the loss are looked up in the importing modules at each call.
+The fused LoRA functions are hung on attention layers and MLPs when a model gets its adapters, and later found again by
+comparing them with the names in the modules (for FSDP): so the same function of ours goes to both places. It finds out
+from the layer it is called on whether the kernels are under that model, and runs Unsloth's own function if they are
+not, or if they cannot run the layer as it is now. `matmul_lora` stays: its products are lora.py's separate form, and it
+calls the dequantisation that is replaced.
+
+Replaced for the whole process, from the first model that wants it to the last that lets go. Unsloth is never imported
+here, only found where it is loaded.
 """
 
 from __future__ import annotations
 
 import inspect
 import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from types import MethodType
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from fastprice_kernels._forwards import layers_for, mlp, run
+from fastprice_kernels._layers import read
+from fastprice_kernels.last_layer import PATCH
+from fastprice_kernels.lora import lora_projections
+from fastprice_kernels.loss_head import completion_cross_entropy
 from fastprice_kernels.nf4 import dequantize_nf4
 
-__all__ = ["is_unsloth", "patch", "unpatch"]
+__all__ = ["CORE", "LOSS", "find_fused", "is_unsloth", "loss_trouble", "patch", "unpatch"]
 
-_NAME = "fast_dequantize"
-_PARAMETERS = ["W", "quant_state", "out", "use_global_buffer"]
-_HOME = "unsloth.kernels.utils"
-_users = 0
-_replaced: list[tuple[Any, Any]] = []  # module, its function before
+_UTILS, _LORA, _LOSSES = "unsloth.kernels.utils", "unsloth.kernels.fast_lora", "unsloth_zoo.loss_utils"
+LOSS = "unsloth_fused_ce_loss"
+
+
+@dataclass
+class _Function:
+    """A function of Unsloth's: where it is made, its parameters, what makes ours from it, and where ours is now."""
+
+    home: str
+    parameters: tuple[str, ...]
+    replace: Callable[[Any], Any]
+    users: int = 0
+    stock: Any = None
+    ours: Any = None
+    modules: list[Any] = field(default_factory=list)
 
 
 def is_unsloth(model: Any) -> bool:
@@ -34,47 +58,100 @@ def is_unsloth(model: Any) -> bool:
     )
 
 
-def patch() -> list[str]:
-    """Replaces the function for the whole process and names the modules; a second call counts and changes nothing.
+def patch(names: Sequence[str]) -> list[str]:
+    """Replaces these functions for the whole process, all or none, and names where; `unpatch` takes one call back.
 
     Raises:
-        RuntimeError: Unsloth is not loaded, or the function is gone or has another signature.
+        RuntimeError: Unsloth is not loaded, or a function is gone or has other parameters.
     """
-    global _users
-    if not _replaced:
-        home = sys.modules.get(_HOME)
-        if home is None:
-            raise RuntimeError(f"{_HOME} is not loaded; import unsloth before the model is made")
-        stock = getattr(home, _NAME, None)
-        parameters = list(inspect.signature(stock).parameters) if callable(stock) else None
-        if parameters != _PARAMETERS:
-            version = getattr(sys.modules.get("unsloth"), "__version__", "of unknown version")
-            found = "is gone" if parameters is None else f"takes {parameters}"
-            raise RuntimeError(
-                f"Unsloth {version}: {_HOME}.{_NAME} {found}, {_PARAMETERS} was expected; Unsloth's own kernels stay"
-            )
-        ours = _replacement(stock)
-        for name, module in sorted(sys.modules.items()):
-            if (name == "unsloth" or name.startswith(("unsloth.", "unsloth_zoo."))) and vars(module).get(
-                _NAME
-            ) is stock:
-                _replaced.append((module, stock))
-                setattr(module, _NAME, ours)
-    _users += 1
-    return [f"{module.__name__}.{_NAME}" for module, _ in _replaced]
+    trouble = [each for each in (_trouble(name) for name in names if not _FUNCTIONS[name].users) if each]
+    if trouble:
+        version = getattr(sys.modules.get("unsloth"), "__version__", "of unknown version")
+        raise RuntimeError(f"Unsloth {version}: {'; '.join(trouble)}; Unsloth's own kernels stay")
+    for name in names:
+        function = _FUNCTIONS[name]
+        if not function.users:
+            function.stock = getattr(sys.modules[function.home], name)
+            function.ours = function.replace(function.stock)
+            for _, module in sorted(sys.modules.items()):
+                if _is_theirs(module) and vars(module).get(name) is function.stock:
+                    function.modules.append(module)
+                    setattr(module, name, function.ours)
+        function.users += 1
+    return [f"{module.__name__}.{name}" for name in names for module in _FUNCTIONS[name].modules]
 
 
-def unpatch() -> None:
-    """Takes one `patch` back; the last one restores Unsloth's function everywhere."""
-    global _users
-    _users -= 1
-    if not _users:
-        for module, stock in _replaced:
-            setattr(module, _NAME, stock)
-        _replaced.clear()
+def unpatch(names: Sequence[str]) -> None:
+    """Takes one `patch` back; the last one restores Unsloth's function everywhere, also in modules loaded since."""
+    for name in names:
+        function = _FUNCTIONS[name]
+        function.users = max(function.users - 1, 0)  # a deep copy of a model may be uninstalled as well
+        if not function.users and function.ours is not None:
+            for module in [each for each in sys.modules.values() if _is_theirs(each)]:
+                if vars(module).get(name) is function.ours:
+                    setattr(module, name, function.stock)
+            function.stock = function.ours = None
+            function.modules.clear()
 
 
-def _replacement(stock: Any) -> Any:
+def find_fused(module: nn.Module) -> list[tuple[str, Any, list[str], str]]:
+    """What of Unsloth's `patch`ed functions hangs on `module`: attribute, what to put there, the layers it runs, and
+    the kernel's name."""
+    found: list[tuple[str, Any, list[str], str]] = []
+    for attribute, name, parts, kernel in (
+        ("apply_qkv", "apply_lora_qkv", ["q_proj", "k_proj", "v_proj"], "lora_qkv"),
+        ("apply_o", "apply_lora_o", ["o_proj"], "lora_linear"),
+    ):
+        function = _FUNCTIONS[name]
+        if function.users and module.__dict__.get(attribute) in (function.stock, function.ours):
+            found.append((attribute, function.ours, parts, kernel))
+    # A tiled MLP keeps the fused function under another name.
+    for attribute in ("forward", "_unsloth_forward"):
+        bound = getattr(module.__dict__.get(attribute), "__func__", None)
+        for name in _ACTIVATIONS:
+            function = _FUNCTIONS[name]
+            if function.users and getattr(bound, "func", bound) in (function.stock, function.ours):
+                ours = function.ours if not isinstance(bound, partial) else partial(function.ours, **bound.keywords)
+                parts = ["gate_proj", "up_proj", "down_proj"]
+                found.append((attribute, MethodType(ours, module), parts, "lora_mlp"))
+    return found
+
+
+def loss_trouble(causal: nn.Module) -> str | None:
+    """Why the loss of an Unsloth model cannot be ours, if it cannot: its forward must call Unsloth's fused loss."""
+    forward: Any = inspect.unwrap(type(causal).forward)
+    if LOSS not in getattr(forward, "__globals__", {}):
+        return f"the loss of an Unsloth model whose forward does not call {LOSS}"
+    trouble = None if _FUNCTIONS[LOSS].users else _trouble(LOSS)
+    return None if trouble is None else f"the loss of an Unsloth model: {trouble}"
+
+
+def _is_theirs(module: Any) -> bool:
+    """Unsloth, unsloth_zoo, and the modules that Unsloth writes for models it compiles."""
+    return getattr(module, "__name__", "").startswith("unsloth") and hasattr(module, "__dict__")
+
+
+def _trouble(name: str) -> str | None:
+    function = _FUNCTIONS[name]
+    home = sys.modules.get(function.home)
+    if home is None:
+        return f"{function.home} is not loaded; import unsloth before the model is made"
+    stock = getattr(home, name, None)
+    if not callable(stock):
+        return f"{function.home}.{name} is gone"
+    found = inspect.signature(stock).parameters
+    wanted = list(function.parameters)
+    if any(each.kind is inspect.Parameter.VAR_KEYWORD for each in found.values()):
+        fits = set(found) >= set(wanted)
+    else:
+        fits = list(found) == wanted
+    return None if fits else f"{function.home}.{name} takes {list(found)}, {wanted} was expected"
+
+
+# What stands in their place
+
+
+def _dequantize(stock: Any) -> Any:
     def fast_dequantize(
         W: Tensor, quant_state: Any = None, out: Tensor | None = None, use_global_buffer: bool = False
     ) -> Tensor:
@@ -87,3 +164,97 @@ def _replacement(stock: Any) -> Any:
         return dense.t() if W.shape[0] == 1 else dense
 
     return fast_dequantize
+
+
+def _qkv(stock: Any) -> Any:
+    def apply_lora_qkv(self: Any, X: Tensor, inplace: bool = True) -> Any:
+        results = _try(self, X, ("q_proj", "k_proj", "v_proj"), lora_projections)
+        return stock(self, X, inplace) if results is None else results
+
+    return apply_lora_qkv
+
+
+def _output(stock: Any) -> Any:
+    def apply_lora_o(self: Any, X: Tensor) -> Any:
+        results = _try(self, X, ("o_proj",), lora_projections)
+        return stock(self, X) if results is None else results[0]
+
+    return apply_lora_o
+
+
+def _mlp(activation: str) -> Callable[[Any], Any]:
+    def replace(stock: Any) -> Any:
+        def apply_lora_mlp(self: Any, X: Tensor, *inplace: Any, **named: Any) -> Any:
+            results = _try(self, X, ("gate_proj", "up_proj", "down_proj"), mlp, activation=activation)
+            return stock(self, X, *inplace, **named) if results is None else results[0]
+
+        return apply_lora_mlp
+
+    return replace
+
+
+def _try(self: Any, x: Tensor, parts: Sequence[str], function: Any, **options: Any) -> tuple[Tensor, ...] | None:
+    """The kernels' results on these layers of `self`, or None where Unsloth's own function is to run."""
+    beside = self.__dict__.get(PATCH)
+    layers = None if beside is None else layers_for(beside, x, [read(getattr(self, part)) for part in parts])
+    return None if layers is None else run(function, x, layers, **options, **beside.arguments)
+
+
+def _loss(stock: Any) -> Any:
+    def unsloth_fused_ce_loss(
+        trainer: Any,
+        hidden_states: Tensor,
+        lm_head_weight: Tensor,
+        lm_head_bias: Tensor | None,
+        labels: Tensor,
+        mask: Tensor | None = None,
+        n_items: Any = None,
+        scaling: Any = None,
+        target_gb: float | None = None,
+        torch_compile: bool = True,
+        **options: Any,
+    ) -> Tensor:
+        told = {name: options.pop(name, None) for name in _LOSS_OPTIONS}
+        if mask is not None or options:
+            result: Tensor = stock(
+                trainer, hidden_states, lm_head_weight, lm_head_bias, labels, mask=mask, n_items=n_items,
+                scaling=scaling, target_gb=target_gb, torch_compile=torch_compile,
+                **options, **{name: value for name, value in told.items() if value is not None},
+            )  # fmt: skip
+            return result
+        # 0 and None both mean that there is no such thing.
+        softcap, multiply, divide, shift = told.values()
+        return completion_cross_entropy(
+            hidden_states.to(lm_head_weight.dtype),
+            lm_head_weight,
+            labels.to(hidden_states.device),
+            bias=lm_head_bias,
+            num_items=n_items,
+            softcap=softcap or None,
+            logit_scale=(multiply or 1.0) / (divide or 1.0),
+            shift=shift is not False,
+        )
+
+    return unsloth_fused_ce_loss
+
+
+_LOSS_OPTIONS = ("logit_softcapping", "logit_scale_multiply", "logit_scale_divide", "shift_labels")
+_LOSS_PARAMETERS = (
+    "trainer", "hidden_states", "lm_head_weight", "lm_head_bias", "labels", "mask", "n_items", "scaling", "target_gb",
+    "torch_compile",
+)  # fmt: skip
+_ACTIVATIONS = {
+    "apply_lora_mlp_swiglu": "silu",
+    "apply_lora_mlp_geglu_exact": "gelu",
+    "apply_lora_mlp_geglu_approx": "gelu_tanh",
+}
+_FUNCTIONS = {
+    "fast_dequantize": _Function(_UTILS, ("W", "quant_state", "out", "use_global_buffer"), _dequantize),
+    "apply_lora_qkv": _Function(_LORA, ("self", "X", "inplace"), _qkv),
+    "apply_lora_o": _Function(_LORA, ("self", "X"), _output),
+    "apply_lora_mlp_swiglu": _Function(_LORA, ("self", "X", "inplace"), _mlp("silu")),
+    "apply_lora_mlp_geglu_exact": _Function(_LORA, ("self", "X", "inplace"), _mlp("gelu")),
+    "apply_lora_mlp_geglu_approx": _Function(_LORA, ("self", "X"), _mlp("gelu_tanh")),
+    LOSS: _Function(_LOSSES, _LOSS_PARAMETERS, _loss),
+}
+CORE = tuple(name for name in _FUNCTIONS if name != LOSS)

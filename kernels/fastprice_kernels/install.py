@@ -11,8 +11,9 @@ stay what they were, and `uninstall` only has to delete it:
 - on request the loss of the causal language model (`loss_head`) and the last layer's work at unlabelled positions
   (`last_layer`); see last_layer.py.
 
-A model of Unsloth's keeps Unsloth's fused layers; the dequantisation that they call is replaced for the whole process
-(_unsloth.py).
+On a model of Unsloth's the fused functions that it hung on attention layers and MLPs give way to the same kernels, and
+for the whole process its dequantisation and, with `loss_head`, its fused loss (_unsloth.py). Layers that it did not
+fuse (with a bias, as Qwen2's) are treated as any others. Its last layer stays: its code is Unsloth's.
 
 What a layer computes is read at each call, because adapters come, go, merge and change their dropout while a model
 lives; whatever the kernels cannot do exactly goes to the stock path, with one warning that says why. Up to 16 rows
@@ -26,86 +27,33 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastprice_kernels import _unsloth
 from fastprice_kernels import last_layer as heads
+from fastprice_kernels._forwards import (
+    Installation,
+    InstallReport,
+    Options,
+    Patch,
+    linear_forward,
+    mlp_forward,
+    shared_forward,
+)
 from fastprice_kernels._layers import Layer, activation_of, hooked, is_candidate, is_gated, read, together
 from fastprice_kernels.last_layer import PATCH
-from fastprice_kernels.lora import Projection, lora_mlp, lora_projections
 
 __all__ = ["InstallReport", "install", "installed", "uninstall"]
 
 _INSTALLATION = "_fastprice_installation"
 _ACCELERATE = "_original_forward"  # where accelerate keeps the forward that it wraps
-_DECODE_ROWS = 16
 _QKV = ("q_proj", "k_proj", "v_proj")
 _MLP = ("gate_proj", "up_proj", "down_proj")
-
-
-@dataclass(frozen=True)
-class InstallReport:
-    """What `install` did: `replaced` maps a module's name to the kernel it runs now, `kept` to why it stays stock."""
-
-    replaced: dict[str, str] = field(default_factory=dict)
-    kept: dict[str, str] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        lines = [f"{count} x {kernel}" for kernel, count in Counter(self.replaced.values()).items()]
-        lines += [f"{count} x stock: {reason}" for reason, count in Counter(self.kept.values()).items()]
-        return "\n".join(lines) or "nothing to replace"
-
-
-@dataclass(frozen=True)
-class _Options:
-    loss_head: bool = False
-    last_layer: bool = False
-    keep_dense: bool = False
-    augmented: bool = False
-
-
-@dataclass
-class _Installation:
-    options: _Options
-    report: InstallReport = field(default_factory=InstallReport)
-    forwards: list[tuple[nn.Module, Any, Any]] = field(default_factory=list)  # module, its own forward before, ours
-    spared: list[nn.Module] = field(default_factory=list)
-    warned: set[str] = field(default_factory=set)
-    unsloth: bool = False
-
-
-@dataclass
-class _Pending:
-    """Results of one x that wait to be picked up by the modules that share it. It holds x, whose identity counts."""
-
-    x: Tensor
-    key: tuple[Any, ...]
-    results: dict[int, Tensor]
-
-
-@dataclass
-class _Patch:
-    """Beside the replaced forward of linear layers and MLPs: the installation, the layer around that may be recomputed,
-    the modules that share x with it, and an MLP's activation."""
-
-    installation: _Installation
-    around: nn.Module | None
-    siblings: tuple[nn.Module, ...] = ()
-    activation: str = "silu"
-    pending: _Pending | None = None
-
-    @property
-    def arguments(self) -> dict[str, bool]:
-        options, around = self.installation.options, self.around
-        recomputes = around is not None and around.training and bool(getattr(around, "gradient_checkpointing", False))
-        return {"keep_dense": options.keep_dense and recomputes, "augmented": options.augmented}
 
 
 def install(
@@ -134,18 +82,17 @@ def install(
     """
     if last_layer and not loss_head:
         raise ValueError("last_layer=True drops positions that only a loss can do without: it needs loss_head=True")
-    options = _Options(loss_head, last_layer, keep_dense, augmented)
-    before: _Installation | None = model.__dict__.get(_INSTALLATION)
+    options = Options(loss_head, last_layer, keep_dense, augmented)
+    before: Installation | None = model.__dict__.get(_INSTALLATION)
     if before is not None:
         if before.options == options:
             return before.report
         uninstall(model)
-    made = _Installation(options)
+    made = Installation(options)
+    done: set[nn.Module] = set()
     if _unsloth.is_unsloth(model):
-        made.report.replaced.update(dict.fromkeys(_unsloth.patch(), "dequantize_nf4"))
-        made.unsloth = True
-    else:
-        _install_layers(model, made)
+        _install_unsloth(model, made, done)
+    _install_layers(model, made, done)
     if loss_head:
         _install_head(model, made)
     model.__dict__[_INSTALLATION] = made
@@ -162,30 +109,29 @@ def uninstall(model: nn.Module) -> None:
     Raises:
         RuntimeError: something else replaced a forward after `install`; take that out first.
     """
-    made: _Installation | None = model.__dict__.get(_INSTALLATION)
+    made: Installation | None = model.__dict__.get(_INSTALLATION)
     if made is None:
         return
-    for module, _, ours in made.forwards:
-        if ours not in (module.__dict__.get("forward"), module.__dict__.get(_ACCELERATE)):
-            raise RuntimeError(f"the forward of a {type(module).__name__} was replaced after install: undo that first")
-    for module, previous, ours in made.forwards:
-        del module.__dict__[PATCH]
+    for module, name, _, ours in made.attributes:
+        if ours not in (module.__dict__.get(name), module.__dict__.get(_ACCELERATE)):
+            raise RuntimeError(f"the {name} of a {type(module).__name__} was replaced after install: undo that first")
+    for module, name, previous, ours in made.attributes:
+        module.__dict__.pop(PATCH, None)  # an attention layer of Unsloth's has two attributes and one patch
         # Accelerate wraps a model's forward for good; its wrapper then finds no patch and runs the stock forward.
-        slot = "forward" if module.__dict__["forward"] == ours else _ACCELERATE
+        slot = name if module.__dict__[name] == ours else _ACCELERATE
         del module.__dict__[slot]
         if previous is not None or slot == _ACCELERATE:
             module.__dict__[slot] = previous or MethodType(type(module).forward, module)
     for module in made.spared:
         module.support_avx512bf16_for_cpu = True  # type: ignore[assignment]
-    if made.unsloth:
-        _unsloth.unpatch()
+    _unsloth.unpatch(made.unsloth)
     del model.__dict__[_INSTALLATION]
 
 
 @contextmanager
 def installed(model: nn.Module, **options: bool) -> Iterator[InstallReport]:
     """`install` on entry, what was there before on exit."""
-    before: _Installation | None = model.__dict__.get(_INSTALLATION)
+    before: Installation | None = model.__dict__.get(_INSTALLATION)
     try:
         yield install(model, **options)
     finally:
@@ -195,22 +141,38 @@ def installed(model: nn.Module, **options: bool) -> Iterator[InstallReport]:
             install(model, **vars(before.options))
 
 
-def _install_layers(model: nn.Module, made: _Installation) -> None:
-    done: set[nn.Module] = set()
+def _install_unsloth(model: nn.Module, made: Installation, done: set[nn.Module]) -> None:
+    """Unsloth's functions for the process, and what it hung on this model; `done`: the layers that are taken."""
+    places = _unsloth.patch(_unsloth.CORE)
+    made.unsloth = _unsloth.CORE
+    made.report.replaced.update((place, f"Unsloth's {place.rpartition('.')[2]}") for place in places)
+    for name, module in model.named_modules():
+        found = _unsloth.find_fused(module)
+        patch = Patch(made, _around(model, name))
+        for attribute, ours, parts, kernel in found:
+            _replace(made, [f"{name}.{part}" for part in parts], module, attribute, ours, patch, kernel)
+            done.update(part for layer in parts for part in module.get_submodule(layer).modules())
+        done.update([module] if any(attribute == "forward" for attribute, *_ in found) else [])
+
+
+def _install_layers(model: nn.Module, made: Installation, done: set[nn.Module]) -> None:
+    """Every layer but those that are `done`."""
     named = [(name, module, dict(module.named_children())) for name, module in model.named_modules()]
 
-    def take(names: Sequence[str], modules: Sequence[nn.Module], forward: Any, patch: _Patch, kernel: str) -> None:
+    def take(names: Sequence[str], modules: Sequence[nn.Module], forward: Any, patch: Patch, kernel: str) -> None:
         for name, module in zip(names, modules, strict=True):
-            _replace(made, name, module, forward, patch, kernel)
+            _replace(made, [name], module, "forward", MethodType(forward, module), patch, kernel)
             done.update(module.modules())
             _spare_weights(made, module)
 
     for name, module, children in named:
-        patch = _Patch(made, _around(model, name))
+        if module in done or any(child in done for child in children.values()):
+            continue
+        patch = Patch(made, _around(model, name))
         if all(part in children for part in _MLP):
             patch.activation = activation_of(module) or ""
             if patch.activation and _is_lora_mlp(module, [children[part] for part in _MLP]):
-                take([name], [module], _mlp_forward, patch, "lora_mlp")
+                take([name], [module], mlp_forward, patch, "lora_mlp")
         elif all(part in children for part in _QKV):
             parts = patch.siblings = tuple(children[part] for part in _QKV)
             if (
@@ -218,7 +180,7 @@ def _install_layers(model: nn.Module, made: _Installation) -> None:
                 and together([read(p) for p in parts])
                 and not any(map(_is_replaced, parts))
             ):
-                take([f"{name}.{part}" for part in _QKV], parts, _shared_forward, patch, "lora_qkv")
+                take([f"{name}.{part}" for part in _QKV], parts, shared_forward, patch, "lora_qkv")
     for name, module, _ in named:
         if module in done or not is_candidate(module):
             continue
@@ -226,7 +188,7 @@ def _install_layers(model: nn.Module, made: _Installation) -> None:
         if _is_replaced(module):
             made.report.kept[name] = "a forward that something else replaced"
         elif isinstance(found, Layer):
-            take([name], [module], _linear_forward, _Patch(made, _around(model, name)), "lora_linear")
+            take([name], [module], linear_forward, Patch(made, _around(model, name)), "lora_linear")
         else:
             made.report.kept[name] = found or "an adapter that is merged or switched off"
         done.update(module.modules())  # a base layer is no candidate of its own
@@ -257,15 +219,15 @@ def _around(model: nn.Module, name: str) -> nn.Module | None:
 
 
 def _replace(
-    made: _Installation, name: str, module: nn.Module, forward: Callable[..., Any], patch: Any, kernel: str
+    made: Installation, names: Sequence[str], module: nn.Module, attribute: str, ours: Any, patch: Any, kernel: str
 ) -> None:
-    ours = MethodType(forward, module)
-    made.forwards.append((module, module.__dict__.get("forward"), ours))
-    module.__dict__["forward"], module.__dict__[PATCH] = ours, patch
-    made.report.replaced[name] = kernel
+    """Puts `ours` on the module; `names`: of the layers that `kernel` then runs."""
+    made.attributes.append((module, attribute, module.__dict__.get(attribute), ours))
+    module.__dict__[attribute], module.__dict__[PATCH] = ours, patch
+    made.report.replaced.update(dict.fromkeys(names, kernel))
 
 
-def _spare_weights(made: _Installation, module: nn.Module) -> None:
+def _spare_weights(made: Installation, module: nn.Module) -> None:
     """Stops bitsandbytes from repacking 4-bit weights in place when a model is evaluated on a CPU with AVX512-BF16:
     only its inference kernel reads what it leaves there, and training would go on with wrong weights."""
     for part in module.modules():
@@ -274,13 +236,21 @@ def _spare_weights(made: _Installation, module: nn.Module) -> None:
             made.spared.append(part)
 
 
-def _install_head(model: nn.Module, made: _Installation) -> None:
+def _install_head(model: nn.Module, made: Installation) -> None:
     get_base = getattr(model, "get_base_model", None)
     causal: Any = get_base() if get_base is not None else model
     names = {module: name for name, module in model.named_modules()}
     name = names[causal] or type(causal).__name__
     if made.unsloth:
-        made.report.kept[name] = "the loss of an Unsloth model, whose forward follows conventions of its own"
+        reason = _unsloth.loss_trouble(causal)
+        if reason is None:
+            places = _unsloth.patch([_unsloth.LOSS])
+            made.unsloth = (*made.unsloth, _unsloth.LOSS)
+            made.report.replaced.update(dict.fromkeys(places, "completion_cross_entropy"))
+        else:
+            made.report.kept[name] = reason
+        if made.options.last_layer:
+            made.report.kept[f"{name}, last layer"] = "the last layer of an Unsloth model, whose code is Unsloth's"
         return
     trouble = heads.head_trouble(causal)
     if trouble is not None:
@@ -291,81 +261,11 @@ def _install_head(model: nn.Module, made: _Installation) -> None:
         layer = heads.last_decoder_layer(causal)
         trouble = heads.layer_trouble(layer)
         if layer is not None and trouble is None:
-            _replace(made, names[layer], layer, heads.layer_forward, None, "last layer at labelled positions")
+            ours = MethodType(heads.layer_forward, layer)
+            _replace(made, [names[layer]], layer, "forward", ours, None, "last layer at labelled positions")
             rows = True
         else:
             made.report.kept[f"{name}, last layer"] = f"the last layer: {trouble}"
     head = heads.Head(causal.__dict__.get("forward"), rows, *heads.logit_transform(causal), heads.output_class())
-    _replace(made, name, causal, heads.head_forward(type(causal)), head, "completion_cross_entropy")
-
-
-# What runs in place of a stock forward
-
-
-def _stock(self: Any, *args: Any, **kwargs: Any) -> Any:
-    return type(self).forward(self, *args, **kwargs)
-
-
-def _layers_for(patch: _Patch, x: Tensor, reads: Sequence[Layer | str | None]) -> list[Layer] | None:
-    """The layers if the kernels are to run them on x; None sends the call to the stock path, after one warning."""
-    layers = together(reads)
-    if layers is None:
-        for reason in reads:
-            if isinstance(reason, str) and reason not in patch.installation.warned:
-                patch.installation.warned.add(reason)
-                warnings.warn(f"fastprice_kernels goes back to the stock path: {reason}", stacklevel=4)
-        return None
-    decodes = not torch.is_grad_enabled() and x.numel() <= _DECODE_ROWS * x.shape[-1]
-    return None if decodes and layers[0].projection.quant_state is not None else layers
-
-
-def _run(function: Callable[..., Any], x: Tensor, layers: Sequence[Layer], **options: Any) -> tuple[Tensor, ...]:
-    """`function(x, projections)` in the dtype that 4-bit layers compute in, its results in that of x."""
-    projections = [layer.projection for layer in layers]
-    if projections[0].quant_state is None:
-        return function(x, projections, **options)  # type: ignore[no-any-return]
-    with torch.autocast(x.device.type, enabled=False):
-        results = function(x.to(layers[0].dtype or x.dtype), projections, **options)
-    return tuple(result.to(x.dtype) for result in results)
-
-
-def _mlp(x: Tensor, projections: Sequence[Projection], **options: Any) -> tuple[Tensor]:
-    return (lora_mlp(x, *projections, **options),)
-
-
-def _linear_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-    patch: _Patch = self.__dict__[PATCH]
-    layers = None if args or kwargs else _layers_for(patch, x, [read(self)])
-    if layers is None:
-        return _stock(self, x, *args, **kwargs)
-    return _run(lora_projections, x, layers, **patch.arguments)[0]
-
-
-def _shared_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-    patch: _Patch = self.__dict__[PATCH]
-    me = patch.siblings.index(self)
-    # Compiled code makes a graph break of every question about a version counter; inference tensors have none.
-    version = 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
-    key = (version, torch.is_grad_enabled(), torch.is_autocast_enabled(x.device.type))
-    pending = patch.pending
-    if pending is not None and pending.x is x and pending.key == key and me in pending.results:
-        y = pending.results.pop(me)
-        patch.pending = pending if pending.results else None
-        return y
-    patch.pending = None
-    layers = None if args or kwargs else _layers_for(patch, x, [read(sibling) for sibling in patch.siblings])
-    if layers is None:
-        return _linear_forward(self, x, *args, **kwargs)
-    y, *others = _run(lora_projections, x, layers[me:] + layers[:me], **patch.arguments)
-    patch.pending = _Pending(x, key, {(me + 1 + i) % len(layers): other for i, other in enumerate(others)})
-    return y
-
-
-def _mlp_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-    patch: _Patch = self.__dict__[PATCH]
-    parts = [self.gate_proj, self.up_proj, self.down_proj]
-    reads: list[Layer | str | None] = ["hooks on the layers of an MLP"] if hooked(*parts) else [read(p) for p in parts]
-    layers = None if args or kwargs else _layers_for(patch, x, reads)
-    if layers is None:
-        return _stock(self, x, *args, **kwargs)
-    return _run(_mlp, x, layers, activation=patch.activation, **patch.arguments)[0]
+    ours = MethodType(heads.head_forward(type(causal)), causal)
+    _replace(made, [name], causal, "forward", ours, head, "completion_cross_entropy")

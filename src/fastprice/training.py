@@ -294,7 +294,7 @@ def _captures(graphs: str, model: Any, engine: Engine, *, kernels: bool) -> bool
 
 @contextmanager
 def _kernels_under(model: Any, engine: Engine, kernels: str) -> Iterator[InstallReport | None]:
-    """fastprice_kernels under the model for the time of the training, with our loss head on the peft engine.
+    """fastprice_kernels under the model for the time of the training, our loss head with them.
 
     Gives the report of what was replaced, or None where nothing was.
 
@@ -304,7 +304,7 @@ def _kernels_under(model: Any, engine: Engine, kernels: str) -> Iterator[Install
     from fastprice_kernels.install import install, uninstall
 
     try:
-        report = install(model, loss_head=engine.name == "peft", last_layer=engine.name == "peft")
+        report = install(model, loss_head=True, last_layer=engine.name == "peft")
     except RuntimeError as error:
         if kernels == "on":
             raise TrainingError(f"kernels: {error}; use kernels='off'") from error
