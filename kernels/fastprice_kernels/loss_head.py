@@ -80,8 +80,13 @@ def _softmax_rows_kernel(
     CAPPED: tl.constexpr,
     GRADIENT: tl.constexpr,
     BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
 ) -> None:
-    """One program takes one row: statistics (loss, correct, entropy), and the gradient over the logits if GRADIENT."""
+    """One program takes one row: statistics (loss, correct, entropy), and the gradient over the logits if GRADIENT.
+
+    BLOCKS, of BLOCK columns, is a constant because the interpreter takes no other bound of a loop under numpy 2.4 and
+    later; a model has one vocabulary.
+    """
     row = tl.program_id(0).to(tl.int64)
     at_row = logits_ptr + row * row_stride
     label = tl.load(labels_ptr + row)
@@ -92,7 +97,8 @@ def _softmax_rows_kernel(
     best = tl.full((), 0, tl.int32)
     total = tl.zeros((BLOCK,), tl.float32)
     weighted = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, vocabulary, BLOCK):
+    for block in range(BLOCKS):
+        start = block * BLOCK
         columns = start + lanes
         inside = columns < vocabulary
         z = tl.load(at_row + columns, mask=inside, other=0.0).to(tl.float32) * scale
@@ -123,8 +129,8 @@ def _softmax_rows_kernel(
     tl.store(statistics_ptr + row * 3 + 2, entropy)
 
     if GRADIENT:
-        for start in range(0, vocabulary, BLOCK):
-            columns = start + lanes
+        for block in range(BLOCKS):
+            columns = block * BLOCK + lanes
             z = tl.load(at_row + columns, mask=columns < vocabulary, other=0.0).to(tl.float32) * scale
             slope = scale
             if CAPPED:
@@ -159,6 +165,7 @@ def _launch(
             CAPPED=softcap is not None,
             GRADIENT=gradient,
             BLOCK=_BLOCK,
+            BLOCKS=triton.cdiv(logits.shape[1], _BLOCK),
             num_warps=_WARPS,
         )
 
@@ -541,7 +548,7 @@ def compile_cases() -> list[CompileCase]:
                 "scale": "fp32",
                 "softcap": "fp32",
             },
-            constexprs={"CAPPED": capped, "GRADIENT": gradient, "BLOCK": _BLOCK},
+            constexprs={"CAPPED": capped, "GRADIENT": gradient, "BLOCK": _BLOCK, "BLOCKS": 32},
             aligned=("logits_ptr", "labels_ptr", "statistics_ptr", "vocabulary", "row_stride"),
             num_warps=_WARPS,
         )

@@ -258,7 +258,6 @@ def test_autocast_casts_as_linear_does():
 @pytest.mark.parametrize("gradient", [True, False])
 @pytest.mark.parametrize(("rows", "vocabulary"), [(9, 41), (3, 4096), (2, 9001), (1, 1)])
 @pytest.mark.interpreter
-@pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")  # the interpreter's loops
 def test_kernel_agrees_with_the_cpu_path(rows, vocabulary, gradient, softcap, dtype):
     generator = torch.Generator().manual_seed(1)
     logits = (torch.randn(rows, vocabulary, generator=generator) * 4).to(dtype)
@@ -282,7 +281,6 @@ def test_kernel_agrees_with_the_cpu_path(rows, vocabulary, gradient, softcap, dt
 
 
 @pytest.mark.interpreter
-@pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")  # the interpreter's loops
 def test_kernel_makes_a_label_outside_the_vocabulary_a_nan():
     statistics = torch.zeros(2, 3)
     loss_head._launch(torch.zeros(2, 5), torch.tensor([5, -1]), statistics, -100, None, 1.0, True)
