@@ -100,6 +100,9 @@ def _expect(name: str, tensor: Any, dtype: torch.dtype, size: int, device: torch
         raise ValueError(f"{name} has {tensor.numel()} elements, {about} needs {size}")
     if tensor.device != device:
         raise ValueError(f"{name} is on {tensor.device}, packed is on {device}")
+    # `packed` is made contiguous by whoever reads it; the small tensors are read as they lie.
+    if name != "packed" and not tensor.is_contiguous():
+        raise ValueError(f"{name} has strides {tensor.stride()}, a contiguous tensor is read")
 
 
 def _names(dtypes: tuple[torch.dtype, ...]) -> str:

@@ -54,6 +54,7 @@ class Bars:
         fma: False bars every fp32 fused multiply-add, where bit-equality needs two roundings.
         tensor_cores: True asks for at least one tensor-core instruction.
         instructions_per_element: most machine instructions for one output element, by compute capability.
+        exception: why that is more than its kind is held to elsewhere; the report prints it.
     """
 
     store_bits: int | None = None
@@ -61,6 +62,7 @@ class Bars:
     fma: bool = True
     tensor_cores: bool = False
     instructions_per_element: Mapping[int, float] = field(default_factory=dict)
+    exception: str = ""
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,9 @@
 
 One row for each kernel and target: registers a thread, spills (instructions that touch thread-local memory), bytes of
 shared memory a block, width in bits of the narrowest store to global memory, tensor-core instructions, instructions
-for one output element. `--check` exits with 1 when a bar is missed and names it; a kernel that does not build always
-does. Every module of this package that defines `compile_cases()` is reported.
+for one output element; below, which kernels have a wider bar than their kind, and why. `--check` exits with 1 when a
+bar is missed and names it; a kernel that does not build always does. Every module of this package that defines
+`compile_cases()` is reported.
 """
 
 from __future__ import annotations
@@ -113,6 +114,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             rows.append({**asdict(code), "missed": complaints})
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    for reason in dict.fromkeys(case.bars.exception for case in cases.values() if case.bars.exception):
+        names = [case.name for case in cases.values() if case.bars.exception == reason]
+        print(f"exception: {reason} ({', '.join(names)})")
     for complaint in missed:
         print(f"missed: {complaint}", file=sys.stderr)
     print(f"{len(cases)} kernels, {len(rows)} builds, {len(missed)} bars missed")

@@ -104,6 +104,9 @@ def test_the_bars_of_dequantisation_are_those_asked_for() -> None:
         name for name in CASES if name.startswith(("dequantize_nf4/bf16", "dequantize_nf4/fp16")) and "odd" not in name
     }
     assert "dequantize_nf4/fp32/nested/even" in barred
+    wider = {name for name, case in CASES.items() if case.bars.exception}
+    assert wider == {f"dequantize_nf4/fp32/{form}" for form in ("nested/tail", "nested/rows apart", "plain/rows apart")}
+    assert all(CASES[name].bars.instructions_per_element == {90: 12.0} for name in wider)
     for name in barred:
         assert CASES[name].bars.store_bits == 128
         assert CASES[name].bars.shared_stores == 1
@@ -151,6 +154,23 @@ def test_arguments_of_the_report(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     with pytest.raises(SystemExit):
         compile_report.main([])
     assert "TRITON_INTERPRET is set" in capsys.readouterr().err
+
+
+def test_an_exception_is_printed_with_its_reason(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(compile_report, "build_all", lambda cases, targets: [])
+    assert compile_report.main(["--only", "fp32/nested/tail"]) == 0
+    assert "exception: at most 12 instructions an element in place of 8: fp32 moves" in capsys.readouterr().out
+    assert compile_report.main(["--only", "bf16/nested/tail"]) == 0
+    assert "exception" not in capsys.readouterr().out
+
+
+def test_no_kernel_is_autotuned() -> None:
+    """Each has one configuration, so there is nothing to search, to prune or to keep on disk."""
+    cases = compile_report.find_cases()
+    assert {module for module, _ in cases} == {"activations", "decode", "loss_head", "nf4"}
+    assert all(type(case.fn) is triton.runtime.JITFunction for case in cases.values())
 
 
 def test_every_case_is_found_once() -> None:

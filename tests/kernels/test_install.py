@@ -258,12 +258,16 @@ def test_gradient_checkpointing(reentrant, keep_dense, monkeypatch):
     want = gradients(model)
     model.enable_input_require_grads()
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    install(model, loss_head=True, last_layer=True)
+    dropped = gradients(model)
     install(model, loss_head=True, last_layer=True, keep_dense=keep_dense)
     from fastprice_kernels import lora
 
     calls, dequantize = [], lora.dequantize_nf4
     monkeypatch.setattr(lora, "dequantize_nf4", lambda *a, **k: calls.append(1) or dequantize(*a, **k))
-    assert_close(gradients(model), want, 2e-5)
+    got = gradients(model)
+    assert_close(got, want, 2e-5)
+    assert all(torch.equal(a, b) for a, b in zip(got, dropped, strict=True)), "the weights are the same bits"
     # Re-entrant checkpointing runs the first forward without gradient; the last layer then has few enough labelled rows
     # in its output projection and MLP for bitsandbytes' own product.
     assert len(calls) == LAYERS * 7 * (2 if keep_dense else 3) - 4 * reentrant

@@ -104,6 +104,19 @@ def test_linear(shape, n, rank, bias, dtype, nf4, augmented):
 
 
 @FORMS
+@pytest.mark.parametrize("nf4", [False, True], ids=["dense", "nf4"])
+def test_inputs_weights_and_gradients_that_are_not_contiguous(nf4, augmented):
+    p = make(13, 41, 5, 1, torch.float64, nf4=nf4)
+    if not nf4:
+        p = replace(p, weight=p.weight.T.contiguous().T)
+    a, b = (part.detach().T.contiguous().T.requires_grad_() for part in (p.lora_a, p.lora_b))
+    p = replace(p, lora_a=a, lora_b=b)
+    x = draw(41, 9, 7, seed=7, dtype=torch.float64).permute(2, 1, 0).requires_grad_()
+    y = lora_projections(x, [p], augmented=augmented)[0].transpose(0, 1)  # so its gradient comes transposed
+    compare(y, truth(p, x).transpose(0, 1), leaves(x, p), torch.float64)
+
+
+@FORMS
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("missing", [(), ("k",), ("q", "k", "v")])
 def test_qkv(missing, dtype, augmented):

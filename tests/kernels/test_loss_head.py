@@ -76,6 +76,24 @@ def assert_agrees(case: SimpleNamespace, chunk: int | None = None, **options) ->
         assert_near(value, other, BANDS[case.hidden.dtype])
 
 
+def test_tensors_that_are_not_contiguous():
+    case = make(7, 9, 16, vocabulary=23, dtype=torch.float64)
+    case.hidden = case.hidden.detach().permute(2, 0, 1).contiguous().permute(1, 2, 0).requires_grad_()
+    case.weight = case.weight.detach().T.contiguous().T.requires_grad_()
+    case.labels = case.labels.repeat_interleave(2, 1)[:, ::2]
+    assert not any(part.is_contiguous() for part in (case.hidden, case.weight, case.labels))
+    assert_agrees(case, chunk=4)
+
+
+def test_positions_may_be_padded_with_any_that_predict_nothing():
+    case = make(3, 9, 16, vocabulary=23, dtype=torch.float64)
+    found = labelled_positions(case.labels)
+    padded = torch.cat([found, found.new_full((5,), 26)])  # the last position predicts nothing
+    want = run(completion_cross_entropy, case, chunk=4)
+    for value, other in zip(run(completion_cross_entropy, case, positions=padded, chunk=4), want, strict=True):
+        assert_near(value, other, 1e-13)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("chunk", [1, 3, None])
 @pytest.mark.parametrize("bias", [False, True])

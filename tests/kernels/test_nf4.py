@@ -297,6 +297,8 @@ def test_wrong_nested_states_are_named() -> None:
         dequantize_nf4(packed, replace(state, offset=None))
     with pytest.raises(ValueError, match=r"nested absmax is torch.float32, .* needs torch.uint8"):
         dequantize_nf4(packed, replace(state, absmax=torch.ones(256)))
+    with pytest.raises(ValueError, match=r"nested absmax has strides \(2,\), a contiguous tensor is read"):
+        dequantize_nf4(packed, replace(state, absmax=state.absmax.repeat_interleave(2)[::2]))
     with pytest.raises(ValueError, match=r"state2.absmax has 2 elements, 256 scales in blocks of 256 needs 1"):
         dequantize_nf4(packed, replace(state, state2=replace(state.state2, absmax=torch.ones(2))))
 
