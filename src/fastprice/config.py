@@ -76,6 +76,7 @@ class ModelConfig(_Section):
     alpha: float | None = Field(default=None, gt=0)
     dropout: float = Field(default=0.0, ge=0, lt=1)
     max_tokens: int = Field(default=256, ge=8)
+    max_memory: str | int | None = Field(default=None, description="GPU memory to stay within, such as 24GiB")
 
 
 class TrainConfig(_Section):

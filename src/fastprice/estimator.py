@@ -15,6 +15,7 @@ from fastprice.engines import choose_engine
 from fastprice.errors import BaseModelError, ConfigError, DataError, NotFittedError
 from fastprice.intervals import Calibration, calibrate
 from fastprice.items import Item
+from fastprice.memory import parse_bytes
 from fastprice.methods import check_method, suggested_learning_rate
 from fastprice.prompts import Prompt, encode_prompt, encode_rows
 from fastprice.storage import ADAPTER, MANIFEST, MODEL, read_manifest, write_folder
@@ -22,7 +23,11 @@ from fastprice.targets import draw_items, price_of, text_of, training_items
 
 if TYPE_CHECKING:
     from fastprice.distribution import PriceDistribution
+    from fastprice.engines import Engine, Loaded
     from fastprice.guards import TrainingEvent
+    from fastprice.memory import Plan
+    from fastprice.methods import Method
+    from fastprice.streaming import Streaming
     from fastprice.training import TrainingResult
 
 __all__ = ["PriceEstimator"]
@@ -51,11 +56,14 @@ class PriceEstimator(RegressorMixin, BaseEstimator):  # type: ignore[misc]
     evaluations    how often the validation error in dollars is taken; the best of them is kept
     validation_items  at most this many validation items are used for it (drawn from `seed`)
     batch_size     prompts predicted at once
+    max_memory     of the GPU, such as "24GiB": the micro-batch may get smaller than `pack_tokens` (`accumulation` makes
+                   up for it), and layers of a "qlora" base that do not fit are streamed from the host (docs/fit.md)
     seed           of adapter weights, order of rows, and the draw of validation items
 
     After `fit`: `fallback_price_` (median training price, for a text that gives no price any probability),
     `ceiling_price_` (largest training price, and the largest that is estimated), `training_`
-    (fastprice.training.TrainingResult), `cut_` (training texts that were shortened), `calibration_` (of intervals).
+    (fastprice.training.TrainingResult), `cut_` (training texts that were shortened), `calibration_` (of intervals),
+    `plan_` (fastprice.memory.Plan, with `max_memory`).
     Follows scikit-learn: `get_params`, `set_params`, `clone`, `cross_val_score(estimator, items)`.
     """
 
@@ -79,6 +87,7 @@ class PriceEstimator(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         evaluations: int = 5,
         validation_items: int = 200,
         batch_size: int = 64,
+        max_memory: str | int | None = None,
         seed: int = 0,
     ) -> None:
         self.base = base
@@ -98,6 +107,7 @@ class PriceEstimator(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         self.evaluations = evaluations
         self.validation_items = validation_items
         self.batch_size = batch_size
+        self.max_memory = max_memory
         self.seed = seed
 
     def prepare(self) -> PriceEstimator:
@@ -107,8 +117,8 @@ class PriceEstimator(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         """
         self._check_params()
         method = check_method(self.method)
-        self._engine = choose_engine(self.engine)
-        loaded = self._engine.load_base(self.base, method=method, max_tokens=self.max_tokens + _WRAPPER_TOKENS)
+        self._engine = self._choose_engine()
+        loaded = self._load_base(self._engine, method)
         self._tokenizer = loaded.tokenizer
         self._model = self._engine.attach(
             loaded.model,
@@ -165,8 +175,8 @@ class PriceEstimator(RegressorMixin, BaseEstimator):  # type: ignore[misc]
                 validation_error if watched else None,
                 epochs=self.epochs,
                 learning_rate=learning_rate,
-                pack_tokens=self.pack_tokens,
-                accumulation=self.accumulation,
+                pack_tokens=self.pack_tokens if self.plan_ is None else self.plan_.tokens,
+                accumulation=self.accumulation * (1 if self.plan_ is None else self.plan_.accumulation),
                 evaluations=self.evaluations,
                 warmup=self.warmup,
                 seed=self.seed,
@@ -175,7 +185,7 @@ class PriceEstimator(RegressorMixin, BaseEstimator):  # type: ignore[misc]
                 on_event=on_event,
             )
         except BaseException:
-            del self._model  # half-trained: never to be predicted with or saved by mistake
+            self._drop_model()  # half-trained: never to be predicted with or saved by mistake
             raise
         self._engine.for_prediction(self._model)
         self.calibration_ = self._calibrated(validation_items)
@@ -332,14 +342,14 @@ class PriceEstimator(RegressorMixin, BaseEstimator):  # type: ignore[misc]
             raise BaseModelError(f"{source / MANIFEST} is damaged ({error}); train again or restore it") from error
         estimator.set_params(engine=engine, **({} if base is None else {"base": base}))
         estimator._check_params()
-        chosen = choose_engine(engine)
+        chosen = estimator._choose_engine()
         method = check_method(estimator.method)
-        max_tokens = estimator.max_tokens + _WRAPPER_TOKENS
         if method == "full":
+            max_tokens = estimator.max_tokens + _WRAPPER_TOKENS
             loaded = chosen.load_base(str(source / MODEL), method=method, max_tokens=max_tokens)
             estimator._model = loaded.model
         else:
-            loaded = chosen.load_base(estimator.base, method=method, max_tokens=max_tokens)
+            loaded = estimator._load_base(chosen, method)
             try:
                 estimator._model = chosen.attach_saved(loaded.model, str(source / ADAPTER))
             except (OSError, ValueError, KeyError, RuntimeError) as error:
@@ -350,6 +360,42 @@ class PriceEstimator(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         estimator.fallback_price_, estimator.ceiling_price_ = fallback_price, ceiling_price
         chosen.for_prediction(estimator._model)
         return estimator
+
+    def _choose_engine(self) -> Engine:
+        # Unsloth places weights by itself, so a limit of memory makes "auto" mean peft.
+        return choose_engine("peft" if self.engine == "auto" and self.max_memory is not None else self.engine)
+
+    def _drop_model(self) -> None:
+        """Lets go of the model and frees what is streamed to it."""
+        streaming = getattr(self, "_streaming", None)
+        if streaming is not None:
+            streaming.close()
+        self.plan_: Plan | None = None
+        self._streaming: Streaming | None = None
+        if hasattr(self, "_model"):
+            del self._model
+
+    def _load_base(self, engine: Engine, method: Method) -> Loaded:
+        """The base, as a plan for `max_memory` says where that is given; sets `plan_` and `_streaming`."""
+        self._drop_model()
+        max_tokens = self.max_tokens + _WRAPPER_TOKENS
+        if self.max_memory is None:
+            return engine.load_base(self.base, method=method, max_tokens=max_tokens)
+        from fastprice.streaming.planned import load_planned
+        from fastprice.training import uses_kernels
+
+        planned = load_planned(
+            self.base,
+            self.max_memory,
+            engine,
+            method=method,
+            rank=self.rank,
+            pack_tokens=self.pack_tokens,
+            max_tokens=max_tokens,
+            kernels=uses_kernels(self.kernels),
+        )
+        self.plan_, self._streaming = planned.plan, planned.streaming
+        return planned.loaded
 
     def _write_weights(self, folder: Path) -> None:
         if self.method == "full":
@@ -407,5 +453,10 @@ class PriceEstimator(RegressorMixin, BaseEstimator):  # type: ignore[misc]
                 f"pack_tokens ({self.pack_tokens}) must hold one text with its question: "
                 f"at least max_tokens + {_WRAPPER_TOKENS} = {self.max_tokens + _WRAPPER_TOKENS}"
             )
+        if self.max_memory is not None:
+            try:
+                parse_bytes(self.max_memory)
+            except ConfigError as error:
+                wrong.append(f"max_{error}")
         if wrong:
             raise ConfigError("; ".join(wrong))

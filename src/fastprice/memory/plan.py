@@ -136,6 +136,7 @@ def find_plan(base: Any, gpu_bytes: str | int, **options: Any) -> Plan | None:
     tokens      tokens of a micro-batch to aim at (4096); rank (16); engine ("peft"); optimizer ("adamw_torch")
     loss_head   "completion" or "full"; labelled: share of tokens with a label (4 / 180); text: mean tokens (180)
     streaming   whether frozen layers may come from the host (False)
+    least       tokens below which no micro-batch is made smaller (512)
     gpu         name of the card whose limits give the speed (the first known one with that memory)
     """
     budget, settings = parse_bytes(gpu_bytes), _options(options)
@@ -155,6 +156,7 @@ class _Options:
     labelled: float = LABELLED
     text: int = 180
     streaming: bool = False
+    least: int = LEAST_TOKENS
     gpu: str | None = None
 
 
@@ -175,7 +177,7 @@ def _candidates(base: Any, shape: ModelShape, budget: int, options: _Options) ->
         tokens = options.tokens
         while True:
             yield _least(base, shape, budget, options, gpu, method, tokens)
-            if tokens // 2 < LEAST_TOKENS:
+            if tokens // 2 < options.least:
                 break
             tokens //= 2
 

@@ -92,7 +92,8 @@ class _Slot:
 class Streaming:
     """The streaming of one model; `stream` makes it. `visits` counts how often each layer (by its index) came in.
 
-    `close` (also on leaving the context, also by an exception) takes it out and frees the slots.
+    `close` (also on leaving the context, also by an exception) takes it out and frees the slots. Until then the
+    transformers model has an attribute `streamed_layers`, how many.
     """
 
     def __init__(
@@ -113,6 +114,7 @@ class Streaming:
         self._hosts = [hosts[index] for index in self._indices]
         self._open: int | None = None
         self._closed = False
+        self._model = model.get_base_model() if hasattr(model, "get_base_model") else model
         self._handles: list[Any] = []
         self._slots: list[_Slot] = []
         self._embedding: HostEmbedding | None = None
@@ -123,6 +125,7 @@ class Streaming:
             for turn, (index, host) in enumerate(zip(self._indices, self._hosts, strict=True)):
                 host.show(self._slot(turn).flat)
                 self._hook(layers[index], turn)
+            self._model.streamed_layers = len(self._hosts)
         except BaseException:
             self.close()
             raise
@@ -153,6 +156,7 @@ class Streaming:
         self._closed = True
         for handle in self._handles:
             handle.remove()
+        self._model.__dict__.pop("streamed_layers", None)
         self.boundary.settle()
         for host in self._hosts:
             host.show(host.flat.to(self.boundary.device) if resident else host.flat)
