@@ -14,8 +14,8 @@ What it costs: the activations of a step stay reserved for the graph as long as 
 has that much less; the check holds three more copies of what trains, once.
 
 Not with dropout (masks that are drawn anew cannot be compared), soft-capped attention, fp16 (its loss scaling decides
-on the host), several processes, kernels off (the stock loss looks for its labels on the host) or the unsloth engine
-(its attention builds its mask from lengths on the host). `hindrance` names what is in the way.
+on the host), several processes, streamed weights, kernels off (the stock loss looks for its labels on the host) or the
+unsloth engine (its attention builds its mask from lengths on the host). `hindrance` names what is in the way.
 """
 
 from __future__ import annotations
@@ -243,7 +243,7 @@ def parameter_count(model: nn.Module) -> int:
     return sum(each.numel() * (2 if each.dtype == torch.uint8 else 1) for each in model.parameters())
 
 
-def hindrance(model: nn.Module, engine: str, *, kernels: bool, dtype: torch.dtype, processes: int) -> str | None:
+def hindrance(model: Any, engine: str, *, kernels: bool, dtype: torch.dtype, processes: int) -> str | None:
     """Why the training steps of `model` cannot be captured, as far as it shows beforehand; None if nothing is known.
 
     kernels: whether fastprice_kernels will be under the model; dtype: of its products; processes: that train.
@@ -262,9 +262,11 @@ def hindrance(model: nn.Module, engine: str, *, kernels: bool, dtype: torch.dtyp
         return "fp16 scales its loss by decisions on the host; a card with bf16 is needed"
     if any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()):
         return "dropout draws other numbers in each run, so that replay and eager step cannot be compared"
-    config: Any = model.config
+    config = model.config
     if getattr(config, "attention_dropout", 0.0) or getattr(config, "attn_logit_softcapping", None):
         return "attention that drops or caps its scores has no kernel here that takes texts' borders on the device"
+    if any(layer._forward_pre_hooks for layer in getattr(model.get_decoder(), "layers", [])):
+        return "hooks on the decoder's layers decide on the host, as those of streamed weights do"
     if not varlen_works("cuda", dtype):
         return f"PyTorch's varlen_attn does not run on this card in {dtype}"
     return None

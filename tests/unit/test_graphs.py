@@ -303,6 +303,16 @@ def test_graphs_that_cannot_be_had_are_said_or_left_out() -> None:
         PriceEstimator(graphs="yes").fit(items)
 
 
+def test_layers_keep_dense_weights_only_where_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_with_kernels()
+    dense = 2 * parameter_count(model.get_decoder().layers[0])
+    assert training._room_for_dense(model) is torch.cuda.is_available()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for free, room in ((20 * dense, True), (20 * dense - 1, False)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free: (free, 2 * free))
+        assert training._room_for_dense(model) is room
+
+
 def test_what_is_in_the_way_of_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(fastprice.graphs, "varlen_works", lambda device, dtype: dtype == torch.bfloat16)
@@ -317,6 +327,9 @@ def test_what_is_in_the_way_of_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"dtype": torch.float32}, "varlen_attn does not run"),
     ):
         assert told in str(hindrance(model, "peft", **{**good, **change}))
+    hook = model.get_decoder().layers[1].register_forward_pre_hook(lambda *_: None)
+    assert "streamed weights" in str(hindrance(model, "peft", **good))
+    hook.remove()
     model.config.attn_logit_softcapping = 30.0
     assert "caps its scores" in str(hindrance(model, "peft", **good))
     with pytest.warns(UserWarning, match="LoRA dropout"):
