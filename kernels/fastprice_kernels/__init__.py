@@ -1,7 +1,8 @@
 """Triton kernels for the hot path of QLoRA, on torch and triton alone.
 
 Every function takes CPU tensors too, where it is plain PyTorch. `python -m fastprice_kernels.compile_report` builds
-every kernel for every GPU generation, on any machine.
+every kernel for every GPU generation, on any machine. No kernel is autotuned: each has one configuration, reasoned out
+in its module.
 
 Note that `fastprice_kernels.install` is the function; its module is reached by `from fastprice_kernels.install import`.
 """

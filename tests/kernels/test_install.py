@@ -16,6 +16,7 @@ from torch import nn
 from fastprice_kernels import _layers
 from fastprice_kernels import last_layer as heads
 from fastprice_kernels.install import InstallReport, install, installed, uninstall
+from fastprice_kernels.loss_head import labelled_positions
 
 bnb = pytest.importorskip("bitsandbytes")
 peft = pytest.importorskip("peft")
@@ -371,6 +372,31 @@ def test_labels_that_are_shifted_already():
     want = gradients(model)
     install(model, loss_head=True, last_layer=True)
     assert_close(gradients(model, {**inputs, "shift_labels": shifted}), want, 2e-5)
+
+
+@pytest.mark.parametrize("mode", ["head", "all"])
+def test_positions_that_come_with_the_batch(mode, monkeypatch):
+    model, inputs = make(), batch()
+    want = gradients(model)
+    install(model, **MODES[mode])
+    found = labelled_positions(inputs["labels"])
+    inputs["label_positions"] = torch.cat([found, found.new_full((4,), 35)])  # the last position predicts nothing
+    asked = []
+    monkeypatch.setattr(heads, "labelled_positions", lambda *a, **k: asked.append(a))
+    assert_close(gradients(model, inputs), want, 2e-5)
+    assert not asked
+    logits = model(**{key: value for key, value in inputs.items() if key != "labels"}).logits
+    assert logits.shape == (3, 12, VOCABULARY)
+
+
+def test_the_heads_chunks_go_by_all_positions(monkeypatch):
+    model, asked = make(), []
+    install(model, loss_head=True, last_layer=True)
+    chunk_rows = heads.chunk_rows
+    monkeypatch.setattr(heads, "chunk_rows", lambda *a, **k: asked.append(a[2:]) or chunk_rows(*a, **k))
+    inputs = batch()
+    model(**inputs).loss.backward()
+    assert asked == [(36, int((inputs["labels"][:, 1:] != -100).sum()))]
 
 
 def test_last_layer_works_at_labelled_positions_alone():

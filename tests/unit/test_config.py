@@ -31,6 +31,15 @@ def test_options_win_over_the_file(tmp_path: Path) -> None:
     assert (config.train.epochs, config.seed) == (2.0, 7)
 
 
+def test_on_and_off_need_no_quotes_in_yaml(tmp_path: Path) -> None:
+    content = MINIMAL + "model: {kernels: off}\ntrain: {graphs: on}\nclean: {mask: off}\n"
+    config = read_config(written(tmp_path, content), {"train.graphs": True})  # what --set train.graphs=on gives
+    assert (config.model.kernels, config.train.graphs, config.clean.mask) == ("off", "on", "off")
+    assert read_config(written(tmp_path, config.to_yaml())) == config
+    with pytest.raises(ConfigError, match=r"clean.mask: input should be 'own', 'prices' or 'off', not 'on'"):
+        read_config(written(tmp_path, MINIMAL), {"clean.mask": True})
+
+
 def test_every_error_is_told_at_once_with_the_nearest_key(tmp_path: Path) -> None:
     path = written(tmp_path, MINIMAL + "modle: {}\ntrain: {epoch: 1, pack_tokens: many}\nsplit: {test: 0.9}\n")
     with pytest.raises(ConfigError) as caught:
