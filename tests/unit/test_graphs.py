@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -159,20 +160,38 @@ def test_models_that_cap_their_attention_scores_take_no_static_packs() -> None:
 # The captured step
 
 
-def test_replays_train_as_eager_steps_do() -> None:
+@pytest.mark.parametrize("way", ["plain", "autocast", "checkpointing", "keep_dense"])
+def test_replays_train_as_eager_steps_do(way: str) -> None:
     eager, graphed_model = model_with_kernels(), model_with_kernels()
+    if way in ("checkpointing", "keep_dense"):
+        for model in (eager, graphed_model):
+            install(model, loss_head=True, last_layer=True, keep_dense=way == "keep_dense")
+            model.enable_input_require_grads()
+            model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+    casts = torch.autocast("cpu", dtype=torch.bfloat16) if way == "autocast" else nullcontext()
+
+    def step_on(model: Any) -> Callable[[dict[str, Any]], Tensor]:
+        def step(batch: dict[str, Any]) -> Tensor:
+            with casts:
+                loss = model(**batch, use_cache=False).loss
+            loss.backward()
+            return loss.detach()
+
+        return step
+
+    run_eagerly, band = step_on(eager), BANDS[torch.bfloat16 if way == "autocast" else torch.float32]
     tapes: list[TapeCapture] = []
 
     def capture() -> TapeCapture:
         tapes.append(TapeCapture())
         return tapes[-1]
 
-    graphed = GraphedStep(step_of(graphed_model), trained(graphed_model), band=BANDS[torch.float32], capture=capture)
+    graphed = GraphedStep(step_on(graphed_model), trained(graphed_model), band=band, capture=capture)
     optimisers = [torch.optim.AdamW(trained(model).values(), lr=1e-2) for model in (eager, graphed_model)]
     states = []
     for round_ in range(4):
         for index, batch in enumerate(batches()):
-            want, got = step_of(eager)(batch), graphed(batch)
+            want, got = run_eagerly(batch), graphed(batch)
             states.append(graphed.state)
             torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)
             for held in graphed._static.values():  # what the next call forgets to fill must show
