@@ -21,9 +21,9 @@ from typing import Literal
 
 from fastprice.errors import ConfigError
 from fastprice.items import Item, Items, Reject
-from fastprice.money import find_prices, format_price
+from fastprice.money import find_prices, format_price, mask_prices
 
-__all__ = ["MASK", "clean_items", "repair_text", "text_key"]
+__all__ = ["MASK", "clean_items", "prediction_text", "repair_text", "text_key"]
 
 MASK = "[price]"
 _BLANKS = re.compile(r"[^\S\n]+")
@@ -85,12 +85,23 @@ def repair_text(text: str) -> str:
 
     Newlines stay, one at a time; every other run of white space becomes one space.
     """
-    lines = unicodedata.normalize("NFC", text).replace("\r\n", "\n").replace("\r", "\n")
-    kept = lines.replace("\t", " ")
+    kept = text.replace("\r\n", "\n").replace("\r", "\n").replace("\t", " ")
     if not kept.replace("\n", " ").isprintable():  # a quick look that spares most texts the slow one
         # Cc control, Cf format (zero-width space, BOM, soft hyphen, direction marks), Cs half surrogate pairs.
         kept = "".join(c for c in kept if c == "\n" or unicodedata.category(c) not in ("Cc", "Cf", "Cs"))
-    return _LINES.sub("\n", _BLANKS.sub(" ", kept)).strip()
+    # Composed last: a character taken out may have stood between a letter and its accent.
+    return _LINES.sub("\n", _BLANKS.sub(" ", unicodedata.normalize("NFC", kept))).strip()
+
+
+def prediction_text(text: str, mask: str) -> str:
+    """A text without a known price as `clean_items` leaves the texts it was trained on, given its `mask`.
+
+    "prices" masks every mention of money. "own" masks none: the item's own price is what is asked for, so a mention of
+    it cannot be told from others. (A model trained so has seen mentions of other prices only, and has had no reason to
+    copy one.)
+    """
+    repaired = repair_text(text)
+    return mask_prices(repaired, MASK)[0] if mask == "prices" else repaired
 
 
 def text_key(text: str) -> str:

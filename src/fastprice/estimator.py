@@ -24,6 +24,7 @@ from fastprice.targets import draw_items, price_of, text_of, training_items
 if TYPE_CHECKING:
     from fastprice.distribution import PriceDistribution
     from fastprice.engines import Engine, Loaded
+    from fastprice.explain import Explanation
     from fastprice.guards import TrainingEvent
     from fastprice.memory import Plan
     from fastprice.methods import Method
@@ -238,6 +239,12 @@ class PriceEstimator(RegressorMixin, BaseEstimator):  # type: ignore[misc]
             whole_range if each.is_empty else self.calibration_.interval(each, coverage) for each in distributions
         ]
         return np.array(bounds, dtype=np.float64).reshape(-1, 2)
+
+    def explain(self, text: str, *, loss: str = "mae") -> Explanation:
+        """Which words of `text` moved its estimate, and by how many dollars: `fastprice.explain`."""
+        from fastprice.explain import explain
+
+        return explain(self, text, loss=loss)
 
     def predict_greedy(self, texts: Sequence[str] | Sequence[Item]) -> NDArray[np.float64]:
         """The price that the model writes when each next token is the likeliest: the usual way, for comparison.

@@ -21,16 +21,17 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fastprice.errors import DataError, nearest_name
 from fastprice.money import parse_price
-from fastprice.tables import open_table, shown
+from fastprice.tables import Table, open_table, shown
 
-__all__ = ["Item", "Items", "Reject", "load_items"]
+__all__ = ["Item", "ItemRows", "Items", "Reject", "load_items", "open_items"]
 
 _PARAGRAPH = 40  # characters from which a string in a list is a paragraph, not a token
 _LABEL_LEAK = re.compile(r"price|msrp|usd|amount|cost(?!um)", re.IGNORECASE)
@@ -112,41 +113,86 @@ def load_items(
     Raises DataError: no such file or column, a file that is not what its ending says, nothing usable in it.
     """
     path = Path(path)
-    wanted = _Columns.of(text, price, group, drop, path)
-    with open_table(path) as table:
+    with open_items(path, text=text, price=price, group=group, drop=drop) as rows:
         items = Items(source=str(path))
+        for row in rows:
+            if isinstance(row, Item):
+                items.append(row)
+            else:
+                items.rejects.append(row)
+        items.notes += rows.notes()
+    if not items:
+        raise DataError(_nothing_usable(items, rows.wanted))
+    return items
+
+
+@contextmanager
+def open_items(
+    path: str | os.PathLike[str],
+    *,
+    text: str | Sequence[str] = "text",
+    price: str | None = None,
+    group: str | Sequence[str] | None = None,
+    drop: Sequence[str] = (),
+) -> Iterator[ItemRows]:
+    """`load_items` for a file of any length: its rows one after the other, of which none is kept."""
+    path = Path(path)
+    wanted = _Columns.of(text, price, group, drop, path)
+    with open_table(path, wanted.needed()) as table:
         if table.columns:
             wanted.check(table.columns, path)
-        renderer = _Renderer(wanted, typed=table.typed)
-        rows = foreign = 0
-        for row, record, problem in table.rows:
-            rows += 1
-            if not isinstance(record, dict):
-                items.rejects.append(Reject(row, problem, shown(record)))
-                continue
-            try:
-                body = renderer.text(record)
-                amount, problem = _price(record.get(price)) if price is not None else (None, "")
-                together = _group(record, wanted.group)
-                problem = problem or ("" if body else "no text")
-            except RecursionError:
-                body, problem = "", "nested too deeply"
-            if problem:
-                items.rejects.append(Reject(row, problem, shown(body or record)))
-                continue
-            foreign += isinstance(record.get(price or ""), str) and bool(_FOREIGN.search(record[price or ""]))
-            items.append(Item(body, amount, together, row))
-        if not rows:
-            raise DataError(f"{path}: has {'a header and ' if table.columns else ''}no rows; is it the right file?")
-        if not table.columns:
-            raise DataError(f"{path}: no row is usable; row {items.rejects[0].row}: {items.rejects[0].reason}")
-        wanted.check(table.columns, path)
-    if not items:
-        raise DataError(_nothing_usable(items, wanted))
-    items.notes += renderer.notes()
-    if foreign:
-        items.notes.append(f"{foreign:,} prices are in another currency than dollars and were taken as they stand")
-    return items
+        yield ItemRows(path, wanted, table)
+
+
+class ItemRows:
+    """The rows of a file in their order, each an Item or a Reject, to be gone through once; `open_items` makes it.
+
+    What is wrong with the file as a whole is found out, and raised as DataError, when its last row has been read.
+    """
+
+    def __init__(self, path: Path, wanted: _Columns, table: Table) -> None:
+        self.path, self.wanted, self.share = path, wanted, table.share
+        self._table = table
+        self._renderer = _Renderer(wanted, typed=table.typed)
+        self._foreign = 0
+
+    def notes(self) -> list[str]:
+        """What a person should know about the columns of the rows that were read."""
+        foreign = f"{self._foreign:,} prices are in another currency than dollars and were taken as they stand"
+        return self._renderer.notes() + ([foreign] if self._foreign else [])
+
+    def __iter__(self) -> Iterator[Item | Reject]:
+        path, columns = self.path, self._table.columns
+        usable = any_row = False
+        first = ""
+        for number, record, problem in self._table.rows:
+            row = self._row(number, record, problem)
+            usable |= isinstance(record, dict)
+            first = first or (f"row {number}: {row.reason}" if isinstance(row, Reject) else "")
+            any_row = True
+            yield row
+        if not any_row:
+            raise DataError(f"{path}: has {'a header and ' if columns else ''}no rows; is it the right file?")
+        if not columns:
+            raise DataError(f"{path}: no row is usable; {first}")
+        self.wanted.check(columns, path)
+
+    def _row(self, row: int, record: dict[str, Any] | str, problem: str) -> Item | Reject:
+        if not isinstance(record, dict):
+            return Reject(row, problem, shown(record))
+        price = self.wanted.price
+        try:
+            body = self._renderer.text(record)
+            amount, problem = _price(record.get(price)) if price is not None else (None, "")
+            together = _group(record, self.wanted.group)
+            problem = problem or ("" if body else "no text")
+        except RecursionError:
+            body, problem = "", "nested too deeply"
+        if problem:
+            return Reject(row, problem, shown(body or record))
+        written = record.get(price or "")
+        self._foreign += isinstance(written, str) and bool(_FOREIGN.search(written))
+        return Item(body, amount, together, row)
 
 
 def _nothing_usable(items: Items, wanted: _Columns) -> str:
@@ -192,6 +238,12 @@ class _Columns:
         if both := columns.drop.intersection(columns.text):
             raise DataError(f"{path}: column {min(both)!r} is both dropped and part of the text")
         return columns
+
+    def needed(self) -> frozenset[str] | None:
+        """The columns to read; None for all."""
+        if self.text == ("*",):
+            return None
+        return frozenset((*self.text, *self.group, *(() if self.price is None else (self.price,))))
 
     def check(self, present: Mapping[str, None], path: Path) -> None:
         text = () if self.text == ("*",) else self.text

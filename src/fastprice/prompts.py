@@ -15,6 +15,11 @@ that border because the two sides are tokenised apart. The wording is that of th
 
 Only the text is ever cut: the question and "Price is $" always survive, so that a long text costs its own tail and
 never the place where the answer goes.
+
+A text is data and nothing else. What cannot be printed is taken out of it (`cleaning.repair_text`, which training items
+have gone through already), and a special token that it spells ("<|eos|>") is tokenised as the characters it consists
+of: it can neither end the prompt nor begin another. Its newlines come one at a time, so that the empty lines around it
+are the prompt's alone.
 """
 
 from __future__ import annotations
@@ -23,6 +28,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from fastprice.cleaning import repair_text
 from fastprice.errors import DataError
 
 if TYPE_CHECKING:
@@ -80,10 +86,10 @@ def encode_prompt(tokenizer: Any, text: str, max_tokens: int) -> Prompt:
 
 
 def encode_text(tokenizer: Any, text: str, max_tokens: int) -> tuple[list[int], int]:
-    """(At most `max_tokens` token ids of `text`, how many were cut as `Prompt` counts them)."""
+    """(At most `max_tokens` token ids of the repaired `text`, how many were cut as `Prompt` counts them)."""
+    text = repair_text(text)
     allowed = text[: max_tokens * _CHARACTERS_PER_TOKEN]
-    # Half a surrogate pair is no character that a tokenizer takes.
-    ids = token_ids(tokenizer, allowed.encode("utf-8", "replace").decode("utf-8").strip())
+    ids = token_ids(tokenizer, allowed.strip())
     return ids[:max_tokens], max(len(ids) - max_tokens, 0) or int(len(allowed) < len(text))
 
 

@@ -1,7 +1,8 @@
 """Files of rows: JSON Lines, CSV, TSV or Parquet, plain or gzipped, opened by their ending and held to it.
 
 `open_table` gives columns and rows; a row is `(number, record, problem)`, numbered from 1, where either the record is
-a dict or the problem says why it is none. A file that cannot be trusted as a whole raises DataError.
+a dict or the problem says why it is none. A file that cannot be trusted as a whole raises DataError. Rows are read as
+they are asked for, and none is kept: a file may be larger than memory.
 """
 
 from __future__ import annotations
@@ -26,20 +27,29 @@ from fastprice.errors import DataError, nearest_name
 __all__ = ["Table", "open_table", "shown"]
 
 SHOWN = 200  # characters of a row that its reject keeps
+FIELD_LIMIT = 2**24  # characters of a CSV field; the csv module's own limit is 2**17, less than some descriptions
+_BATCH = 1024  # rows of a Parquet file that are decoded at once
 
 
 @dataclass
 class Table:
-    """Rows to come: (row, record, "") or (row, raw text, problem). `columns` grows while JSON Lines are read."""
+    """Rows to come: (row, record, "") or (row, raw text, problem). `columns` grows while JSON Lines are read.
+
+    `share()` is how much of the file has been read, from 0 to 1.
+    """
 
     rows: Iterator[tuple[int, dict[str, Any] | str, str]]
     columns: dict[str, None] = field(default_factory=dict)
     typed: bool = True
+    share: Callable[[], float] = float
 
 
 @contextmanager
-def open_table(path: Path) -> Iterator[Table]:
-    """Open a file of items by its ending; whatever goes wrong in it becomes a DataError that names the file."""
+def open_table(path: Path, wanted: frozenset[str] | None = None) -> Iterator[Table]:
+    """Open a file of items by its ending; whatever goes wrong in it becomes a DataError that names the file.
+
+    wanted  the columns that a Parquet file is read for; None: all. Text files are read whole, whatever is wanted.
+    """
     _check_there(path)
     name = path.name.lower()
     packed = name.endswith(".gz")
@@ -51,7 +61,8 @@ def open_table(path: Path) -> Iterator[Table]:
         ".tsv": partial(_read_csv, delimiter="\t"),
     }
     if not packed and ending in (".parquet", ".pq"):
-        yield _read_parquet(path)
+        with _open_parquet(path, wanted) as table:
+            yield table
         return
     if ending not in readers:
         raise DataError(
@@ -72,11 +83,25 @@ def open_table(path: Path) -> Iterator[Table]:
                 raise DataError(f"{path}: is not {ending[1:].upper()} text, as its ending says, but {kind}")
             if head.startswith(codecs.BOM_UTF8):
                 stream.read(len(codecs.BOM_UTF8))
-            yield readers[ending](stream, path)
+            table = readers[ending](stream, path)
+            size = path.stat().st_size
+            table.share = lambda: raw.tell() / size
+            with _field_limit():
+                yield table
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(f"{path}: the gzip data is damaged or cut off ({error}); fetch or make it again") from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+@contextmanager
+def _field_limit() -> Iterator[None]:
+    """The csv module's limit, which is one for the whole process, at `FIELD_LIMIT`."""
+    before = csv.field_size_limit(FIELD_LIMIT)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
 
 
 def _check_there(path: Path) -> None:
@@ -163,7 +188,7 @@ def _read_csv(stream: io.BufferedReader[Any], path: Path, delimiter: str = ",") 
         header = [cell.strip() for cell in next(filter(None, reader), [])]
     except csv.Error as error:
         raise DataError(f"{path}: the header (line {reader.line_num}) is not CSV: {error}") from error
-    if any("\ud800" <= character <= "\udfff" for cell in header for character in cell):
+    if not all(map(_is_utf8, header)):
         raise DataError(f"{path}: the header is not UTF-8; save the file as UTF-8")
     if header and header[0].startswith(("{", "[")):
         raise DataError(f"{path}: looks like JSON, not CSV as its ending says; rename it")
@@ -186,11 +211,7 @@ def _read_csv(stream: io.BufferedReader[Any], path: Path, delimiter: str = ",") 
                 number += 1
                 where = f"line {first}" + (f" to {reader.line_num}" if reader.line_num > first else "")
                 if "end of data" in str(error) or "field limit" in str(error):
-                    size = (
-                        "to the end of the file"
-                        if "end" in str(error)
-                        else f"over {csv.field_size_limit():,} characters"
-                    )
+                    size = "to the end of the file" if "end" in str(error) else f"over {FIELD_LIMIT:,} characters"
                     raise DataError(
                         f"{path}: row {number} ({where}): a field runs {size}; is a quote in it never closed?"
                     ) from error
@@ -200,7 +221,7 @@ def _read_csv(stream: io.BufferedReader[Any], path: Path, delimiter: str = ",") 
                 continue
             number += 1
             text = "".join(raw).strip()
-            if any("\udc80" <= character <= "\udcff" for character in text):
+            if not _is_utf8(text):
                 yield number, shown(text), f"line {first} is not UTF-8; save the file as UTF-8"
             elif len(cells) != len(header):
                 yield number, shown(text), f"{len(cells)} fields where the header has {len(header)}"
@@ -210,8 +231,18 @@ def _read_csv(stream: io.BufferedReader[Any], path: Path, delimiter: str = ",") 
     return Table(rows(), dict.fromkeys(header), typed=False)
 
 
-def _read_parquet(path: Path) -> Table:
-    import polars
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+@contextmanager
+def _open_parquet(path: Path, wanted: frozenset[str] | None) -> Iterator[Table]:
+    from pyarrow import ArrowException
+    from pyarrow.parquet import ParquetFile
 
     with path.open("rb") as raw:
         head = raw.read(4096)
@@ -221,12 +252,35 @@ def _read_parquet(path: Path) -> Table:
         kind = _binary_kind(head) or "text"
         raise DataError(f"{path}: is not Parquet, as its ending says, but {kind.split(';')[0]}; rename or convert it")
     try:
-        frame = polars.read_parquet(path, glob=False)
-    except (polars.exceptions.PolarsError, polars.exceptions.PanicException, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DataError(f"{path}: the Parquet data is damaged or cut off ({reason}); fetch or make it again") from error
-    rows = ((number, record, "") for number, record in enumerate(frame.iter_rows(named=True), 1))
-    return Table(rows, dict.fromkeys(frame.columns))
+        # A row group may be the whole file: its columns are read piece by piece, not buffered as a whole.
+        file = ParquetFile(path, pre_buffer=False, buffer_size=2**20)
+    except (ArrowException, OSError) as error:
+        raise _damaged(path, error) from error
+    with file:
+        names = file.schema_arrow.names
+        total = max(1, file.metadata.num_rows)
+        read = 0
+
+        def rows() -> Iterator[tuple[int, dict[str, Any] | str, str]]:
+            import polars
+
+            nonlocal read
+            columns = None if wanted is None else [name for name in names if name in wanted]
+            try:
+                for batch in file.iter_batches(_BATCH, columns=columns, use_threads=False):
+                    for record in polars.DataFrame(polars.from_arrow(batch)).iter_rows(named=True):
+                        read += 1
+                        yield read, record, ""
+            except (ArrowException, OSError, polars.exceptions.PolarsError, polars.exceptions.PanicException) as error:
+                raise _damaged(path, error) from error
+
+        yield Table(rows(), dict.fromkeys(names), share=lambda: read / total)
+
+
+def _damaged(path: Path, error: BaseException) -> DataError:
+    said = str(error).strip()
+    reason = said.splitlines()[0] if said else type(error).__name__
+    return DataError(f"{path}: the Parquet data is damaged or cut off ({reason}); fetch or make it again")
 
 
 def shown(value: Any, limit: int = SHOWN) -> str:

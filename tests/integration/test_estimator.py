@@ -12,29 +12,12 @@ from sklearn.base import clone
 from sklearn.exceptions import NotFittedError as SklearnNotFitted
 from sklearn.model_selection import cross_val_score
 from sklearn.utils.validation import check_is_fitted
+from tests.two_prices import CHEAP, DEAR, two_price_items
 
 from fastprice import BaseModelError, ConfigError, DataError, Item, NotFittedError, PriceEstimator
 from fastprice.catalogue import make_catalogue
-from fastprice.guards import TrainingEvent
 
 SMALL = {"epochs": 1.0, "max_tokens": 96, "pack_tokens": 1024, "evaluations": 2, "validation_items": 24}
-CHEAP, DEAR = "A plain pencil, HB", "Professional racing bicycle, carbon frame, electronic gears"
-
-
-def two_price_items(count: int) -> list[Item]:
-    """Items so easy that a few hundred rows teach them: one word decides between $7 and $640."""
-    return [
-        Item(f"{CHEAP if n % 2 else DEAR}, lot {n}", 7.0 if n % 2 else 640.0, group=str(n), row=n) for n in range(count)
-    ]
-
-
-@pytest.fixture(scope="module")
-def fitted() -> PriceEstimator:
-    events: list[TrainingEvent] = []
-    estimator = PriceEstimator(**{**SMALL, "epochs": 6.0, "pack_tokens": 256}, learning_rate=5e-3)
-    estimator.fit(two_price_items(200), two_price_items(24), on_event=events.append)
-    estimator.events = events
-    return estimator
 
 
 def test_it_learns_what_one_word_decides(fitted: PriceEstimator) -> None:

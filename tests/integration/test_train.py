@@ -93,8 +93,10 @@ def test_predict_reads_the_columns_that_train_read(
         status, said, _ = fastprice("predict", products, "--model", trained, "--out", out)
         assert status == 0
         frame = read(out)
-        assert frame.columns == ["row", "estimate", "text"]
-        assert frame.height == 242
+        assert frame.columns == ["row", "estimate", "reason", "text"]
+        assert frame["row"].to_list() == list(range(1, 244))
+        assert frame.row(242)[:3] == (243, None, "no text")
+        assert frame["estimate"].null_count() == 1
         assert "row 243 has no estimate: no text" in said
         assert frame["estimate"].min() > 0
 
@@ -114,8 +116,8 @@ def test_predict_with_intervals(fastprice: Run, trained: Path, products: Path, t
     )
     assert status == 0, told
     frame = pl.read_csv(out)
-    assert frame.columns == ["row", "estimate", "low", "high", "text"]
-    assert (frame["low"] < frame["high"]).all()
+    assert frame.columns == ["row", "estimate", "low", "high", "reason", "text"]
+    assert (frame["low"] < frame["high"]).sum() == 242
     status, said, _ = fastprice("predict", "--model", trained, "--item", "a lamp", "--interval", 0.8)
     assert " to $" in said
     status, _, told = fastprice("predict", "--model", trained, "--item", "a lamp", "--interval", 0.9999)

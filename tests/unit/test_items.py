@@ -8,6 +8,7 @@ import gzip
 import io
 import json
 import pickle
+import random
 import subprocess
 import sys
 import tempfile
@@ -21,7 +22,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fastprice.errors import DataError
-from fastprice.items import Item, Items, Reject, load_items
+from fastprice.items import Item, Items, Reject, load_items, open_items
+from fastprice.tables import open_table
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 ROWS = [
@@ -346,8 +348,8 @@ CSV_TEXT = b"name,price\nLamp,5\nChair,6\n"
         ("a.csv", b"name,price,name\nLamp,5,x\n", "the header names column 'name' twice (fields 1, 3)"),
         (
             "a.csv",
-            b"name,price\nLamp,5\n" + b"x" * 200_000 + b",6\n",
-            "row 2 (line 3): a field runs over 131,072 characters",
+            b"name,price\nLamp,5\n" + b"x" * (2**24 + 1) + b",6\n",
+            "row 2 (line 3): a field runs over 16,777,216 characters",
         ),
         (
             "a.csv",
@@ -548,3 +550,35 @@ def test_walmart_amazon() -> None:
     reasons = [reject.reason for reject in items.rejects]
     assert (len(items), reasons.count("no price"), reasons.count("price is 0")) == (6_137, 771, 27)
     assert len(items) + len(items.rejects) == 6_935
+
+
+# ---- Large files ---------------------------------------------------------------------------------------------------
+
+
+def test_a_csv_field_may_be_longer_than_the_csv_module_allows(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    before = csv.field_size_limit()
+    path.write_text(f"name,price\n{'long ' * 40_000},5\nLamp,6\n")
+    items = load_items(path, text="name", price="price")
+    assert [len(item.text) for item in items] == [200_000, 4]
+    assert csv.field_size_limit() == before
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.csv", "a.parquet"])
+def test_rows_come_one_by_one_and_tell_how_far_they_are(tmp_path: Path, name: str) -> None:
+    draw = random.Random(0)
+    path = write(tmp_path / name, [{"name": draw.randbytes(60).hex(), "about": "", "price": n} for n in range(5000)])
+    with open_items(path, text="name") as rows:
+        shares = [rows.share()]
+        for row in rows:
+            assert isinstance(row, Item)
+            shares.append(rows.share())
+    assert shares == sorted(shares)
+    assert shares[0] < 0.4 < shares[2500] < shares[-1] == 1  # a little is read ahead
+
+
+def test_of_parquet_only_the_columns_asked_for_are_read(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.parquet", ROWS)
+    with open_table(path, frozenset({"about", "none"})) as table:
+        assert list(table.columns) == ["name", "about", "kind", "price"]
+        assert [record for _, record, _ in table.rows] == [{"about": row["about"]} for row in ROWS]

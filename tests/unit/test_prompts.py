@@ -45,7 +45,7 @@ def test_special_tokens_written_in_a_text_are_only_characters(text: str) -> None
 
 
 def test_half_a_character_is_no_crash() -> None:
-    assert encode_prompt(TOKENIZER, "lamp \ud800", 20).ids == encode_prompt(TOKENIZER, "lamp ?", 20).ids
+    assert encode_prompt(TOKENIZER, "lamp \ud800", 20) == encode_prompt(TOKENIZER, "lamp", 20)
 
 
 def test_a_long_text_loses_its_end_and_the_loss_is_counted() -> None:

@@ -11,7 +11,7 @@ import sys
 import typer
 
 from fastprice import __version__
-from fastprice.cli import bases, comparing, machine, prediction, training
+from fastprice.cli import bases, comparing, explain, machine, prediction, training
 from fastprice.cli.options import MANY_VALUES
 from fastprice.errors import FastpriceError
 
@@ -31,6 +31,7 @@ for command in (
     training.inspect,
     prediction.predict,
     prediction.evaluate,
+    explain.explain,
     bases.quantise,
     comparing.compare,
     machine.plan,

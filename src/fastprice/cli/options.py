@@ -12,6 +12,7 @@ from fastprice.errors import BaseModelError, ConfigError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from fastprice.config import RunConfig
     from fastprice.items import Items
 
 Text = Annotated[list[str] | None, typer.Option("--text", metavar="COL...", help="Text columns, or '*' for all.")]
@@ -47,24 +48,44 @@ def overrides_of(pairs: list[str] | None, options: dict[str, Any]) -> dict[str, 
     return overrides
 
 
-def trained_columns(model: Path) -> dict[str, Any]:
-    """The data section of the run that made `model`, so that predict reads the columns that train read."""
+def trained_config(model: Path) -> RunConfig | None:
+    """The settings of the run that made `model`; None for an estimator that was saved by itself."""
     from fastprice.config import read_config
     from fastprice.pipeline import CONFIG
 
     for folder in (model, model.parent):
         if (folder / CONFIG).is_file():
-            return read_config(folder / CONFIG).data.model_dump()
-    return {}
+            return read_config(folder / CONFIG)
+    return None
+
+
+def trained_columns(model: Path) -> dict[str, Any]:
+    """The data section of the run that made `model`, so that predict reads the columns that train read."""
+    config = trained_config(model)
+    return {} if config is None else config.data.model_dump()
+
+
+def trained_cleaning(model: Path) -> dict[str, Any]:
+    """The clean section of the run that made `model`, so that its texts and prices are held to what train held them."""
+    from fastprice.config import CleanConfig
+
+    config = trained_config(model)
+    return (CleanConfig() if config is None else config.clean).model_dump()
+
+
+def text_columns(model: Path, text: list[str] | None, *, price: str | None) -> tuple[list[str] | str, list[str]]:
+    """(Text columns, columns to drop) for a file that `model` is to price: those of its training unless told."""
+    trained = trained_columns(model)
+    columns = text or trained.get("text") or ["text"]
+    drop = [] if text else [*trained.get("drop", []), *([trained["price"]] if trained and price is None else [])]
+    return columns[0] if len(columns) == 1 else columns, drop
 
 
 def load_rows(file: Path, model: Path, text: list[str] | None, *, price: str | None) -> Items:
     from fastprice.items import load_items
 
-    trained = trained_columns(model)
-    columns = text or trained.get("text") or ["text"]
-    drop = [] if text else [*trained.get("drop", []), *([trained["price"]] if trained and price is None else [])]
-    return load_items(file, text=columns[0] if len(columns) == 1 else columns, price=price, drop=drop)
+    columns, drop = text_columns(model, text, price=price)
+    return load_items(file, text=columns, price=price, drop=drop)
 
 
 def load_estimator(model: Path) -> Any:

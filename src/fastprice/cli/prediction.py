@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,9 +15,16 @@ from fastprice.cli.options import (
     load_rows,
     make_console,
     saved_estimator_folder,
+    text_columns,
+    trained_cleaning,
     trained_columns,
 )
 from fastprice.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from fastprice.predictions import Estimates, Totals
 
 
 def predict(
@@ -31,41 +38,50 @@ def predict(
         float | None, typer.Option(metavar="SHARE", help="Add low and high that hold this share, such as 0.9.")
     ] = None,
 ) -> None:
-    """Estimate prices of texts, or of every row of a file."""
-    saved_estimator_folder(model)
+    """Estimate prices of texts, or of every row of a file; a file of any length, and again after a stop.
+
+    With --out each row of the file gives one row there. It appears when it is whole; until then its parts are in
+    OUT.partial, and the same command goes on where it was stopped.
+    """
+    folder = saved_estimator_folder(model)
     if (file is None) == (item is None):
         raise ConfigError("predict: give either a FILE or texts with --item 'some text'")
-    if item is not None:
-        from fastprice.items import Item, Items
+    if item is not None and out is not None:
+        raise ConfigError("predict: --out is for the rows of a FILE; the prices of --item are printed")
 
-        items = Items([Item(given, row=number) for number, given in enumerate(item, 1)])
+    from fastprice.items import Item, open_items
+    from fastprice.predictions import check_options, check_target, estimate_rows, predict_file
+
+    check_options(loss, interval)
+    console = make_console()
+    mask = trained_cleaning(model)["mask"]
+    columns, drop = text_columns(model, text, price=None)
+    if out is not None:
+        assert file is not None
+        check_target(out)
+        with _Bar(console) as bar:
+            totals, notes = predict_file(
+                file, out, model=folder, load=lambda _: load_estimator(model), text=columns, drop=drop, mask=mask,
+                loss=loss, interval=interval, on_progress=bar,
+            )  # fmt: skip
+        _say_totals(console, out, totals, notes)
+        return
+
+    def show(rows: Any) -> None:
+        estimator = load_estimator(model)
+        cut = 0
+        for estimates in estimate_rows(estimator, rows, loss=loss, interval=interval, mask=mask):
+            _say_estimates(console, estimates)
+            cut += estimates.cut
+        if cut:
+            console.print(f"{cut:,} texts were longer than {estimator.max_tokens} tokens: their ends were cut")
+
+    if item is not None:
+        show(Item(given, row=number) for number, given in enumerate(item, 1))
     else:
         assert file is not None
-        items = load_rows(file, model, text, price=None)
-
-    from fastprice.predictions import check_target, write_predictions
-
-    if out is not None:
-        check_target(out)
-    estimator = load_estimator(model)
-    prompts = estimator.prompts(items)
-    distributions = estimator.distributions(prompts)
-    prices = estimator.guesses(distributions, loss)
-    bounds = None if interval is None else estimator.intervals(distributions, interval)
-    cut = sum(prompt.cut > 0 for prompt in prompts)
-    console = make_console()
-    if out is None:
-        for index, (each, amount) in enumerate(zip(items, prices, strict=True)):
-            between = "" if bounds is None else f"\t${bounds[index, 0]:,.0f} to ${bounds[index, 1]:,.0f}"
-            text_shown = " ".join(each.text.split())[:90]
-            console.print(f"${amount:,.0f}{between}\t{text_shown}", highlight=False, markup=False)
-    else:
-        write_predictions(out, items, prices, bounds)
-        console.print(f"{len(items):,} prices written to {out}")
-    if cut:
-        console.print(f"{cut:,} texts were longer than {estimator.max_tokens} tokens: their ends were cut")
-    for reject in items.rejects:
-        console.print(f"row {reject.row} has no estimate: {reject.reason}", highlight=False, markup=False)
+        with open_items(file, text=columns, drop=drop) as rows:
+            show(rows)
 
 
 def evaluate(
@@ -80,7 +96,7 @@ def evaluate(
 
     from fastprice.cleaning import clean_items
 
-    items = clean_items(items)
+    items = clean_items(items, **trained_cleaning(model))
     estimator = load_estimator(model)
 
     from fastprice.evaluation import evaluate_all
@@ -90,3 +106,79 @@ def evaluate(
     if items.rejects:
         console.print(f"{len(items.rejects):,} rows were not used, such as row {items.rejects[0].row}: "
                       f"{items.rejects[0].reason}", highlight=False, markup=False)  # fmt: skip
+
+
+def _say_estimates(console: Console, estimates: Estimates) -> None:
+    from fastprice.cleaning import repair_text
+    from fastprice.items import Item
+
+    at = 0
+    for row in estimates.rows:
+        if not isinstance(row, Item):
+            console.print(f"row {row.row} has no estimate: {row.reason}", highlight=False, markup=False)
+            continue
+        between = "" if estimates.bounds is None else "\t${:,.0f} to ${:,.0f}".format(*estimates.bounds[at])
+        # Repaired: a text from anywhere must not steer the terminal with control characters.
+        shown = " ".join(repair_text(row.text).split())[:90]
+        console.print(f"${estimates.prices[at]:,.0f}{between}\t{shown}", highlight=False, markup=False)
+        at += 1
+
+
+def _say_totals(console: Console, out: Path, totals: Totals, notes: list[str]) -> None:
+    console.print(f"{totals.priced:,} prices written to {out}", highlight=False, markup=False)
+    if totals.cut:
+        console.print(f"{totals.cut:,} texts were longer than the model reads: their ends were cut")
+    for row, reason in totals.examples:
+        console.print(f"row {row} has no estimate: {reason}", highlight=False, markup=False)
+    if more := totals.rows - totals.priced - len(totals.examples):
+        console.print(f"nor have {more:,} other rows; the column 'reason' says why")
+    for note in notes:
+        console.print(f"note: {note}", highlight=False, markup=False)
+
+
+class _Bar:
+    """A progress bar with rows a second and the time left, on a terminal; nothing elsewhere."""
+
+    def __init__(self, console: Console) -> None:
+        from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import Progress as RichProgress
+
+        self._shown = RichProgress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[speed]}"),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[left]}"),
+            console=console,
+            disable=not console.is_terminal,
+            transient=True,
+        )
+        self._task = self._shown.add_task("reading", total=1.0, speed="", left="")
+
+    def __enter__(self) -> _Bar:
+        self._shown.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._shown.stop()
+
+    def __call__(self, done: Any) -> None:
+        """Takes a fastprice.predictions.Progress."""
+        import time
+        from datetime import timedelta
+
+        if done.rows == done.resumed:
+            self._started = time.monotonic()
+            self._shown.update(self._task, description=f"{done.rows:,} rows")
+            return
+        seconds = max(time.monotonic() - self._started, 1e-9)
+        speed = (done.rows - done.resumed) / seconds
+        left = timedelta(seconds=round(done.rows * (1 / max(done.share, 1e-9) - 1) / speed))
+        self._shown.update(
+            self._task,
+            description=f"{done.rows:,} rows",
+            completed=done.share,
+            speed=f"{speed:,.0f} rows/s",
+            left=f"{left} left",
+        )

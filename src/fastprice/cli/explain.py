@@ -1,0 +1,35 @@
+"""`explain`: the words that moved one estimate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fastprice.cli.options import ModelDir, load_estimator, make_console, saved_estimator_folder, trained_cleaning
+
+
+def explain(
+    model: ModelDir,
+    item: Annotated[str, typer.Option("--item", metavar="TEXT", help="The text whose estimate is explained.")],
+    loss: Annotated[str, typer.Option(help="What the estimate makes small: mae, mse, rmsle, mape or hits.")] = "mae",
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Also draw it: PNG, SVG or PDF.")] = None,
+) -> None:
+    """Show which words raised or lowered the estimate of a text: what it would be without each of them."""
+    saved_estimator_folder(model)
+
+    from fastprice.cleaning import prediction_text
+    from fastprice.explain import check_plot
+    from fastprice.predictions import check_options
+
+    check_options(loss, None)
+    if plot is not None:
+        check_plot(plot)
+    text = prediction_text(item, trained_cleaning(model)["mask"])
+    explanation = load_estimator(model).explain(text, loss=loss)
+    console = make_console()
+    console.print(explanation)
+    if plot is not None:
+        explanation.plot(plot)
+        console.print(f"plot: {plot}", highlight=False, markup=False)
