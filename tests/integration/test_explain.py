@@ -35,7 +35,7 @@ def keyword() -> PriceEstimator:
         if n % 2:
             words.insert(n % len(words), "golden")
         items.append(Item(" ".join(words), 600.0 if n % 2 else 8.0, row=n))
-    estimator = PriceEstimator(epochs=4.0, max_tokens=48, pack_tokens=256, evaluations=0, learning_rate=5e-3)
+    estimator = PriceEstimator(epochs=6.0, max_tokens=48, pack_tokens=256, evaluations=0, learning_rate=5e-3)
     return estimator.fit(items)
 
 
