@@ -257,8 +257,6 @@ def hindrance(model: Any, engine: str, *, kernels: bool, dtype: torch.dtype, pro
         return "kernels are off, and the stock loss looks for its labels on the host"
     if processes > 1:
         return f"{processes} processes train together"
-    if getattr(model, "streamed_layers", 0):
-        return "layers are streamed from the host, on a stream that no graph captures"
     if dtype == torch.float16:
         return "fp16 scales its loss by decisions on the host; a card with bf16 is needed"
     if any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()):

@@ -186,6 +186,25 @@ def test_training_through_the_estimator_is_measured(folder: str) -> None:
     row = streamed(folder, cap_bytes=0, tokens=600, steps=2, max_tokens=200)
     assert row["steps"] == 2
     assert row["mean_tokens_per_second"] > 0
+    assert row["streamed_layers"] == 0
+
+
+def test_streaming_is_measured_beside_resident_training(tmp_path: Path) -> None:
+    from fastprice.bench.memory import streamed, streaming_cap
+    from fastprice.bench.report import markdown
+
+    folder = str(save_model(random_nf4_model(model_config("nano"), "cpu", torch.float32), tmp_path / "model"))
+    cap = streaming_cap("nano", tokens=512, rank=16, kernels=False)
+    capped = streamed(folder, cap_bytes=cap, tokens=512, steps=2, max_tokens=200)
+    assert 1 <= capped["streamed_layers"] <= capped["layers"] == 6
+    assert capped["boundary"] == "PretendBoundary"
+    assert capped["micro_batch"] * capped["accumulation"] == 512
+    case = {"kind": "stream", "model": "nano"}
+    rows = [{"stage": "stream", "status": "ok", "case": case, **capped, "cap_bytes": size} for size in (0, cap)]
+    about = {"kind": "cpu", "device": "c", "time": "", "commit": ""}
+    told = markdown({"environment": about, "limits": {}, "rows": rows})
+    assert f"| nano, 512 tokens, pretend device | {capped['streamed_layers']} of 6 |" in told
+    assert "| 100% | - |" in told
 
 
 def test_a_case_that_cannot_be_is_one_row(work: Work) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-__all__ = ["estimated", "largest", "streamed"]
+__all__ = ["estimated", "largest", "streamed", "streaming_cap"]
 
 # How `estimate_memory` describes what each measured peer does. Unsloth without recomputation is not among its cases,
 # and the padding of padded batches is no part of the tokens a row reports.
@@ -55,11 +55,35 @@ def estimated(steps: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
         yield row
 
 
-def streamed(folder: str, *, cap_bytes: int, tokens: int, steps: int = 6, **options: Any) -> dict[str, Any]:
-    """Training through `PriceEstimator(max_memory=...)` on synthetic items, as a user would: a row of figures.
+def streaming_cap(model: str, *, tokens: int, rank: int, kernels: bool) -> int:
+    """Bytes of GPU memory in which `model` trains on so many tokens with at least 60 % less of its layers' weights on
+    the device, the two slots counted; by the estimate, every layer recomputed."""
+    from fastprice.bench.models import model_config
+    from fastprice.memory import estimate_memory
+    from fastprice.memory.estimate import STREAM_SLOTS
+    from fastprice.memory.plan import HEADROOM, LABELLED
 
-    options: more of PriceEstimator's arguments. The process must have been capped before. An absent `max_memory` is a
-    row that says so.
+    config = model_config(model)
+    layers = config.num_hidden_layers
+    estimate = estimate_memory(
+        config,
+        rank=rank,
+        tokens=tokens,
+        sequences=max(1, tokens // 180),
+        recompute="all",
+        loss_head="completion",
+        labelled=LABELLED,
+        engine="fastprice" if kernels else "peft",
+        streaming=min(layers, math.ceil(0.6 * layers) + STREAM_SLOTS),
+    )
+    return round(estimate.peak_bytes / (1 - HEADROOM)) + 1
+
+
+def streamed(folder: str, *, cap_bytes: int, tokens: int, steps: int = 6, **options: Any) -> dict[str, Any]:
+    """Training through `PriceEstimator` on synthetic items, as a user would: a row of figures.
+
+    cap_bytes: its `max_memory`, for which the process must have been capped before; 0: every layer resident.
+    options: more of PriceEstimator's arguments. On a CPU the device is the pretend one, and nothing is bounded.
     """
     import torch
     from trl import SFTTrainer
@@ -68,14 +92,20 @@ def streamed(folder: str, *, cap_bytes: int, tokens: int, steps: int = 6, **opti
     from fastprice.catalogue import make_catalogue
     from fastprice.estimator import PriceEstimator
 
-    if cap_bytes:
-        if "max_memory" not in inspect.signature(PriceEstimator).parameters:
-            return {"status": "absent", "reason": "PriceEstimator knows no max_memory yet"}
-        options["max_memory"] = f"{cap_bytes / 2**30:.1f}GiB"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     probe = Probe(None, steps, 60.0, device)
     items = make_catalogue((WARMUP + steps + 5) * -(-tokens // 60))
-    estimator = PriceEstimator(folder, engine="peft", pack_tokens=tokens, **options)
+    estimator = PriceEstimator(folder, engine="peft", pack_tokens=tokens, max_memory=cap_bytes or None, **options)
+    with probe.loading():
+        estimator.prepare()
+    plan, streaming = estimator.plan_, estimator._streaming
+    row: dict[str, Any] = {"cap_bytes": cap_bytes, "micro_batch": tokens, "streamed_layers": 0}
+    if plan is not None:
+        row |= {"micro_batch": plan.tokens, "accumulation": plan.accumulation, "layers": plan.layers}
+        row |= {"ceiling_tokens_per_second": plan.tokens_per_second, "ceiling_of": plan.speed_of}
+    if streaming is not None:
+        row |= {"streamed_layers": len(streaming.layers), "boundary": type(streaming.boundary).__name__}
+        row |= {"slot_bytes": streaming.device_bytes, "host_bytes": streaming.host_bytes}
     try:
         with probe.watching(SFTTrainer):
             estimator.fit(items)
@@ -83,7 +113,7 @@ def streamed(folder: str, *, cap_bytes: int, tokens: int, steps: int = 6, **opti
         pass
     else:
         raise RuntimeError("the run ended before it was measured")
-    return {"cap_bytes": cap_bytes, **summarise_probe(probe)}
+    return {**row, **summarise_probe(probe)}
 
 
 def largest(fits: Callable[[int], bool], first: int, most: int) -> int:

@@ -174,6 +174,7 @@ def _blocks(result: Result) -> list[str]:
         _kernel_table(rows),
         _memory_table(rows),
         _predict_table(rows),
+        _stream_table(rows),
         _fit_table(rows),
     ]
 
@@ -265,6 +266,21 @@ def _predict_table(rows: Iterable[Mapping[str, Any]]) -> str:
             told = f"{ratio['p50']:.2f}x as fast" if ratio else "-"
             lines.append(f"| {row['case']['model']}, batch {row['batch']} | {name} | {rate['p50']:,.1f} | {told} |")
     return "\n".join(lines)
+
+
+def _stream_table(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Streamed beside resident training of one model; on a CPU the device is the pretend one."""
+    found = ok_rows(rows, "stream")
+    resident = {row["case"]["model"]: row["mean_tokens_per_second"] for row in found if not row["cap_bytes"]}
+    lines = ["| streaming | layers from the host | tokens/s | of resident | peak reserved |", "|---|---|---|---|---|"]
+    for row in found:
+        model, rate = row["case"]["model"], row["mean_tokens_per_second"]
+        share = f"{rate / resident[model]:.0%}" if row["cap_bytes"] and model in resident else "-"
+        layers = f"{row['streamed_layers']} of {row['layers']}" if row["cap_bytes"] else "none"
+        name = f"{model}, {row['micro_batch']:,} tokens" + (", pretend device" if not row["peak_reserved"] else "")
+        peak = f"{row['peak_reserved'] / GIB:.2f} GiB" if row["peak_reserved"] else "-"
+        lines.append(f"| {name} | {layers} | {rate:,.0f} | {share} | {peak} |")
+    return "\n".join(lines) if found else ""
 
 
 def _fit_table(rows: Iterable[Mapping[str, Any]]) -> str:

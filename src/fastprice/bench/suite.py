@@ -7,7 +7,7 @@
     steps      training steps of all peers, round after round
     memory     the memory estimate beside the peaks that the steps had
     predict    prices a second
-    stream     training under a memory cap, weights from the host
+    stream     training with all weights on the device, and under a memory cap with weights from the host
     fit        the largest micro-batch and the largest model under memory caps
 
 A stage that fails leaves rows that say so, and the next one runs. Nothing needs a network.
@@ -29,7 +29,7 @@ from typing import Any
 
 from fastprice.bench.analysis import ok_rows
 from fastprice.bench.cases import MODELS, NF4_BYTES, shape_of
-from fastprice.bench.memory import largest
+from fastprice.bench.memory import largest, streaming_cap
 from fastprice.bench.runner import Runner
 from fastprice.errors import ConfigError, nearest_name
 
@@ -323,14 +323,15 @@ def _predict(run: _Run) -> None:
 
 
 def _stream(run: _Run) -> None:
-    model = run.plan.models[-1]
+    """The largest model, resident and then with most of its layers' weights on the host, on the same work."""
+    plan, model = run.plan, run.plan.models[-1]
     folder = run.folder(model)
-    if folder is not None:
-        # Room for all but a third of the frozen layers' weights.
-        linear = shape_of(model).linear_weights * NF4_BYTES
-        cap = int(_folder_bytes(model) - linear / 3 + 2 * GIB)
-        case = {"kind": "stream", "model": model, "folder": folder, "cap_bytes": cap, "tokens": run.plan.tokens}
-        run.measure("stream", case, timeout=3 * _START + 60)
+    if folder is None:
+        return
+    cap = streaming_cap(model, tokens=plan.tokens, rank=plan.rank, kernels=plan.cuda)
+    for cap_bytes in (0, cap):
+        case = {"kind": "stream", "model": model, "folder": folder, "cap_bytes": cap_bytes, "tokens": plan.tokens}
+        run.measure("stream", {**case, "rank": plan.rank}, timeout=3 * _START + 60)
 
 
 def _fit(run: _Run) -> None:

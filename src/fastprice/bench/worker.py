@@ -9,7 +9,7 @@ kinds:  environment   what the machine is and reaches at most
         step          one peer's training steps (peers.py)
         predict       prices a second: the distribution, and generate + a regular expression, in turns
         estimate      the memory estimate for each measured step of `steps`
-        stream        training under a memory cap with weights from the host
+        stream        training through PriceEstimator, resident or under a memory cap with weights from the host
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ def _estimate(case: Case) -> Iterator[Row]:
 def _stream(case: Case) -> Iterator[Row]:
     from fastprice.bench.memory import streamed
 
-    yield streamed(case["folder"], cap_bytes=case["cap_bytes"], tokens=case["tokens"])
+    yield streamed(case["folder"], cap_bytes=case["cap_bytes"], tokens=case["tokens"], rank=case["rank"])
 
 
 KINDS: dict[str, Callable[[Case], Iterator[Row]]] = {
