@@ -284,8 +284,10 @@ def _training(
     else:
         moments.append(("forward", _split(_play_plain(shape, work), kept, _WORKSPACE, copies)))
     if recomputed:
-        # While the forward pass is done again, the gradient of the layer's output waits.
-        for peak, waiting in ((layer.again, stream), (layer.backward, 0)):
+        # While the forward pass is done again, the gradient of the layer's output waits; where the layer ends with a
+        # norm (Gemma 2), so does its upcast to fp32, as that takes place before the first saved tensor is asked for.
+        upcast = 4 * work.tokens * shape.width if shape.layer_norms == 4 else 0
+        for peak, waiting in ((layer.again, stream + upcast), (layer.backward, 0)):
             parts = _split(peak, 0, "recompute peak", 0)
             parts["recompute peak"] += parts["activations kept"] + waiting
             moments.append(("backward", {**parts, "activations kept": inputs}))
