@@ -127,6 +127,28 @@ def test_what_costs_more_is_estimated_higher() -> None:
     assert peak(loss_head="full", labelled=0.1) == peak(loss_head="full")
 
 
+def test_levels_are_priced_layer_by_layer() -> None:
+    def estimate(recompute: Any, **options: Any) -> Any:
+        settings = {"tokens": 4096, "loss_head": "completion", "labelled": 0.02, **options}
+        return estimate_memory("Llama-3.1-8B", recompute=recompute, **settings)
+
+    assert estimate(["input"] * 32) == estimate("all") == estimate(32)
+    assert estimate(["all"] * 32) == estimate("none") == estimate(0)
+    assert estimate(["input"] * 5 + ["all"] * 27) == estimate(5)
+    for engine in ("peft", "fastprice"):
+        by_level = [estimate([level] * 32, engine=engine).peak_bytes for level in ("all", "costly", "input", "host")]
+        assert by_level == sorted(by_level, reverse=True)
+        assert len(set(by_level)) == 4
+        # Recomputing the first layers costs less memory than recomputing the last ones.
+        first, last = ["input"] * 16 + ["all"] * 16, ["all"] * 16 + ["input"] * 16
+        assert estimate(first, engine=engine).peak_bytes < estimate(last, engine=engine).peak_bytes
+    stream = 2 * 4096 * 4096
+    assert estimate(["host"] * 32).host_bytes == 32 * stream
+    assert estimate(["host"] * 32, streaming=10).host_bytes == pytest.approx(32 * stream + 10 * 112.5e6, rel=0.01)
+    assert estimate("all").host_bytes == 0
+    assert estimate(["host"] * 32, phase="eval").host_bytes == 0
+
+
 def test_streaming_keeps_two_layers_of_those_streamed() -> None:
     def base(streaming: int) -> int:
         parts = estimate_memory("Llama-3.1-8B", streaming=streaming).breakdown
@@ -147,6 +169,9 @@ def test_streaming_keeps_two_layers_of_those_streamed() -> None:
         ({"rank": 5000}, "rank: 5000 is not a whole number from 1 to 4,096"),
         ({"sequences": 9, "tokens": 8}, "sequences: 9"),
         ({"recompute": 33}, "recompute: 33 is not a whole number from 0 to 32"),
+        ({"recompute": ["all"] * 31}, "recompute: 31 levels for a model of 32 layers"),
+        ({"recompute": ["cheap"] * 32}, "recompute: 'cheap' is not one of all, costly, input, host"),
+        ({"recompute": ["input"] * 32, "engine": "unsloth"}, "recomputes every layer itself"),
         ({"recompute": "some"}, "recompute: 'some' is not 'all', 'none' or a number"),
         ({"optimizer": "adamw_tarch"}, "did you mean 'adamw_torch'?"),
         ({"method": "qlorra"}, "did you mean 'qlora'?"),
@@ -258,6 +283,51 @@ def test_the_estimate_agrees_with_the_real_model_code(case: dict[str, Any]) -> N
 
     step = Case(**case, layers=2)
     assert step.estimate().tensor_bytes == pytest.approx(simulate(step), rel=0.015)
+
+
+LEVELLED = [
+    ("Llama-3.1-8B", "lora", ("host", "input", "costly", "all")), ("gemma-2-2b", "qlora", ("costly",) * 4),
+    ("Llama-3.1-8B", "qlora", ("host",) * 4), ("Qwen3-8B", "lora", ("all", "costly", "host", "input")),
+]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("base", "method", "levels"), LEVELLED, ids=str)
+def test_levels_agree_with_the_real_model_code(base: str, method: str, levels: tuple[str, ...]) -> None:
+    """With so small a vocabulary the peak falls into a layer, and not into the loss."""
+    from fastprice.memory.simulate import Case, simulate
+
+    step = Case(base, method, 4096, levels, "completion", sequences=4, labelled=0.02, layers=4, vocabulary=256)
+    assert step.estimate().moment != "loss head"
+    assert step.estimate().tensor_bytes == pytest.approx(simulate(step), rel=0.015)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("base", "method"), [("Llama-3.2-1B", "qlora"), ("Qwen3-0.6B", "lora"), ("gemma-2-2b", "lora")]
+)
+def test_a_layer_keeps_what_is_said_to_the_byte(base: str, method: str) -> None:
+    """What one more layer adds to the bytes alive after the forward pass: the real model, autograd and our hooks."""
+    from fastprice.memory.estimate import kept_bytes
+    from fastprice.memory.simulate import Case
+    from fastprice.memory.simulate import kept_bytes as simulated_kept_bytes
+
+    def kept(levels: tuple[str, ...]) -> int:
+        step = Case(base, method, 1024, levels, "completion", sequences=2, labelled=0.02, layers=len(levels),
+                    vocabulary=256)  # fmt: skip
+        return simulated_kept_bytes(step) - _weights(step)
+
+    for level in ("all", "costly", "input", "host"):
+        estimate = kept_bytes(base, level, method=method, tokens=1024, sequences=2)
+        assert kept((level,) * 3) - kept((level,) * 2) == estimate
+
+
+def _weights(step: Any) -> int:
+    """Bytes of the model alone."""
+    from fastprice.memory.simulate import build
+
+    model = build(step)
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -4,12 +4,15 @@ Pure arithmetic: one layer of each kind and the loss head are played on a tape o
 peak is the highest of these moments of a step in its steady state (gradients of an earlier micro-batch present, the
 optimiser's states made):
 
-    forward      the last layer, with the activations kept of all layers before it
-    loss head    forward and backward, with the activations kept of all layers
-    backward     the last layer of those that keep their activations, and the last of those recomputed
+    forward      a layer, with what the layers before it keep
+    loss head    forward and backward, with what all layers keep
+    backward     a layer, with what the layers before it keep; recomputed first where its level says so (levels.py)
     optimiser    its temporaries, with no activations
 
-Layers that recompute are the first ones: their turn in backward comes last, when the others have let go of theirs.
+Layers that recompute had better be the first ones: their turn in backward comes last, when the others have let go of
+theirs.
+
+What a layer keeps at each level: `kept_bytes`.
 
 Two parts are assumptions, not arithmetic, and no simulation can see them: the CUDA context (with cuBLAS's workspace)
 and the allocator's slack. `tensor_bytes` is the peak without them.
@@ -24,17 +27,19 @@ last two can be simulated without a GPU: their figures are arithmetic.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
 from fastprice.errors import ConfigError, nearest_name
 from fastprice.memory.layers import NF4_BLOCK, Work, evaluation_head, layer_forward, loss_head
+from fastprice.memory.levels import check_levels
 from fastprice.memory.shapes import ModelShape, read_shape
 from fastprice.memory.tape import Peak, Tape
 from fastprice.methods import check_method
 
-__all__ = ["OPTIMIZERS", "MemoryEstimate", "estimate_memory"]
+__all__ = ["OPTIMIZERS", "MemoryEstimate", "estimate_memory", "kept_bytes", "levels_of"]
 
 GIB = 1 << 30
 ENGINES = ("peft", "unsloth", "fastprice")
@@ -61,12 +66,14 @@ SLACK = 0.04
 class MemoryEstimate:
     """Peak bytes, and what they are made of at that moment (name -> bytes, adding up to `peak_bytes`).
 
-    moment   the moment of the step at which the peak falls: "forward", "loss head", "backward", "optimiser"
+    moment       the moment of the step at which the peak falls: "forward", "loss head", "backward", "optimiser"
+    host_bytes   pinned host memory besides: inputs of layers at level "host", weights of streamed layers
     """
 
     peak_bytes: int
     breakdown: dict[str, int]
     moment: str
+    host_bytes: int = 0
 
     @property
     def tensor_bytes(self) -> int:
@@ -90,7 +97,7 @@ def estimate_memory(
     tokens: int = 4096,
     sequences: int = 1,
     optimizer: str = "adamw_torch",
-    recompute: str | int = "all",
+    recompute: str | int | Sequence[str] = "all",
     loss_head: str = "full",
     labelled: float = 1.0,
     engine: str = "peft",
@@ -100,7 +107,8 @@ def estimate_memory(
     """Peak GPU memory of fine-tuning `base` (folder, hub id, shipped name, or transformers configuration).
 
     tokens      tokens of a micro-batch in all, in `sequences` texts of equal length
-    recompute   "all", "none", or the number of layers (the first ones) whose activations are recomputed
+    recompute   what is computed again: "all" layers, "none", so many layers (the first ones), each keeping its input;
+                or the level of each layer: "all", "costly", "input" or "host" (fastprice.memory.levels)
     loss_head   "full": logits for all positions; "completion": for the `labelled` share of them, in chunks
     streaming   frozen layers whose weights come from the host when needed
     phase       "train", or "eval": a forward pass with a cache of keys and values; "completion" then means the logits
@@ -122,13 +130,24 @@ def estimate_memory(
         raise ConfigError(f"streaming: only a frozen 4-bit base is streamed, and the method is {method!r}, not 'qlora'")
     if not isinstance(labelled, int | float) or not 0 <= labelled <= 1:
         raise ConfigError(f"labelled: {labelled!r} is not a share of the tokens, from 0 to 1")
-    recomputed = _layers_recomputed(recompute, shape)
+    levels = levels_of(recompute, shape)
     if engine == "unsloth":
-        recomputed = shape.layers
+        if not isinstance(recompute, str | int):
+            raise ConfigError("recompute: the unsloth engine recomputes every layer itself; levels need engine='peft'")
+        levels = ("host",) * shape.layers
     found = _estimate(
-        shape, method, rank, tokens, sequences, optimizer, recomputed, loss_head, labelled, engine, streaming, phase
+        shape, method, rank, tokens, sequences, optimizer, levels, loss_head, labelled, engine, streaming, phase
     )
     return replace(found, breakdown=dict(found.breakdown))  # the caller's own; the found one stays in the cache
+
+
+def kept_bytes(
+    base: Any, level: str, *, method: str = "qlora", rank: int = 16, tokens: int = 4096, sequences: int = 1,
+    engine: str = "peft",
+) -> int:  # fmt: skip
+    """Bytes on the device that one layer at `level` keeps for its backward pass, with what it keeps of its input."""
+    work = Work(tokens, sequences, method, rank, fused=engine != "peft")
+    return _kept_by(read_shape(base), work, level, first=False).kept
 
 
 @lru_cache(maxsize=4096)
@@ -139,7 +158,7 @@ def _estimate(
     tokens: int,
     sequences: int,
     optimizer: str,
-    recomputed: int,
+    levels: tuple[str, ...],
     head: str,
     labelled: float,
     engine: str,
@@ -162,14 +181,15 @@ def _estimate(
         moments = [_evaluation(shape, work, sequences if head == "completion" else tokens, copies)]
     else:
         rows = None if head == "full" else round(labelled * tokens)
-        moments = _training(shape, work, recomputed, rows, engine, copies)
+        moments = _training(shape, work, levels, rows, engine, copies)
         moments.append(("optimiser", {_WORKSPACE: int(temporary * trained)}))
     moment, parts = max(moments, key=lambda found: sum(found[1].values()))
     breakdown = {name: static.get(name, 0) + parts.get(name, 0) for name in _NAMES}
     moving = sum(parts.values()) + static["gradients"]
     breakdown["CUDA context"] = CUDA_CONTEXT
     breakdown["allocator slack"] = int(SLACK * moving)
-    return MemoryEstimate(sum(breakdown.values()), breakdown, moment)
+    inputs = levels.count("host") * work.stream * tokens * shape.width if phase == "train" else 0
+    return MemoryEstimate(sum(breakdown.values()), breakdown, moment, inputs + _streamed_bytes(shape, streaming))
 
 
 _WORKSPACE = "workspace and dequantised buffers"
@@ -197,23 +217,31 @@ def _weights(shape: ModelShape, method: str, streaming: int) -> dict[str, int]:
     if method == "lora":
         return {"base weights (bf16)": 2 * shape.parameters}
     resident = shape.layers - streaming + min(streaming, STREAM_SLOTS)
-    blocks = [-(-each.weights // NF4_BLOCK) for each in shape.linears]
-    statistics = sum(count + 4 * -(-count // 256) + 4 * (16 + 256 + 1) for count in blocks)
     return {
         "base weights (bf16)": 2 * (shape.parameters - linear),
         "base weights (nf4)": resident * (shape.layer_linear_weights // 2),
-        "quantisation statistics": resident * statistics,
+        "quantisation statistics": resident * _layer_statistics(shape),
     }
+
+
+def _layer_statistics(shape: ModelShape) -> int:
+    blocks = [-(-each.weights // NF4_BLOCK) for each in shape.linears]
+    return sum(count + 4 * -(-count // 256) + 4 * (16 + 256 + 1) for count in blocks)
+
+
+def _streamed_bytes(shape: ModelShape, streaming: int) -> int:
+    return streaming * (shape.layer_linear_weights // 2 + _layer_statistics(shape))
 
 
 @dataclass(frozen=True)
 class _Layer:
-    """A layer's bytes: kept for its backward pass, and at the peaks of its passes.
+    """A layer's bytes: kept for its backward pass, of which its input; and at the peaks of its passes.
 
     again   the forward pass of a recomputation, which stops at the last tensor to be saved
     """
 
     kept: int
+    kept_input: int
     forward: Peak
     again: Peak
     backward: Peak
@@ -224,14 +252,16 @@ def _play(shape: ModelShape, work: Work, *, first: bool = False) -> _Layer:
     """`first`: nothing asks for the gradient of the layer's input."""
     stream = work.stream * work.tokens * shape.width
     tape = Tape()
-    x = tape.source(stream, gradient=not first)
+    # Of weights that all train, the embedding's want the gradient of the first layer's input.
+    x = tape.source(stream, gradient=not first or work.method == "full")
     output = layer_forward(tape, shape, work, x)
     forward, again = tape.peak, tape.peak_at_last_save
     tape.drop(output)
-    kept = tape.total
+    kept_input = stream if x.buffer.holders > 1 else 0  # the tape counts no byte of what comes from outside
+    kept = tape.total + kept_input
     tape.peak = Peak()
     tape.backward(output)
-    return _Layer(kept, forward, again, tape.peak)
+    return _Layer(kept, kept_input, forward, again, tape.peak)
 
 
 @lru_cache(maxsize=1024)
@@ -256,42 +286,64 @@ def _play_head(shape: ModelShape, work: Work, rows: int | None, in_place: bool) 
 
 
 def _training(
-    shape: ModelShape, work: Work, recomputed: int, rows: int | None, engine: str, copies: int
+    shape: ModelShape, work: Work, levels: tuple[str, ...], rows: int | None, engine: str, copies: int
 ) -> list[tuple[str, dict[str, int]]]:
     stream = work.stream * work.tokens * shape.width
-    layer = _play(shape, work)
-    first = _play(shape, work, first=True) if recomputed == 0 else layer
-    keeping = shape.layers - recomputed
-    # Of recomputed layers the input is kept; Unsloth's go to the host, one coming back while another is used.
-    inputs = stream * (min(recomputed, 2) if engine == "unsloth" else recomputed)
-    kept = inputs + max(0, keeping - 1) * layer.kept + (first.kept if keeping else 0)
-    copy_share = copies * recomputed // shape.layers  # the copies that no kept layer holds itself
+    layers = [_kept_by(shape, work, level, first=i == 0) for i, level in enumerate(levels)]
+    again = [level in _AGAIN for level in levels]
+    copies_a_layer = copies // shape.layers
+    moments = []
+    # Among layers of one level the last one's moments are the highest: the layers before it keep the most.
+    for at in {level: i for i, level in enumerate(levels)}.values():
+        layer, before, level = layers[at], sum(each.kept for each in layers[:at]), levels[at]
+        # The input of the latest layer at level "host" before this one is on the device, but for the forward pass of
+        # another such layer, which lets go of it.
+        latest = stream if "host" in levels[:at] else 0
+        # In the forward pass Python holds the layer's input, and the embedding's output until the last layer is done.
+        held = before + stream
+        if at and not layers[0].kept_input and not (levels[0] == "host" and "host" not in levels[1:at]):
+            held += stream
+        # Autocast holds a copy of the trained weights of layers that do not save it themselves.
+        cast = copies_a_layer * sum(again[:at])
+        if again[at]:
+            ahead = held + (0 if level == "host" else latest)
+            moments.append(("forward", _split(_play_plain(shape, work), ahead, _WORKSPACE, cast + copies_a_layer)))
+            # While the forward pass is done again, the gradient of the layer's output waits; where the layer ends with
+            # a norm (Gemma 2), so does its upcast to fp32, as that takes place before the first saved tensor is asked
+            # for.
+            upcast = 4 * work.tokens * shape.width if shape.layer_norms == 4 else 0
+            for peak, waiting in ((layer.again, stream + upcast), (layer.backward, 0)):
+                parts = _split(peak, 0, "recompute peak", 0)
+                parts["recompute peak"] += parts["activations kept"] + waiting
+                moments.append(("backward", {**parts, "activations kept": before + latest + stream}))
+        else:
+            ahead = before + latest + layer.kept_input
+            moments.append(("forward", _split(layer.forward, held + latest, _WORKSPACE, cast)))
+            moments.append(("backward", _split(layer.backward, ahead, _WORKSPACE, 0)))
 
     # The forward pass of the head runs while autocast still has the recomputed layers' copies of trained weights.
+    kept = sum(each.kept for each in layers) + (stream if "host" in levels else 0)
     forward, backward = _play_head(shape, work, rows, engine == "unsloth" and rows is None)
-    moments = [
-        ("loss head", {"activations kept": kept, "loss head": peak.total, "adapters": held})
-        for peak, held in ((forward, copy_share), (backward, 0))
+    moments += [
+        ("loss head", {"activations kept": kept, "loss head": peak.total, "adapters": cast})
+        for peak, cast in ((forward, copies_a_layer * sum(again)), (backward, 0))
     ]
-
-    if keeping:
-        last = first if keeping == shape.layers == 1 else layer
-        before = kept - last.kept
-        # The layer's input, and the embedding's output, which the model's forward holds on to.
-        outside = stream * (2 if recomputed == 0 and keeping > 1 else 1)
-        moments.append(("forward", _split(last.forward, before + outside, _WORKSPACE, copy_share)))
-        moments.append(("backward", _split(last.backward, before, _WORKSPACE, 0)))
-    else:
-        moments.append(("forward", _split(_play_plain(shape, work), kept, _WORKSPACE, copies)))
-    if recomputed:
-        # While the forward pass is done again, the gradient of the layer's output waits; where the layer ends with a
-        # norm (Gemma 2), so does its upcast to fp32, as that takes place before the first saved tensor is asked for.
-        upcast = 4 * work.tokens * shape.width if shape.layer_norms == 4 else 0
-        for peak, waiting in ((layer.again, stream + upcast), (layer.backward, 0)):
-            parts = _split(peak, 0, "recompute peak", 0)
-            parts["recompute peak"] += parts["activations kept"] + waiting
-            moments.append(("backward", {**parts, "activations kept": inputs}))
     return moments
+
+
+_AGAIN = ("input", "host")
+
+
+@lru_cache(maxsize=4096)
+def _kept_by(shape: ModelShape, work: Work, level: str, *, first: bool) -> _Layer:
+    """A layer's bytes at a level. Inputs at level "host" are counted by the caller: which of them are on the device
+    depends on the moment."""
+    if level in _AGAIN:
+        layer = _play(shape, work, first=first)
+        stream = work.stream * work.tokens * shape.width
+        kept = stream if level == "input" else 0
+        return replace(layer, kept=kept, kept_input=kept)
+    return _play(shape, replace(work, costly=level == "costly"), first=first)
 
 
 def _split(peak: Peak, kept: int, flow: str, copies: int) -> dict[str, int]:
@@ -315,15 +367,18 @@ def _evaluation(shape: ModelShape, work: Work, rows: int, copies: int) -> tuple[
     return "forward", parts
 
 
-def _layers_recomputed(recompute: str | int, shape: ModelShape) -> int:
+def levels_of(recompute: str | int | Sequence[str], shape: ModelShape) -> tuple[str, ...]:
+    """The level of each layer that `recompute` stands for, as `estimate_memory` takes it."""
     if recompute == "all":
-        return shape.layers
+        return ("input",) * shape.layers
     if recompute == "none":
-        return 0
+        return ("all",) * shape.layers
     if isinstance(recompute, str):
         raise ConfigError(f"recompute: {recompute!r} is not 'all', 'none' or a number of layers")
+    if isinstance(recompute, Sequence):
+        return check_levels(recompute, shape.layers, "recompute")
     _whole("recompute", recompute, 0, shape.layers)
-    return recompute
+    return ("input",) * recompute + ("all",) * (shape.layers - recompute)
 
 
 def _whole(name: str, value: Any, least: int, most: int | None = None) -> None:

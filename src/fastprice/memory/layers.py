@@ -18,11 +18,16 @@ What autograd keeps in a Llama layer of the stock engine, in bytes a token (qlor
     seven adapters           14r        outputs of the down-projections
     lora instead of qlora    PEFT casts each linear layer's input to fp32 and autocast casts it back, a new copy each
                              time: 2h more for k, v and up each, 2q more for o
+
+At the level "costly" (checkpointing.py) the norms keep their input (2h) and nothing else, nobody keeps their output,
+gate and up are kept (4i), and the input of down is not:
+
+    layer's input, sum after attention 4h       attention as above       gate, up 4i       adapters 14r
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fastprice.memory.shapes import Linear, ModelShape
 from fastprice.memory.tape import Tape, Value
@@ -39,6 +44,7 @@ class Work:
 
     tokens     in all, in `texts` texts of equal length       method    "qlora", "lora" or "full"
     fused      fastprice's kernels instead of PEFT's layers
+    costly     norms and products of activations are computed again where they are needed
     """
 
     tokens: int
@@ -46,6 +52,7 @@ class Work:
     method: str
     rank: int
     fused: bool = False
+    costly: bool = False
 
     @property
     def stream(self) -> int:
@@ -94,6 +101,9 @@ def _norm(tape: Tape, shape: ModelShape, work: Work, x: Value, *, source: int | 
 
 
 def _rms(tape: Tape, shape: ModelShape, work: Work, x: Value, width: int, rows: int, source: int) -> Value:
+    if work.costly:
+        plain = replace(work, costly=False)
+        return tape.again(lambda inner, x: _rms(inner, shape, plain, x, width, rows, source), [x])
     elements = rows * width
     full = 4 * elements
     x32 = tape.view(x) if source == 4 else tape.apply(full, [x])
@@ -104,8 +114,9 @@ def _rms(tape: Tape, shape: ModelShape, work: Work, x: Value, width: int, rows: 
     trained = work.method == "full"
     if shape.gemma:
         # (1 + weight) in fp32, then back to the dtype of x
-        scaled = tape.apply(full, [normed], saves=[normed] if trained else [], saves_constant=True)
-        tape.drop(normed)
+        factor = tape.hold(4 * width, "flow")
+        scaled = tape.apply(full, [normed], saves=[factor, normed] if trained else [factor])
+        tape.drop(normed, factor)
         return scaled if source == 4 else _replaced(tape, scaled, tape.apply(source * elements, [scaled]))
     cast = tape.view(normed) if source == 4 else tape.apply(source * elements, [normed])
     weighted = tape.apply((4 if trained else source) * elements, [cast], saves=[cast] if trained else [])
@@ -130,6 +141,8 @@ def _linear(tape: Tape, linear: Linear, work: Work, x: Value, x_width: int = 2) 
         # PEFT clones the output of a 4-bit layer.
         base = _replaced(tape, base, tape.apply(result, [base], passes=True))
         xb = tape.view(x)
+    elif work.costly:  # without PEFT's cast to fp32
+        base, xb = tape.apply(result, [x]), tape.view(x)
     else:
         base = tape.apply(result, [x])
         x32 = tape.apply(2 * x.size, [x])
@@ -144,7 +157,7 @@ def _linear(tape: Tape, linear: Linear, work: Work, x: Value, x_width: int = 2) 
     up = _replaced(tape, up, tape.apply(result, [up], saves_constant=True))  # times alpha / r
     y = tape.apply(result, [base, up], passes=True)
     tape.drop(base, up)
-    if work.method == "lora":
+    if work.method == "lora" and not work.costly:
         tape.drop(x32)
     return y
 
@@ -240,6 +253,11 @@ def _mlp(tape: Tape, shape: ModelShape, work: Work, x: Value) -> Value:
         tape.drop(gate, up, low, passing)
         return y
     gate = _linear(tape, gate_proj, work, x, work.stream)
+    if work.costly:
+        up = _linear(tape, up_proj, work, x, work.stream)
+        product = tape.again(_product, [gate, up])
+        tape.drop(gate, up)
+        return _replaced(tape, product, _linear(tape, down_proj, work, product))
     active = tape.apply(inner, [gate], saves=[gate])
     tape.drop(gate)
     up = _linear(tape, up_proj, work, x, work.stream)
@@ -248,6 +266,11 @@ def _mlp(tape: Tape, shape: ModelShape, work: Work, x: Value) -> Value:
     y = _linear(tape, down_proj, work, product)
     tape.drop(product)
     return y
+
+
+def _product(tape: Tape, gate: Value, up: Value) -> Value:
+    active = tape.apply(gate.size, [gate], saves=[gate])
+    return _replaced(tape, active, tape.apply(gate.size, [active, up], saves=[active, up]))
 
 
 def loss_head(

@@ -13,7 +13,10 @@ Where a CUDA device would run other code than the CPU on which this runs, a stan
   Soft-capped scores (Gemma 2) have no flash kernel with a backward; they run through fastprice's own attention;
 - 4-bit layers (`linear4bit`): packed bytes and statistics as bitsandbytes holds them, dequantised into a temporary in
   forward and again in backward, as its `MatMul4Bit` does on CUDA; PEFT's 4-bit layer wraps them as it wraps the real;
-- the chunked loss: TRL's own chunk function, in a loop whose length does not depend on the labels' values.
+- the chunked loss: TRL's own chunk function, in a loop whose length does not depend on the labels' values;
+- inputs that a layer keeps on the host: not counted while they are there.
+
+What each layer keeps is arranged by fastprice's own code (checkpointing.py), as in training.
 
 What it cannot see: the CUDA context, cuBLAS's workspace, the allocator's rounding and fragmentation.
 """
@@ -43,11 +46,13 @@ from trl.trainer import sft_trainer
 from trl.trainer.sft_trainer import _CHUNKED_LM_HEAD_CHUNK_SIZE, _patch_chunked_ce_lm_head
 from trl.trainer.utils import entropy_from_logits
 
-from fastprice.memory.estimate import MemoryEstimate, estimate_memory
-from fastprice.memory.shapes import settings_of
-from fastprice.memory.standins import Live, attention, linear4bit
+from fastprice.memory.checkpointing import keeping
+from fastprice.memory.estimate import MemoryEstimate, estimate_memory, levels_of
+from fastprice.memory.levels import LEVELS, write_levels
+from fastprice.memory.shapes import read_shape, settings_of
+from fastprice.memory.standins import HostStandIn, Live, attention, linear4bit
 
-__all__ = ["Case", "cases", "markdown", "simulate"]
+__all__ = ["Case", "cases", "kept_bytes", "markdown", "simulate"]
 
 MODELS = (
     "Llama-3.2-1B", "Llama-3.2-3B", "Llama-3.1-8B", "Qwen2.5-0.5B", "Qwen2.5-7B", "gemma-2-2b", "Mistral-7B-v0.3",
@@ -60,25 +65,31 @@ _ATTENTION = "fastprice_simulated"
 class Case:
     """One training step: the arguments of `estimate_memory` that it is simulated and estimated with.
 
-    layers   so many layers instead of the model's own, for a quick look (None: all)
+    layers, vocabulary   so many instead of the model's own, for a quick look (None: the model's)
     """
 
     base: str
     method: str
     tokens: int
-    recompute: str | int
+    recompute: str | int | tuple[str, ...]
     loss_head: str
     sequences: int = 1
     rank: int = 16
     labelled: float = 1.0
     phase: str = "train"
     layers: int | None = None
+    vocabulary: int | None = None
 
     @property
     def settings(self) -> dict[str, Any]:
         """The configuration of the model, as the keys of its `config.json`."""
-        settings = settings_of(self.base)
-        return settings if self.layers is None else {**settings, "num_hidden_layers": self.layers}
+        own = {"num_hidden_layers": self.layers, "vocab_size": self.vocabulary}
+        return {**settings_of(self.base), **{key: value for key, value in own.items() if value is not None}}
+
+    @property
+    def recomputed(self) -> str:
+        """`recompute` as people write it."""
+        return write_levels(self.recompute) if isinstance(self.recompute, tuple) else str(self.recompute)
 
     def estimate(self) -> MemoryEstimate:
         """What `estimate_memory` says of this step."""
@@ -130,10 +141,18 @@ def simulate(case: Case) -> int:
             optimizer.zero_grad()
             _evaluate(model, case)
         else:
-            _train(model, case)
+            _train(model, case, live)
             optimizer.step()
     peak: int = live.peak
     return peak
+
+
+def kept_bytes(case: Case) -> int:
+    """Bytes of all tensors between the forward and the backward pass of the step."""
+    model = build(case)
+    with _as_on_cuda(), FakeTensorMode(allow_non_fake_inputs=True), Live() as live:
+        _fill(model)
+        return _train(model, case, live)
 
 
 def _fill(model: nn.Module) -> None:
@@ -151,17 +170,14 @@ def _fill(model: nn.Module) -> None:
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
 
 
-def _train(model: Any, case: Case) -> None:
-    """Forward and backward of one micro-batch, as TRL's trainer runs them: texts packed in one row, bf16 autocast."""
+def _train(model: Any, case: Case, live: Live) -> int:
+    """Forward and backward of one micro-batch, as TRL's trainer runs them: texts packed in one row, bf16 autocast.
+
+    Gives the bytes alive between the two.
+    """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     inner.set_attn_implementation(_ATTENTION)
     model.train()
-    if case.recompute != "none":
-        inner.gradient_checkpointing_enable({"use_reentrant": False})
-        inner.enable_input_require_grads()
-        kept = inner.model.layers[case.recompute :] if isinstance(case.recompute, int) else []
-        for layer in kept:
-            layer.gradient_checkpointing = False
     if case.loss_head == "completion":
         _patch_chunked_ce_lm_head(inner, chunk_size=_CHUNKED_LM_HEAD_CHUNK_SIZE)
     model.forward = convert_outputs_to_fp32(torch.autocast("cpu", torch.bfloat16)(model.forward))
@@ -169,9 +185,12 @@ def _train(model: Any, case: Case) -> None:
     positions, labels = torch.zeros_like(ids), torch.zeros_like(ids)
     length = -(-case.tokens // case.sequences)
     lengths = tuple(min(length, case.tokens - start) for start in range(0, case.tokens, length))
-    with _chunks_of(round(case.labelled * case.tokens)):
+    levels = levels_of(case.recompute, read_shape(case.settings))
+    with _chunks_of(round(case.labelled * case.tokens)), keeping(inner, levels, host=HostStandIn()):
         loss = _loss(model, ids, positions, labels, lengths)
-    loss.backward()
+        kept = live.bytes
+        loss.backward()
+    return kept
 
 
 def _loss(model: Any, ids: Tensor, positions: Tensor, labels: Tensor, lengths: tuple[int, ...]) -> Tensor:
@@ -238,7 +257,7 @@ def _as_on_cuda() -> Iterator[None]:
 def cases() -> list[Case]:
     """The cases of the published table: every model, precision, token count and recomputation, in texts of 512 tokens.
 
-    The loss head alternates, so that each head meets each value of the other settings.
+    The loss head alternates, so that each head meets each value of the other settings. Then levels of every kind.
     """
     made = []
     for model in MODELS:
@@ -247,6 +266,14 @@ def cases() -> list[Case]:
         ):
             head = ("full", "completion")[(at + at // 2) % 2]
             made.append(Case(model, method, tokens, recompute, head, sequences=tokens // 512))
+        layers = read_shape(model).layers
+        mixed = tuple(LEVELS[3 - 4 * i // layers] for i in range(layers))
+        for method, tokens, levels, head in (
+            ("qlora", 8192, ("costly",) * layers, "completion"), ("lora", 2048, ("costly",) * layers, "full"),
+            ("qlora", 2048, mixed, "completion"), ("lora", 8192, mixed, "completion"),
+            ("qlora", 8192, ("host",) * layers, "completion"),
+        ):  # fmt: skip
+            made.append(Case(model, method, tokens, levels, head, sequences=tokens // 512))
     return made
 
 
@@ -256,7 +283,7 @@ def markdown(results: Sequence[tuple[Case, int, MemoryEstimate]]) -> str:
     errors = [round(100 * (estimate.tensor_bytes / simulated - 1), 2) + 0.0 for _, simulated, estimate in results]
     worst, lowest = max(errors, key=abs), min(errors)
     rows = [
-        f"| {case.base} | {case.method} | {case.tokens:,} | {case.recompute} | {case.loss_head} | "
+        f"| {case.base} | {case.method} | {case.tokens:,} | {case.recomputed} | {case.loss_head} | "
         f"{simulated / 2**30:.3f} | {estimate.tensor_bytes / 2**30:.3f} | {error:+.2f} % | {estimate.moment} |"
         for (case, simulated, estimate), error in zip(results, errors, strict=True)
     ]
@@ -287,6 +314,10 @@ def markdown(results: Sequence[tuple[Case, int, MemoryEstimate]]) -> str:
             "Rank 16 on all linear layers, adapters in fp32, bf16 autocast, texts of 512 tokens in one packed row,",
             "every token labelled, AdamW's states and an earlier micro-batch's gradients present.",
             "",
+            "Recompute: `all` or `none` of the layers, or what each layer keeps, the first ones first: everything",
+            "(`all`), everything but norms and products of activations (`costly`), its input (`input`), its input on",
+            "the host (`host`). `costly` or `host` alone means every layer.",
+            "",
             "| model | method | tokens | recompute | loss head | simulated GiB | estimated GiB | error | peak at |",
             "|---|---|---|---|---|---|---|---|---|",
             *rows,
@@ -299,7 +330,7 @@ def _compare(case: Case) -> tuple[Case, int, MemoryEstimate]:
     warnings.simplefilter("ignore")
     simulated, estimate = simulate(case), case.estimate()
     error = 100 * (estimate.tensor_bytes / simulated - 1)
-    print(f"{case.base} {case.method} {case.tokens} {case.recompute} {case.loss_head}: {error:+.2f} %", flush=True)
+    print(f"{case.base} {case.method} {case.tokens} {case.recomputed} {case.loss_head}: {error:+.2f} %", flush=True)
     return case, simulated, estimate
 
 

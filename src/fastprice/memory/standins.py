@@ -12,8 +12,9 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fastprice.attention import packed_attention
+from fastprice.memory.host_inputs import HostInputs
 
-__all__ = ["Live", "attention", "linear4bit"]
+__all__ = ["HostStandIn", "Live", "attention", "linear4bit"]
 
 
 class Live(TorchDispatchMode):
@@ -42,6 +43,18 @@ class Live(TorchDispatchMode):
 
     def _freed(self, size: int) -> None:
         self.bytes -= size
+
+
+class HostStandIn(HostInputs):
+    """Copies on the host take nothing of the device: shapes in their place."""
+
+    def _copy_out(self, kept: Any) -> None:
+        kept.host = (kept.device.shape, kept.device.dtype)
+
+    def _copy_in(self, kept: Any) -> None:
+        if kept.device is None:
+            shape, dtype = kept.host
+            kept.device = torch.empty(shape, dtype=dtype)
 
 
 class Flash(torch.autograd.Function):
