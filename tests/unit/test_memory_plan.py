@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from hypothesis import strategies as st
 from fastprice.config import read_config
 from fastprice.errors import ConfigError
 from fastprice.memory import estimate_memory, find_plan, make_plan, next_larger, parse_bytes, plan_table
+from fastprice.memory.levels import parse_levels
 from fastprice.memory.limits import NF4_BYTES, Step, flops_per_token, known_gpu, step_seconds
-from fastprice.memory.plan import HEADROOM, table
+from fastprice.memory.plan import HEADROOM, choose_levels, table
 from fastprice.memory.shapes import read_shape
 
 GIB = 1 << 30
@@ -62,6 +64,28 @@ class TestLimits:
         assert round(best / 1e9, 1) == 28.4
         assert round(stock / best, 2) == 1.57
 
+    def test_a_budget_that_fits_everything_saves_what_the_arithmetic_says(self) -> None:
+        """8B, 4,096 packed tokens: the plan against recomputing everything with logits for every token."""
+        plan = make_plan("Llama-3.1-8B", "80GiB", tokens=4096)
+        assert plan.levels == ("all",) * 32
+        step = Step(4096, plan.recomputed, LABELLED, costly=plan.levels.count("costly"))
+        stock = flops_per_token(self.shape, Step(4096, 32, 1.0))
+        assert stock / flops_per_token(self.shape, step) == pytest.approx(1.57, abs=0.005)
+
+    def test_cheap_things_cost_their_bytes_and_inputs_on_the_host_the_bus(self) -> None:
+        gpu = known_gpu("RTX 4090")
+        plain = step_seconds(self.shape, Step(4096, 0, LABELLED), gpu)
+        cheap = step_seconds(self.shape, Step(4096, 0, LABELLED, costly=32), gpu)
+        # Two norms read and written (8 h), gate and up read, their product written (6 i)
+        assert cheap - plain == pytest.approx(32 * 4096 * (8 * 4096 + 6 * 14336) / 1.0e12)
+        assert 0.01 < cheap / plain - 1 < 0.03
+        again = step_seconds(self.shape, Step(4096, 32, LABELLED), gpu)
+        assert step_seconds(self.shape, Step(4096, 32, LABELLED, hosted=32), gpu) == again
+        slow = replace(gpu, pcie=5e8)
+        assert step_seconds(self.shape, Step(4096, 32, LABELLED, hosted=32), slow) == pytest.approx(
+            32 * 4096 * 8192 / 5e8
+        )
+
     @pytest.mark.parametrize(("name", "again", "once"), [("8B", 4.7, 6.9), ("3B", 8.4, 12.0), ("1B", 14.9, 20.8)])
     def test_share_of_the_head(self, name: str, again: float, once: float) -> None:
         shape = read_shape("Llama-3.1-8B" if name == "8B" else f"Llama-3.2-{name}")
@@ -105,23 +129,50 @@ class TestLimits:
             known_gpu("RTX 4091")
 
 
-@pytest.mark.parametrize("size", ["12GiB", "24GiB", "80GiB"])
+@pytest.mark.parametrize("size", ["7.5GiB", "12GiB", "16GiB", "80GiB"])
 @pytest.mark.parametrize("engine", ["peft", "unsloth", "fastprice"])
 def test_a_plan_fits_and_recomputes_no_more_than_it_must(size: str, engine: str) -> None:
-    plan = make_plan("Llama-3.1-8B", size, engine=engine)
+    plan = make_plan("Llama-3.1-8B", size, engine=engine, tokens=2048)
     budget = parse_bytes(size) * (1 - HEADROOM)
-    options: dict[str, Any] = {
-        "tokens": plan.tokens, "sequences": plan.tokens // 180, "loss_head": "completion", "labelled": LABELLED,
-        "engine": engine,
-    }  # fmt: skip
-    assert plan.estimate == estimate_memory("Llama-3.1-8B", recompute=plan.recomputed, **options)
+
+    def estimate(levels: Any) -> Any:
+        return estimate_memory(
+            "Llama-3.1-8B", recompute=levels, engine=engine, tokens=plan.tokens, sequences=plan.tokens // 180,
+            loss_head="completion", labelled=LABELLED,
+        )  # fmt: skip
+
+    assert plan.estimate == estimate("all" if engine == "unsloth" else plan.levels)
     assert plan.estimate.peak_bytes <= budget
-    assert plan.tokens * plan.accumulation == 4096
+    assert plan.tokens * plan.accumulation == 2048
     assert plan.tokens_per_second <= plan.limit
     if engine == "unsloth":
         assert plan.recomputed == 32
-    elif plan.recomputed:
-        assert estimate_memory("Llama-3.1-8B", recompute=plan.recomputed - 1, **options).peak_bytes > budget
+        return
+    # One layer less at a level, with the next dearer level for all that follow, does not fit.
+    host, again = plan.levels.count("host"), plan.recomputed
+    cheap = again + plan.levels.count("costly")
+    for end, level, dearer in ((host, "host", "input"), (again, "input", "costly"), (cheap, "costly", "all")):
+        if level in plan.levels:
+            levels = [*plan.levels[: end - 1], *[dearer] * (33 - end)]
+            assert estimate(levels).peak_bytes > budget
+
+
+def test_cheap_recomputation_comes_first_and_the_host_last() -> None:
+    def levels(size: str) -> tuple[str, ...]:
+        return make_plan("Qwen2.5-14B", size, tokens=1024).levels
+
+    seen = [set(levels(size)) for size in ("80GiB", "20GiB", "16GiB", "12GiB")]
+    assert seen == [{"all"}, {"all", "costly"}, {"costly", "input"}, {"input", "host"}]
+
+
+def test_levels_that_fit_nowhere_and_everywhere() -> None:
+    assert choose_levels(4, lambda levels: False) is None
+    assert choose_levels(4, lambda levels: True) == ("all",) * 4
+    cost = {"all": 8, "costly": 4, "input": 1, "host": 0}
+    for budget in range(33):
+        levels = choose_levels(4, lambda levels, budget=budget: sum(cost[level] for level in levels) <= budget)
+        assert levels is not None
+        assert sum(cost[level] for level in levels) in (budget, budget - 1, budget - 2, budget - 3)
 
 
 def test_more_memory_is_never_slower() -> None:
@@ -138,7 +189,8 @@ def test_the_method_may_be_left_to_the_plan() -> None:
 def test_70b_fits_24_gib_only_streamed() -> None:
     assert find_plan("Llama-3.1-70B", "24GiB") is None
     plan = make_plan("Llama-3.1-70B", "24GiB", streaming=True, engine="fastprice")
-    assert plan.recomputed == plan.layers
+    assert plan.recomputed >= plan.layers - 1
+    assert "host" in plan.levels
     assert 0 < plan.streamed < 80
     assert plan.resident == 80 - plan.streamed
     assert plan.estimate.peak_bytes <= 24 * GIB * (1 - HEADROOM)
@@ -169,6 +221,8 @@ def test_the_yaml_is_a_config_that_only_wants_data_and_out(tmp_path: Path) -> No
     config = read_config(tmp_path / "plan.yaml", {"data.catalogue": 100, "out": "run"})
     assert config.model.base == "unsloth/Llama-3.1-8B"
     assert (config.model.method, config.model.rank) == ("qlora", 32)
+    assert parse_levels(config.model.keep, plan.layers) == plan.levels
+    assert f"keep: {config.model.keep}" in plan.summary()
     assert (config.train.pack_tokens, config.train.accumulation) == (plan.tokens, plan.accumulation)
 
 

@@ -33,8 +33,6 @@ def plan(
         needs = f"needs at least {larger.least_bytes / 2**30:.1f} GiB"
         fits = "which fits" if larger.plan else "which does not fit"
         console.print(f"next larger: {larger.base} ({larger.parameters / 1e9:.2f} B) {needs}, {fits}", highlight=False)
-    if found.recomputed < found.layers:
-        console.print("this version trains with every layer recomputed: less memory than planned, and slower")
     console.print(f"\n{found.yaml()}", highlight=False, markup=False)
 
 

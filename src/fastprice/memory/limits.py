@@ -4,7 +4,8 @@ Arithmetic, not measurement: a real step is slower. For each token and weight a 
 for the gradient of its input; a recomputed layer costs its forward again; trained weights cost 2 more for their own
 gradient. Attention over a text of S tokens costs 2 S q operations forward (half the square, scores and values), as
 much again where recomputed, and 2.5 times that backward. A 4-bit base is dequantised once a pass over a layer, which
-reads the packed weights and writes them in 16 bits.
+reads the packed weights and writes them in 16 bits. A layer that computes only its cheap things again reads and writes
+each norm once and reads gate and up and writes their product.
 """
 
 from __future__ import annotations
@@ -67,6 +68,7 @@ class Step:
 
     recomputed   layers whose forward pass is done twice        labelled   share of positions whose logits are needed
     text         mean tokens of a text                          streamed   layers whose weights come from the host
+    costly       layers that compute their cheap things twice   hosted     layers whose input waits on the host
     """
 
     tokens: int
@@ -76,6 +78,8 @@ class Step:
     rank: int = 16
     text: int = 180
     streamed: int = 0
+    costly: int = 0
+    hosted: int = 0
 
 
 def flops_per_token(shape: ModelShape, step: Step) -> float:
@@ -90,11 +94,17 @@ def flops_per_token(shape: ModelShape, step: Step) -> float:
 
 
 def step_seconds(shape: ModelShape, step: Step, gpu: Gpu) -> float:
-    """The least time of one micro-batch: its operations, then the passes of dequantisation; and no less than it takes
-    to bring each streamed layer in twice, in forward and in backward, if that hides behind the rest."""
+    """The least time of one micro-batch: its operations, then the passes of dequantisation and of cheap things that are
+    computed again; and no less than it takes to bring each streamed layer in twice, in forward and in backward, and
+    each input on the host back once, if that hides behind the rest."""
+    width = 4 if step.method == "full" else 2  # bytes an element of the residual stream
     seconds = step.tokens * flops_per_token(shape, step) / gpu.flops
-    if step.method != "qlora":
-        return seconds
+    again = 2 * width * shape.layer_norms * shape.width + 6 * shape.inner
+    if shape.head_norms:
+        again += 4 * (shape.query_width + shape.key_width)
+    seconds += step.tokens * step.costly * again / gpu.bandwidth
     layer = shape.layer_linear_weights
-    seconds += (2 * shape.layers + step.recomputed) * layer * (NF4_BYTES + 2) / gpu.bandwidth
-    return max(seconds, 2 * step.streamed * layer * NF4_BYTES / gpu.pcie)
+    if step.method == "qlora":
+        seconds += (2 * shape.layers + step.recomputed) * layer * (NF4_BYTES + 2) / gpu.bandwidth
+    arriving = 2 * step.streamed * layer * NF4_BYTES + step.hosted * step.tokens * width * shape.width
+    return max(seconds, arriving / gpu.pcie)

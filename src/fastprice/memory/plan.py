@@ -1,7 +1,9 @@
 """`make_plan`: how to fine-tune a model within a GPU's memory, the fastest way that fits by arithmetic.
 
-For every micro-batch size (the one asked for, its half, ...; accumulation makes up for it) the planner keeps as many
-layers' activations as fit. Where even full recomputation does not fit and streaming is allowed, it brings as many
+For every micro-batch size (the one asked for, its half, ...; accumulation makes up for it) the planner chooses what a
+layer keeps (levels.py), cheap recomputation first: it costs a few per cent of a step and frees about half; then as few
+layers as must be keep their input alone, which costs each its forward pass again; where even the inputs are too many,
+as few of them as must be wait on the host. Where that does not fit either and streaming is allowed, it brings as many
 layers' frozen weights from the host as must be. Of all that fit it takes the one with the most tokens a second by the
 limits of limits.py.
 """
@@ -9,17 +11,30 @@ limits of limits.py.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fastprice.errors import ConfigError
 from fastprice.memory.estimate import GIB, MemoryEstimate, estimate_memory
+from fastprice.memory.levels import write_levels
 from fastprice.memory.limits import GPUS, Gpu, Step, known_gpu, step_seconds
 from fastprice.memory.shapes import ModelShape, read_shape, shipped_names
 
-__all__ = ["GPU_SIZES", "Need", "Plan", "find_plan", "make_plan", "next_larger", "parse_bytes", "plan_table", "table"]
+__all__ = [
+    "GPU_SIZES",
+    "Need",
+    "Plan",
+    "choose_levels",
+    "find_plan",
+    "make_plan",
+    "next_larger",
+    "parse_bytes",
+    "plan_table",
+    "table",
+]
 
 GPU_SIZES = tuple(size * GIB for size in (8, 12, 16, 24, 32, 40, 48, 80))
 LEAST_TOKENS = 512  # smaller micro-batches spend their time on launches and dequantisation
@@ -51,7 +66,7 @@ class Plan:
     """A way to train `base` in `gpu_bytes` of memory.
 
     tokens        tokens of a micro-batch; `accumulation` micro-batches make the optimiser step that was asked for
-    recomputed    layers (the first ones) whose activations are computed again in the backward pass
+    levels        what each layer keeps, the first one first: "all", "costly", "input" or "host" (levels.py)
     streamed      layers whose frozen weights come from the host; `resident` = the others
     tokens_per_second, limit   of this plan, and of the same model with memory to spare, both at the arithmetic limits
                   of `speed_of`: what a real run cannot exceed, not what it will reach
@@ -67,12 +82,20 @@ class Plan:
     loss_head: str
     tokens: int
     accumulation: int
-    layers: int
-    recomputed: int
+    levels: tuple[str, ...]
     streamed: int
     estimate: MemoryEstimate
     tokens_per_second: float
     limit: float
+
+    @property
+    def layers(self) -> int:
+        return len(self.levels)
+
+    @property
+    def recomputed(self) -> int:
+        """Layers whose whole forward pass is done again in the backward pass."""
+        return self.levels.count("input") + self.levels.count("host")
 
     @property
     def resident(self) -> int:
@@ -90,6 +113,8 @@ class Plan:
                 "engine": "unsloth" if self.engine == "unsloth" else "peft",
                 "kernels": kernels,
                 "rank": self.rank,
+                # Unsloth recomputes every layer by itself.
+                **({} if self.engine == "unsloth" else {"keep": write_levels(self.levels)}),
             },
             "train": {"pack_tokens": self.tokens, "accumulation": self.accumulation},
         }
@@ -98,15 +123,16 @@ class Plan:
     def summary(self) -> str:
         """The plan as a few lines for people."""
         share = self.tokens_per_second / self.limit
-        recompute = f"{self.recomputed} of {self.layers} layers recomputed"
+        keep = f"{self.layers} layers keep: {write_levels(self.levels)}"
         stream = f", {self.streamed} of {self.layers} layers streamed from the host" if self.streamed else ""
         return "\n".join(
             [
                 f"{self.base} ({self.parameters / 1e9:.2f} B) in {_gib(self.gpu_bytes)}: {self.method}, rank "
                 f"{self.rank}, engine {self.engine}",
-                f"micro-batch of {self.tokens:,} tokens x {self.accumulation}, {recompute}{stream}, loss over "
+                f"micro-batch of {self.tokens:,} tokens x {self.accumulation}, {keep}{stream}, loss over "
                 + ("labelled tokens" if self.loss_head == "completion" else "all tokens"),
-                f"expected peak {_gib(self.estimate.peak_bytes)} (at the {self.estimate.moment})",
+                f"expected peak {_gib(self.estimate.peak_bytes)} (at the {self.estimate.moment})"
+                + (f", and {_gib(self.estimate.host_bytes)} on the host" if self.estimate.host_bytes else ""),
                 f"at most {self.tokens_per_second:,.0f} tokens/s on an {self.speed_of} by arithmetic, "
                 f"{100 * share:.0f} % of the {self.limit:,.0f} that memory to spare would allow",
             ]
@@ -183,26 +209,30 @@ def _candidates(base: Any, shape: ModelShape, budget: int, options: _Options) ->
 
 
 def _least(base: Any, shape: ModelShape, budget: int, options: _Options, gpu: Gpu, method: str, tokens: int) -> Plan:
-    def estimate(recomputed: int, streamed: int) -> MemoryEstimate:
+    def estimate(levels: Sequence[str], streamed: int) -> MemoryEstimate:
         return estimate_memory(
             shape, method=method, rank=options.rank, tokens=tokens, sequences=max(1, tokens // options.text),
-            optimizer=options.optimizer, recompute=recomputed, loss_head=options.loss_head, labelled=options.labelled,
-            engine=options.engine, streaming=streamed,
+            optimizer=options.optimizer, recompute="all" if options.engine == "unsloth" else levels,
+            loss_head=options.loss_head, labelled=options.labelled, engine=options.engine, streaming=streamed,
         )  # fmt: skip
 
-    def fits(recomputed: int, streamed: int) -> bool:
-        return _fits(estimate(recomputed, streamed), budget)
+    def fits(levels: Sequence[str], streamed: int = 0) -> bool:
+        return _fits(estimate(levels, streamed), budget)
 
-    # Unsloth recomputes every layer whatever fits.
-    counts = range(shape.layers if options.engine == "unsloth" else 0, shape.layers + 1)
-    recomputed, streamed = _first(counts, lambda count: fits(count, 0)), 0
-    if recomputed is None:
-        recomputed = shape.layers
+    # Unsloth recomputes every layer, from its input on the host, whatever fits.
+    hosted = ("host",) * shape.layers
+    levels, streamed = hosted if options.engine == "unsloth" else choose_levels(shape.layers, fits), 0
+    if levels is None or not fits(levels):
+        levels = hosted
         if options.streaming and method == "qlora":
-            found = _first(range(1, shape.layers + 1), lambda count: fits(shape.layers, count))
+            found = _first(range(1, shape.layers + 1), lambda count: fits(hosted, count))
             streamed = shape.layers if found is None else found
+            if found is not None and options.engine != "unsloth":
+                levels = choose_levels(shape.layers, lambda levels: fits(levels, streamed)) or hosted
     labelled = 1.0 if options.loss_head == "full" else options.labelled
-    step = Step(tokens, recomputed, labelled, method, options.rank, options.text, streamed)
+    counts = Counter(levels)
+    step = Step(tokens, counts["input"] + counts["host"], labelled, method, options.rank, options.text, streamed,
+                counts["costly"], counts["host"])  # fmt: skip
     spare = Step(options.tokens, 0, options.labelled, method, options.rank, options.text)
     return Plan(
         base=str(base) if isinstance(base, str | Path) else shape.name,
@@ -215,16 +245,36 @@ def _least(base: Any, shape: ModelShape, budget: int, options: _Options, gpu: Gp
         loss_head=options.loss_head,
         tokens=tokens,
         accumulation=max(1, round(options.tokens / tokens)),
-        layers=shape.layers,
-        recomputed=recomputed,
+        levels=levels,
         streamed=streamed,
-        estimate=estimate(recomputed, streamed),
+        estimate=estimate(levels, streamed),
         tokens_per_second=tokens / step_seconds(shape, step, gpu),
         limit=options.tokens / step_seconds(shape, spare, gpu),
     )
 
 
-def _first(counts: range, fits: Any) -> int | None:
+def choose_levels(layers: int, fits: Callable[[tuple[str, ...]], bool]) -> tuple[str, ...] | None:
+    """The levels that cost the least time of those that fit; None when none do.
+
+    As few layers on the host as must be, then as few that keep their input alone, then as few at "costly": the first
+    ones, whose turn in the backward pass comes when the others have let go of theirs.
+    """
+
+    def arranged(hosted: int, again: int, cheap: int) -> tuple[str, ...]:
+        counts = zip(("host", "input", "costly", "all"), (0, hosted, again, cheap), (hosted, again, cheap, layers),
+                     strict=True)  # fmt: skip
+        return tuple(level for level, start, end in counts for _ in range(start, end))
+
+    hosted = _first(range(layers + 1), lambda count: fits(arranged(count, layers, layers)))
+    if hosted is None:
+        return None
+    again = _first(range(hosted, layers), lambda count: fits(arranged(hosted, count, layers)))
+    again = layers if again is None else again
+    cheap = _first(range(again, layers), lambda count: fits(arranged(hosted, again, count)))
+    return arranged(hosted, again, layers if cheap is None else cheap)
+
+
+def _first(counts: range, fits: Callable[[int], bool]) -> int | None:
     """The smallest of `counts` that fits, given that what fits with a count fits with a larger one; None if none."""
     low, high = counts.start, counts.stop
     while low < high:
@@ -279,13 +329,15 @@ def plan_table(
 
 
 def table(rows: Sequence[tuple[str, Sequence[Plan | None]]], sizes: Sequence[str | int] = GPU_SIZES) -> str:
-    """`plan_table` in Markdown: tokens of the micro-batch, and recomputed (r) or streamed (s) layers of all."""
+    """`plan_table` in Markdown: tokens of the micro-batch, and layers at "costly" (c), recomputed (r), of
+    which from the host (h), or streamed (s)."""
 
     def cell(plan: Plan | None) -> str:
         if plan is None:
             return "-"
-        recomputed = f" r{plan.recomputed}/{plan.layers}" if plan.recomputed else ""
-        return f"{plan.tokens}{recomputed}" + (f" s{plan.streamed}/{plan.layers}" if plan.streamed else "")
+        counts = Counter(plan.levels)
+        marks = {"c": counts["costly"], "r": plan.recomputed, "h": counts["host"], "s": plan.streamed}
+        return " ".join([str(plan.tokens), *(f"{mark}{count}/{plan.layers}" for mark, count in marks.items() if count)])
 
     heads = ["model", *(_gib(parse_bytes(size)) for size in sizes)]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
