@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from fastprice.errors import ConfigError, nearest_name
+from fastprice.memory.levels import check_keep
 
 __all__ = ["CleanConfig", "DataConfig", "ModelConfig", "RunConfig", "SplitConfig", "TrainConfig", "read_config"]
 
@@ -77,6 +78,15 @@ class ModelConfig(_Section):
     dropout: float = Field(default=0.0, ge=0, lt=1)
     max_tokens: int = Field(default=256, ge=8)
     max_memory: str | int | None = Field(default=None, description="GPU memory to stay within, such as 24GiB")
+    keep: str = Field(default="auto", description="what each layer keeps for its backward pass (docs/fit.md)")
+
+    @field_validator("keep")
+    @classmethod
+    def _known_levels(cls, value: str) -> str:
+        try:
+            return check_keep(value)
+        except ConfigError as error:
+            raise ValueError(str(error).removeprefix("keep: ")) from error
 
 
 class TrainConfig(_Section):

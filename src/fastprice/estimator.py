@@ -16,6 +16,7 @@ from fastprice.errors import BaseModelError, ConfigError, DataError, NotFittedEr
 from fastprice.intervals import Calibration, calibrate
 from fastprice.items import Item
 from fastprice.memory import parse_bytes
+from fastprice.memory.levels import check_keep
 from fastprice.methods import check_method, suggested_learning_rate
 from fastprice.prompts import Prompt, encode_prompt, encode_rows
 from fastprice.storage import ADAPTER, MANIFEST, MODEL, read_manifest, write_folder
@@ -49,6 +50,9 @@ class PriceEstimator(RegressorMixin, BaseEstimator):  # type: ignore[misc]
     kernels        "auto": fastprice_kernels under the model while it trains on CUDA; "on" or "off" anywhere
     graphs         "on": steps replayed as CUDA graphs once a replay agreed with the eager step (fastprice.graphs);
                    "auto": where that is possible and pays; "off"
+    keep           what each layer keeps for its backward pass: "all", "costly" (cheap things are computed again),
+                   "input" (its forward pass is done again), "host" (so too, from its input on the host); counts from
+                   the first layer on ("12 input, 20 costly"); or "auto": what fits the GPU, on a CPU everything
     rank, alpha    of the adapters; alpha None is 2 x rank; dropout on their input
     learning_rate  peak; None is a width-dependent default (`fastprice.methods.suggested_learning_rate`)
     epochs         passes over the training items
@@ -76,6 +80,7 @@ class PriceEstimator(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         engine: str = "auto",
         kernels: str = "auto",
         graphs: str = "off",
+        keep: str = "auto",
         rank: int = 16,
         alpha: float | None = None,
         dropout: float = 0.0,
@@ -96,6 +101,7 @@ class PriceEstimator(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         self.engine = engine
         self.kernels = kernels
         self.graphs = graphs
+        self.keep = keep
         self.rank = rank
         self.alpha = alpha
         self.dropout = dropout
@@ -183,6 +189,9 @@ class PriceEstimator(RegressorMixin, BaseEstimator):  # type: ignore[misc]
                 seed=self.seed,
                 kernels=self.kernels,
                 graphs=self.graphs,
+                keep=self.keep,
+                budget=None if self.max_memory is None else parse_bytes(self.max_memory),
+                streamed=0 if self.plan_ is None else self.plan_.streamed,
                 on_event=on_event,
             )
         except BaseException:
@@ -455,6 +464,10 @@ class PriceEstimator(RegressorMixin, BaseEstimator):  # type: ignore[misc]
             )
             if not holds
         ]
+        try:
+            check_keep(self.keep)
+        except ConfigError as error:
+            wrong.append(str(error))
         if self.pack_tokens < self.max_tokens + _WRAPPER_TOKENS:
             wrong.append(
                 f"pack_tokens ({self.pack_tokens}) must hold one text with its question: "

@@ -24,6 +24,9 @@ from fastprice.engines.peft import compute_dtype
 from fastprice.errors import ConfigError, TrainingError
 from fastprice.graphs import AUTO_PARAMETERS, BANDS, GraphedStep, hindrance, parameter_count
 from fastprice.guards import Curves, FiniteGuard, TrainingEvent
+from fastprice.memory.checkpointing import decoder_layers, keeping
+from fastprice.memory.keeper import CudaMeter, Keeper, Ladder, Meter, expected_bytes
+from fastprice.memory.levels import parse_levels, write_levels
 from fastprice.packing import StaticShape, pack_rows
 from fastprice.prompts import IGNORE, TrainingRow
 
@@ -37,13 +40,19 @@ _LIBRARIES = r"(accelerate|bitsandbytes|datasets|peft|torch|transformers|trl|uns
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What a run left behind: every logged event, the kept step and its validation error in dollars, the cost."""
+    """What a run left behind: every logged event, the kept step and its validation error in dollars, the cost.
+
+    keep: what each layer kept at the end (fastprice.memory.levels); None: the engine's own way, or everything on a CPU.
+    moves: what was changed about that on the way, and why.
+    """
 
     events: list[TrainingEvent]
     best_step: int | None
     best_mae: float | None
     tokens: int
     seconds: float
+    keep: str | None = None
+    moves: tuple[str, ...] = ()
 
 
 def train(
@@ -62,6 +71,10 @@ def train(
     seed: int,
     kernels: str,
     graphs: str = "off",
+    keep: str = "auto",
+    budget: int | None = None,
+    streamed: int = 0,
+    meter: Meter | None = None,
     on_event: Callable[[TrainingEvent], None] | None = None,
 ) -> TrainingResult:
     """Trains whatever in `model` requires a gradient on `rows`, in place.
@@ -73,9 +86,14 @@ def train(
     kernels       "on", "off", or "auto": fastprice_kernels under the model on CUDA, the stock path elsewhere
     graphs        "on": packs of one static shape and their steps replayed as CUDA graphs (graphs.py), ConfigError where
                   that is impossible; "auto": so where it is possible, for models that launches bound; "off"
+    keep          what each layer keeps for its backward pass (fastprice.memory.levels): a level, counts of levels, or
+                  "auto": on CUDA what fits (fastprice.memory.keeper), on a CPU everything
+    budget        bytes of the GPU's memory that "auto" may use in all; None: what is free
+    streamed      layers whose weights come from the host (fastprice.streaming)
+    meter         in place of the CUDA device's, for "auto"
 
-    Raises TrainingError when no row carries a label or the loss stops being finite; ConfigError for graphs that are
-    asked for and cannot be had.
+    Raises TrainingError when no row carries a label, the loss stops being finite or memory runs out whatever is kept;
+    ConfigError for graphs that are asked for and cannot be had, and for a `keep` that the model or engine cannot do.
     """
     from datasets import Dataset
     from transformers import PrinterCallback
@@ -86,6 +104,7 @@ def train(
     packs = Dataset.from_list(packed)
     ours = uses_kernels(kernels)
     captures = _captures(graphs, model, engine, kernels=ours)
+    layers = _layers(model, engine, keep, captures=captures)
     collator = engine.collator()
     if ours and engine.name == "peft":
         collator = replace(collator, positions=True, static=StaticShape.of(packed) if captures else None)
@@ -110,6 +129,8 @@ def train(
                     seed=seed,
                     loss_type="nll" if ours and engine.name == "peft" else None,
                     captures=captures,
+                    # Layers that nobody can tell apart are recomputed all or none; Unsloth sets its own at load.
+                    checkpoints=engine.name == "peft" and layers is None and torch.cuda.is_available(),
                 ),
                 train_dataset=packs,
                 eval_dataset=packs.select([0]) if validate and evaluations else None,
@@ -121,14 +142,25 @@ def train(
         if engine.name == "peft":
             _restore_precision(model)
         engine.for_training(model)
-        with _kernels_under(model, engine, kernels) if ours else nullcontext() as report, _quiet():
+        with (
+            _kernels_under(model, engine, kernels) if ours else nullcontext() as report,
+            _kept(
+                model, layers, keep, budget, streamed, meter, packed, accumulation, report is not None, captures
+            ) as keeper,
+            _quiet(),
+        ):
+            trainer.keeper = keeper
             if captures and report is not None:
                 trainer.captures = "completion_cross_entropy" in report.replaced.values()
                 if not trainer.captures:
                     warnings.warn(
                         "CUDA graphs stay off: the model keeps its own loss, see the line above", stacklevel=2
                     )
-            trainer.train()
+            try:
+                trainer.train()
+            except torch.OutOfMemoryError as error:
+                told = f" with keep='{keep}'; leave keep='auto'," if keep != "auto" else ";"
+                raise TrainingError(f"out of memory{told} lower pack_tokens, or take a smaller base") from error
     best = trainer.state.best_metric
     return TrainingResult(
         events=curves.events,
@@ -136,6 +168,8 @@ def train(
         best_mae=None if best is None else float(best),
         tokens=int(trainer._total_train_tokens),
         seconds=curves.seconds,
+        keep=write_levels(keeper.levels) if keeper is not None else None if keep == "auto" else keep,
+        moves=tuple(keeper.moves) if keeper is not None else (),
     )
 
 
@@ -145,6 +179,7 @@ def _trainer_class() -> Any:
 
     class PriceTrainer(SFTTrainer):  # type: ignore[misc]
         control: Any
+        _total_train_tokens: int
 
         def __init__(
             self, *, validate: Callable[[], float] | None, engine: Engine, own_loss: bool, **kwargs: Any
@@ -154,9 +189,25 @@ def _trainer_class() -> Any:
             self._engine = engine
             self._own_loss = own_loss
             self.captures = False
+            self.keeper: Keeper | None = None
             self._graphed: GraphedStep | None = None
 
         def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
+            if self.keeper is None:
+                return self._micro_batch(model, inputs, num_items_in_batch)
+            counted, told = (
+                self._total_train_tokens,
+                {name: list(all_) for name, all_ in self._metrics["train"].items()},
+            )
+
+            def undo() -> None:
+                self._total_train_tokens = counted
+                self._metrics["train"].clear()
+                self._metrics["train"].update({name: list(values) for name, values in told.items()})
+
+            return self.keeper.run(lambda: self._micro_batch(model, dict(inputs), num_items_in_batch), undo)
+
+        def _micro_batch(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any) -> Any:
             if not self.captures:
                 return super().training_step(model, inputs, num_items_in_batch)
             if not model.training:
@@ -201,6 +252,8 @@ def _trainer_class() -> Any:
                 self.log(metrics)  # while in eval mode, or TRL would close its training averages here
             finally:
                 self._engine.for_training(self.model)
+            if self.keeper is not None:
+                self.keeper.begin_again()
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
             return metrics
 
@@ -220,6 +273,7 @@ def _arguments(
     seed: int,
     loss_type: str | None,
     captures: bool,
+    checkpoints: bool,
 ) -> Any:
     from trl import SFTConfig
 
@@ -264,8 +318,7 @@ def _arguments(
         bf16=bf16,
         fp16=cuda and not bf16,
         use_cpu=not cuda,
-        # Unsloth sets its own checkpointing at load.
-        gradient_checkpointing=cuda and engine.name == "peft",
+        gradient_checkpointing=checkpoints,
         dataloader_pin_memory=cuda,
         remove_unused_columns=False,
         dataset_kwargs={"skip_prepare_dataset": True},
@@ -279,6 +332,71 @@ def _arguments(
 def uses_kernels(kernels: str) -> bool:
     """Whether fastprice_kernels run under the model: `kernels` is "on", "off" or "auto" (on CUDA)."""
     return kernels == "on" or (kernels == "auto" and torch.cuda.is_available())
+
+
+def _layers(model: Any, engine: Engine, keep: str, *, captures: bool) -> int | None:
+    """How many layers the model has, each of which can keep what it is told; None if none can. ConfigError where `keep`
+    asks for it all the same, or for what a CUDA graph cannot do."""
+    if engine.name != "peft":
+        if keep != "auto":
+            raise ConfigError(f"keep: {engine.name} recomputes every layer itself; use keep='auto', or engine='peft'")
+        return None
+    try:
+        layers = len(decoder_layers(model))
+    except ConfigError:
+        if keep != "auto":
+            raise
+        return None
+    if keep != "auto" and captures and "host" in parse_levels(keep, layers):
+        raise ConfigError("keep: inputs on the host cannot be part of a CUDA graph; use keep='input', or graphs='off'")
+    return layers
+
+
+@contextmanager
+def _kept(
+    model: Any,
+    layers: int | None,
+    keep: str,
+    budget: int | None,
+    streamed: int,
+    meter: Meter | None,
+    packed: Sequence[dict[str, list[int]]],
+    accumulation: int,
+    kernels: bool,
+    captures: bool,
+) -> Iterator[Keeper | None]:
+    """The layers keep what `keep` says for the time of the training; gives what watches over it, for "auto"."""
+    adapters = getattr(model, "peft_config", {}).values()
+    dropout = any(getattr(adapter, "lora_dropout", 0.0) for adapter in adapters)
+    if layers is None or (keep == "auto" and meter is None and not torch.cuda.is_available()):
+        yield None
+        return
+    if keep != "auto":
+        with keeping(model, parse_levels(keep, layers), random=not captures):
+            yield None
+        return
+    sizes = [len(pack["input_ids"]) for pack in packed]
+    labels = sum(label != IGNORE for pack in packed for label in pack["labels"])
+    expected = expected_bytes(
+        model,
+        tokens=max(sizes),
+        sequences=max(1, round(sum(len(pack["lengths"]) for pack in packed) / len(packed))),
+        labelled=labels / sum(sizes),
+        kernels=kernels and not dropout,
+        streamed=streamed,
+    )
+    keeper = Keeper(
+        model,
+        Ladder(layers, expected, host=not captures),
+        CudaMeter(budget) if meter is None else meter,
+        warmup=accumulation,
+        measures=not captures,  # what was captured stays as it is
+        random=not captures,
+    )
+    try:
+        yield keeper
+    finally:
+        keeper.remove()
 
 
 def _captures(graphs: str, model: Any, engine: Engine, *, kernels: bool) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fastprice.attention import PACKED_ATTENTION, register_packed_attention
 from fastprice.errors import ConfigError
 from fastprice.memory.checkpointing import Keeping, decoder_layers, keeping
-from fastprice.memory.levels import LEVELS, parse_levels, write_levels
+from fastprice.memory.levels import LEVELS, check_keep, parse_levels, write_levels
 from fastprice.methods import lora_config
 
 LAYERS = 4
@@ -311,12 +311,14 @@ def test_levels_are_read_as_they_are_written(levels: list[str]) -> None:
 def test_any_text_is_levels_or_a_config_error(text: str, layers: int) -> None:
     with suppress(ConfigError):
         assert len(parse_levels(text, layers)) == layers
+        assert check_keep(text) == text
 
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("some", "neither one of all"), ("inputs", "did you mean 'input'"), ("3 input", "3 levels"), ("", "neither"),
-     ("9 input", "more than the model's 4"), ("2 input, 2 cheap", "'cheap' is not one of"), ("4input", "neither")],
+    [("some", "neither one of all"), ("inputs", "did you mean 'input'"), ("", "neither"), ("4input", "neither"),
+     ("3 input", "does not name the model's 4 layers"), ("9 input", "does not name"), ("4 input, all", "neither"),
+     ("2 input, 2 cheap", "'cheap' is not one of")],
 )  # fmt: skip
 def test_impossible_levels_are_told_in_one_line(text: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said):

@@ -56,9 +56,11 @@ _MISSING = object()
 
 
 @contextmanager
-def keeping(model: nn.Module, levels: Sequence[str], *, host: HostInputs | None = None) -> Iterator[Keeping]:
+def keeping(
+    model: nn.Module, levels: Sequence[str], *, host: HostInputs | None = None, random: bool = True
+) -> Iterator[Keeping]:
     """`Keeping` for the time of the block."""
-    made = Keeping(model, levels, host=host)
+    made = Keeping(model, levels, host=host, random=random)
     try:
         yield made
     finally:
@@ -82,12 +84,20 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
 class Keeping:
     """The levels in force on a model: `levels`, changed by `set`, undone by `remove`.
 
+    random   whether layers draw random numbers (dropout), which a layer that runs again must draw again. Their state
+             cannot be read while a CUDA graph is captured.
+
     Raises ConfigError for a model without layers of its own, or levels that do not fit it.
     """
 
-    def __init__(self, model: nn.Module, levels: Sequence[str], *, host: HostInputs | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, levels: Sequence[str], *, host: HostInputs | None = None, random: bool = True
+    ) -> None:
         self.layers = decoder_layers(model)
-        self._host = HostInputs() if host is None else host
+        self._functions = {
+            "input": partial(checkpoint, use_reentrant=False, preserve_rng_state=random),
+            "host": partial((HostInputs() if host is None else host).checkpoint, random=random),
+        }
         self._before = [{name: layer.__dict__.get(name, _MISSING) for name in _SLOTS} for layer in self.layers]
         self._costly: dict[int, _CostlyLayer] = {}
         self.levels: tuple[str, ...] = ()
@@ -97,11 +107,9 @@ class Keeping:
         """Other levels, from the next forward pass on."""
         levels = check_levels(levels, len(self.layers))
         for i, (layer, level) in enumerate(zip(self.layers, levels, strict=True)):
-            again = level in ("input", "host")
-            layer.__dict__["gradient_checkpointing"] = again
-            if again:
-                recompute = partial(checkpoint, use_reentrant=False) if level == "input" else self._host.checkpoint
-                layer.__dict__["_gradient_checkpointing_func"] = recompute
+            layer.__dict__["gradient_checkpointing"] = level in self._functions
+            if level in self._functions:
+                layer.__dict__["_gradient_checkpointing_func"] = self._functions[level]
             if level == "costly" and i not in self._costly:
                 self._costly[i] = _CostlyLayer(layer)
             elif level != "costly" and i in self._costly:

@@ -39,9 +39,9 @@ class HostInputs:
         self._newest: weakref.ref[_Input] | None = None
         self._streams: dict[torch.device, Any] = {}
 
-    def checkpoint(self, function: Callable[..., Any], x: Tensor, *others: Any) -> Any:
+    def checkpoint(self, function: Callable[..., Any], x: Tensor, *others: Any, random: bool = True) -> Any:
         """`function(x, *others)`, computed again in the backward pass from x's copy; in the form that transformers
-        calls a checkpointing function."""
+        calls a checkpointing function. `random`: whether it draws random numbers."""
         kept = self.put(x)
         first = [x]
 
@@ -49,7 +49,7 @@ class HostInputs:
             return function(first.pop() if first else self.take(kept), *others)
 
         # checkpoint() reads off a tensor's device which random numbers to restore.
-        return checkpoint(run, x.new_empty(0), *others, use_reentrant=False)
+        return checkpoint(run, x.new_empty(0), *others, use_reentrant=False, preserve_rng_state=random)
 
     def put(self, x: Tensor) -> _Input:
         """Starts copying x to the host."""

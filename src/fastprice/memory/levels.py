@@ -17,10 +17,10 @@ from itertools import groupby
 
 from fastprice.errors import ConfigError, nearest_name
 
-__all__ = ["LEVELS", "check_levels", "parse_levels", "write_levels"]
+__all__ = ["LEVELS", "check_keep", "check_levels", "parse_levels", "write_levels"]
 
 LEVELS = ("all", "costly", "input", "host")
-_COUNTED = re.compile(r"([0-9]+) +([a-z]+)", re.ASCII)
+_COUNTED = re.compile(r"([0-9]{1,6}) +([a-z]+)")
 
 
 def check_levels(levels: Sequence[str], layers: int, name: str = "keep") -> tuple[str, ...]:
@@ -33,23 +33,38 @@ def check_levels(levels: Sequence[str], layers: int, name: str = "keep") -> tupl
     return tuple(levels)
 
 
+def check_keep(text: str) -> str:
+    """`text` itself when it can be a setting `keep`: "auto", or what `parse_levels` reads. ConfigError for others."""
+    if text != "auto":
+        _runs(text, "keep")
+    return text
+
+
 def parse_levels(text: str, layers: int, name: str = "keep") -> tuple[str, ...]:
     """The level of each of `layers` layers from "costly" or "12 input, 20 costly"; ConfigError for anything else."""
-    if text in LEVELS:
+    runs = _runs(text, name)
+    if runs == [(None, text)]:
         return (text,) * layers
-    found: list[str] = []
-    for part in text.split(","):
+    if sum(count or 0 for count, _ in runs) != layers:
+        raise ConfigError(f"{name}: {text!r} does not name the model's {layers:,} layers, each once")
+    return tuple(level for count, level in runs for _ in range(count or 0))
+
+
+def _runs(text: str, name: str) -> list[tuple[int | None, str]]:
+    """(how many layers, level), the number None where one level stands for every layer."""
+    if text in LEVELS:
+        return [(None, text)]
+    found: list[tuple[int | None, str]] = []
+    for part in text.split(",") if isinstance(text, str) else [""]:
         match = _COUNTED.fullmatch(part.strip())
         if match is None:
             near = nearest_name(part.strip(), LEVELS)
             raise ConfigError(
                 f"{name}: {text!r} is neither one of {', '.join(LEVELS)}{near} nor counts such as '12 input, 20 costly'"
             )
-        count = int(match[1][:9])  # no model has a thousand million layers
-        if len(found) + count > layers:
-            raise ConfigError(f"{name}: {text!r} names more than the model's {layers:,} layers")
-        found += [match[2]] * count
-    return check_levels(found, layers, name)
+        check_levels([match[2]], 1, name)
+        found.append((int(match[1]), match[2]))
+    return found
 
 
 def write_levels(levels: Sequence[str]) -> str:

@@ -269,9 +269,8 @@ def cases() -> list[Case]:
         layers = read_shape(model).layers
         mixed = tuple(LEVELS[3 - 4 * i // layers] for i in range(layers))
         for method, tokens, levels, head in (
-            ("qlora", 8192, ("costly",) * layers, "completion"), ("lora", 2048, ("costly",) * layers, "full"),
-            ("qlora", 2048, mixed, "completion"), ("lora", 8192, mixed, "completion"),
-            ("qlora", 8192, ("host",) * layers, "completion"),
+            ("qlora", 8192, ("costly",) * layers, "completion"), ("lora", 2048, mixed, "full"),
+            ("qlora", 2048, ("host",) * layers, "completion"),
         ):  # fmt: skip
             made.append(Case(model, method, tokens, levels, head, sequences=tokens // 512))
     return made
