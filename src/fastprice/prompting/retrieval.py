@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fastprice.errors import DataError, MissingDependencyError
+from fastprice.errors import BaseModelError, DataError, MissingDependencyError
 from fastprice.items import Item
 from fastprice.prompting.base import Asked, priced
 from fastprice.prompting.few_shot import asked_of, unlike
@@ -87,7 +87,7 @@ class EmbeddingIndex:
 def sentence_encoder(model: str = ENCODER) -> Callable[[list[str]], ArrayLike]:
     """The `encode` of a sentence-transformers model (a folder or a hub id).
 
-    Raises MissingDependencyError without sentence-transformers, DataError when the model cannot be loaded.
+    Raises MissingDependencyError without sentence-transformers, BaseModelError when the model cannot be loaded.
     """
     if find_spec("sentence_transformers") is None:
         raise MissingDependencyError(
@@ -99,7 +99,10 @@ def sentence_encoder(model: str = ENCODER) -> Callable[[list[str]], ArrayLike]:
     try:
         loaded = SentenceTransformer(model)
     except (OSError, ValueError) as error:
-        raise DataError(f"no sentence-transformers model {model!r}: {str(error).strip().splitlines()[0]}") from error
+        said = str(error).strip().splitlines()[0]
+        raise BaseModelError(
+            f"no sentence-transformers model {model!r} could be loaded ({said}); check the network, or use retrieval:K"
+        ) from error
 
     def encode(texts: list[str]) -> ArrayLike:
         return np.asarray(loaded.encode(texts, show_progress_bar=False))
