@@ -301,3 +301,46 @@ def test_a_stub_is_like_the_estimator() -> None:
         assert callable(getattr(PriceEstimator, name))
     assert isinstance(Stub().guesses([1], "mae"), np.ndarray)
     assert isinstance(Stub().prompts(["x"])[0], SimpleNamespace)
+
+
+# ---- The command line ----------------------------------------------------------------------------------------------
+
+
+def test_the_bar_shows_rows_a_second_and_the_time_left() -> None:
+    import io
+
+    from rich.console import Console
+
+    from fastprice.cli.prediction import _Bar
+
+    shown = {}
+    for terminal in (True, False):
+        file = io.StringIO()
+        with _Bar(Console(file=file, force_terminal=terminal, width=120, color_system=None)) as bar:
+            bar(Progress(rows=4_000, resumed=4_000, share=0.0))
+            time.sleep(0.1)
+            bar(Progress(rows=5_000, resumed=4_000, share=0.5))
+            time.sleep(0.2)  # it is drawn ten times a second
+        shown[terminal] = file.getvalue()
+    assert "5,000 rows" in shown[True]
+    assert "50%" in shown[True]
+    assert "rows/s" in shown[True]
+    assert "0:00:00 left" in shown[True] or "0:00:01 left" in shown[True]
+    assert shown[False].strip() == ""
+
+
+def test_prices_are_masked_and_bounded_as_in_the_run_that_made_the_model(tmp_path: Path) -> None:
+    from fastprice.cli.options import trained_cleaning
+    from fastprice.config import read_config
+
+    assert trained_cleaning(tmp_path) == {"min_price": 0.5, "max_price": 999.49, "mask": "own"}
+    overrides = {"data.file": "a.csv", "out": "x", "clean.mask": "prices", "clean.max_price": 5000}
+    (tmp_path / "config.yaml").write_text(read_config(None, overrides).to_yaml())
+    for folder in (tmp_path, tmp_path / "model"):
+        assert trained_cleaning(folder) == {"min_price": 0.5, "max_price": 5000, "mask": "prices"}
+
+
+def test_prices_of_texts_are_printed_and_not_written(fastprice: Any, model: Path, tmp_path: Path) -> None:
+    status, _, said = fastprice("predict", "--model", model, "--item", "a lamp", "--out", tmp_path / "p.csv")
+    assert status == 2
+    assert "--out is for the rows of a FILE" in said
