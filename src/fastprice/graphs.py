@@ -10,7 +10,7 @@ another pack than the recorded one, with weights moved by noise (a graph that ho
 twice in a row (one that overwrites where it should add shows). If loss and gradients do not agree within the band of
 the dtype, or the step cannot be captured, one warning says so and training goes on eagerly.
 
-What it costs: padding, 3 to 4 % of the positions of packs of 1,024 to 4,096 tokens (4,000 items of the synthetic
+What it costs: padding, 1 to 2 % of the positions of packs of 1,024 to 4,096 tokens (4,000 items of the synthetic
 catalogue); the activations of a step stay reserved for the graph as long as it lives, so an evaluation between steps
 has that much less; the check holds three more copies of what trains, once.
 

@@ -5,7 +5,9 @@ nothing. Here the texts of a micro-batch are laid end to end in one row of T tok
 and attention runs within each text alone (attention.py).
 
 Rows are shuffled, then filled best-fit-decreasing (Johnson 1973; TRL calls it "bfd") within windows of a few hundred
-rows. Best fit over the whole set would put texts of equal length, and so of like content, into one optimiser step.
+rows. Best fit over the whole set would put texts of equal length, and so of like content, into one optimiser step. The
+emptiest pack of a window is opened again with the next one: 98 to 99 % full instead of 96 to 97 % (4,000 items of the
+synthetic catalogue, packs of 1,024 to 4,096 tokens).
 
 Packs of one static shape (`StaticShape`), for CUDA graphs: the row is filled up to T tokens with texts of padding that
 nobody else sees and that carry no label, the borders of texts and the labelled positions with entries that mean
@@ -65,9 +67,14 @@ def pack_rows(rows: Sequence[TrainingRow], capacity: int, seed: int = 0) -> list
     order = list(range(len(rows)))
     draw.shuffle(order)
     packs: list[dict[str, list[int]]] = []
+    left_over: list[TrainingRow] = []
     for start in range(0, len(order), _WINDOW):
-        window = [rows[index] for index in order[start : start + _WINDOW]]
-        for group in best_fit([len(row.ids) for row in window], capacity):
+        window = left_over + [rows[index] for index in order[start : start + _WINDOW]]
+        groups = best_fit([len(row.ids) for row in window], capacity)
+        if start + _WINDOW < len(order):
+            fills = [sum(len(window[index].ids) for index in group) for group in groups]
+            left_over = [window[index] for index in groups.pop(fills.index(min(fills)))]
+        for group in groups:
             draw.shuffle(group)
             packs.append(
                 {

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from transformers import Gemma2Config, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
+from fastprice import packing
 from fastprice.attention import PACKED_ATTENTION, register_packed_attention
 from fastprice.errors import ConfigError
 from fastprice.packing import PackCollator, best_fit, pack_rows
@@ -48,6 +49,27 @@ def rows_of(lengths: list[int]) -> list[TrainingRow]:
         labels = [IGNORE] * (length // 2) + ids[length // 2 :]
         rows.append(TrainingRow(ids, labels, 0))
     return rows
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=40), st.integers(0, 3))
+def test_each_row_is_in_one_pack_whatever_the_windows(lengths: list[int], seed: int) -> None:
+    rows = [TrainingRow([index] * length, [IGNORE] * length, 0) for index, length in enumerate(lengths)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing, "_WINDOW", 5)
+        packs = pack_rows(rows, 64, seed)
+    texts = []
+    for pack in packs:
+        assert len(pack["input_ids"]) == sum(pack["lengths"]) <= 64
+        starts = itertools.accumulate(pack["lengths"], initial=0)
+        texts += [(pack["input_ids"][start], length) for start, length in zip(starts, pack["lengths"], strict=False)]
+    assert sorted(texts) == list(enumerate(lengths))
+
+
+def test_packs_of_many_windows_are_full() -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = rows_of(torch.randint(30, 170, (3000,), generator=generator).tolist())
+    packs = pack_rows(rows, 2048)
+    assert sum(len(pack["input_ids"]) for pack in packs) > 0.985 * 2048 * len(packs)
 
 
 def test_packs_are_drawn_from_the_seed() -> None:
