@@ -155,6 +155,9 @@ def run(config: RunConfig, console: Console) -> RunResult:
         + (f"; {estimator.cut_:,} texts cut at {estimator.max_tokens} tokens" if estimator.cut_ else "")
     )
 
+    for move in training.moves:
+        console.print(f"  memory: {move}", highlight=False)
+
     results = []
     texts = [item.text for item in split.train]
     for baseline in default_baselines(seed=config.seed):

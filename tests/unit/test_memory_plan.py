@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from fastprice.config import read_config
 from fastprice.errors import ConfigError
 from fastprice.memory import estimate_memory, find_plan, make_plan, next_larger, parse_bytes, plan_table
-from fastprice.memory.levels import parse_levels
+from fastprice.memory.estimate import kept_bytes
+from fastprice.memory.levels import LEVELS, parse_levels
 from fastprice.memory.limits import NF4_BYTES, Step, flops_per_token, known_gpu, step_seconds
 from fastprice.memory.plan import HEADROOM, choose_levels, table
 from fastprice.memory.shapes import read_shape
@@ -79,6 +80,8 @@ class TestLimits:
         # Two norms read and written (8 h), gate and up read, their product written (6 i)
         assert cheap - plain == pytest.approx(32 * 4096 * (8 * 4096 + 6 * 14336) / 1.0e12)
         assert 0.01 < cheap / plain - 1 < 0.03
+        fused = step_seconds(self.shape, Step(4096, 0, LABELLED, costly=32, fused=True), gpu)
+        assert fused - plain == pytest.approx(32 * 4096 * 8 * 4096 / 1.0e12)
         again = step_seconds(self.shape, Step(4096, 32, LABELLED), gpu)
         assert step_seconds(self.shape, Step(4096, 32, LABELLED, hosted=32), gpu) == again
         slow = replace(gpu, pcie=5e8)
@@ -247,3 +250,21 @@ def test_the_table_of_models_and_sizes() -> None:
     everything = plan_table(sizes)
     assert len(everything) > 20
     assert all(small is None or large is not None for _, (small, large) in everything)
+
+
+def test_the_figures_of_the_guide_are_what_the_arithmetic_says() -> None:
+    shape, gpu = read_shape("Llama-3.1-8B"), known_gpu("RTX 4090")
+    text = (Path(__file__).parents[2] / "docs" / "fit.md").read_text(encoding="utf-8")
+    for level in LEVELS:
+        cells = [f"`{level}`"]
+        again = 32 if level in ("input", "host") else 0
+        for engine in ("peft", "fastprice"):
+            kept = kept_bytes(shape, level, tokens=4096, sequences=22, engine=engine) / 4096 / 1024
+            peak = estimate_memory(
+                shape, tokens=4096, sequences=22, engine=engine, recompute=[level] * 32, loss_head="completion",
+                labelled=LABELLED,
+            ).peak_bytes  # fmt: skip
+            step = Step(4096, again, LABELLED, costly=32 * (level == "costly"), fused=engine != "peft")
+            rate = 4096 / step_seconds(shape, step, gpu)
+            cells += [f"{kept:.1f}", f"{peak / GIB:.1f} GiB", f"{rate:,.0f}"]
+        assert f"| {' | '.join(cells)} |" in text

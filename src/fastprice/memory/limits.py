@@ -69,6 +69,7 @@ class Step:
     recomputed   layers whose forward pass is done twice        labelled   share of positions whose logits are needed
     text         mean tokens of a text                          streamed   layers whose weights come from the host
     costly       layers that compute their cheap things twice   hosted     layers whose input waits on the host
+    fused        fastprice's kernels, whose MLP has no product of its own to compute again
     """
 
     tokens: int
@@ -80,6 +81,7 @@ class Step:
     streamed: int = 0
     costly: int = 0
     hosted: int = 0
+    fused: bool = False
 
 
 def flops_per_token(shape: ModelShape, step: Step) -> float:
@@ -99,7 +101,7 @@ def step_seconds(shape: ModelShape, step: Step, gpu: Gpu) -> float:
     each input on the host back once, if that hides behind the rest."""
     width = 4 if step.method == "full" else 2  # bytes an element of the residual stream
     seconds = step.tokens * flops_per_token(shape, step) / gpu.flops
-    again = 2 * width * shape.layer_norms * shape.width + 6 * shape.inner
+    again = 2 * width * shape.layer_norms * shape.width + (0 if step.fused else 6 * shape.inner)
     if shape.head_norms:
         again += 4 * (shape.query_width + shape.key_width)
     seconds += step.tokens * step.costly * again / gpu.bandwidth

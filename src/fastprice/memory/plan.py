@@ -1,11 +1,11 @@
 """`make_plan`: how to fine-tune a model within a GPU's memory, the fastest way that fits by arithmetic.
 
 For every micro-batch size (the one asked for, its half, ...; accumulation makes up for it) the planner chooses what a
-layer keeps (levels.py), cheap recomputation first: it costs a few per cent of a step and frees about half; then as few
-layers as must be keep their input alone, which costs each its forward pass again; where even the inputs are too many,
-as few of them as must be wait on the host. Where that does not fit either and streaming is allowed, it brings as many
-layers' frozen weights from the host as must be. Of all that fit it takes the one with the most tokens a second by the
-limits of limits.py.
+layer keeps (levels.py), cheap recomputation first: it costs a few per cent of a step and frees a quarter to a half of
+what is kept; then as few layers as must be keep their input alone, which costs each its forward pass again; where even
+the inputs are too many, as few of them as must be wait on the host. Where that does not fit either and streaming is
+allowed, it brings as many layers' frozen weights from the host as must be. Of all that fit it takes the one with the
+most tokens a second by the limits of limits.py.
 """
 
 from __future__ import annotations
@@ -232,7 +232,7 @@ def _least(base: Any, shape: ModelShape, budget: int, options: _Options, gpu: Gp
     labelled = 1.0 if options.loss_head == "full" else options.labelled
     counts = Counter(levels)
     step = Step(tokens, counts["input"] + counts["host"], labelled, method, options.rank, options.text, streamed,
-                counts["costly"], counts["host"])  # fmt: skip
+                counts["costly"], counts["host"], options.engine != "peft")  # fmt: skip
     spare = Step(options.tokens, 0, options.labelled, method, options.rank, options.text)
     return Plan(
         base=str(base) if isinstance(base, str | Path) else shape.name,
