@@ -157,3 +157,14 @@ def test_what_would_ask_about_items_it_has_seen_is_refused(
         status, _, said = fastprice("compare", *arguments)
         assert (status, said.count("\n")) == (2, 1), said
         assert expected in said
+
+
+def test_a_run_without_its_counts_is_compared_with_a_warning(fastprice: Run, trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained, tmp_path / "run")
+    (tmp_path / "run" / "results.json").unlink()
+    status, shown, said = fastprice(
+        "compare", "--model", tmp_path / "run", "--strategies", "zero-shot", "--items", 3, "--calibrate", 0
+    )
+    assert status == 0, said
+    assert "was not checked" in shown
+    assert "3 unseen items" in shown

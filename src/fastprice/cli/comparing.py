@@ -78,8 +78,7 @@ def compare(
     settings = _settings(config, model, given)
     chosen = [choose_strategy(name, seed=settings.seed) for name in strategies or STRATEGIES]
     prepared = prepare_items(settings)
-    if model is not None:
-        _check_same_items(model, prepared)
+    checked = model is None or _same_items(model, prepared)
 
     split = prepared.split
     test = draw_items(split.test, items, settings.seed)
@@ -87,6 +86,8 @@ def compare(
     console = make_console()
     console.print(f"{len(test):,} of {len(split.test):,} test items, {len(calibration):,} to calibrate intervals, "
                   f"{len(split.train):,} to take examples from")  # fmt: skip
+    if not checked:
+        console.print(f"{model} holds no results.json: that the data is still what it was trained on was not checked")
     estimator = _base(settings, prepared) if model is None else load_estimator(model)
 
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -146,8 +147,11 @@ def _flat(settings: RunConfig) -> dict[str, Any]:
     return dotted
 
 
-def _check_same_items(model: Path, prepared: Prepared) -> None:
-    """ConfigError when the data has changed since the run: other items make another split."""
+def _same_items(model: Path, prepared: Prepared) -> bool:
+    """Whether the data gives the run's counts; False where the run left none.
+
+    Raises ConfigError when it gives others: other items make another split.
+    """
     from fastprice.pipeline import RESULTS
 
     for folder in (model, model.parent):
@@ -159,7 +163,8 @@ def _check_same_items(model: Path, prepared: Prepared) -> None:
                     f"{counts['test']:,} test; now {len(prepared.split.train):,} and {len(prepared.split.test):,}), so "
                     "its unseen items are not known; give the file of the run with --data"
                 )
-            return
+            return True
+    return False
 
 
 def _base(settings: RunConfig, prepared: Prepared) -> PriceEstimator:
