@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from fastprice.storage import ADAPTER, MANIFEST, MODEL, read_manifest, write_fol
 from fastprice.targets import draw_items, price_of, text_of, training_items
 
 if TYPE_CHECKING:
+    from fastprice.decoding import PriceDecoder
     from fastprice.distribution import PriceDistribution
     from fastprice.engines import Engine, Loaded
     from fastprice.explain import Explanation
@@ -136,6 +138,7 @@ class PriceEstimator(RegressorMixin, BaseEstimator):  # type: ignore[misc]
             seed=self.seed,
         )
         self.fallback_price_, self.ceiling_price_ = float("nan"), UNTRAINED_CEILING
+        self._decoder: PriceDecoder | None = None
         self.calibration_: Calibration | None = None
         return self
 
@@ -162,13 +165,18 @@ class PriceEstimator(RegressorMixin, BaseEstimator):  # type: ignore[misc]
             self.prepare()
         # Set first: validation during training predicts too.
         self.fallback_price_, self.ceiling_price_ = float(np.median(prices)), max(prices)
+        self._decoder = None
         rows = encode_rows(self._tokenizer, items, self.max_tokens)
         self.cut_ = sum(row.cut > 0 for row in rows)
         watched = draw_items(validation_items, self.validation_items, self.seed)
         truths = np.array([price_of(item) for item in watched])
 
         def validation_error() -> float:
-            return float(np.abs(self.predict(watched) - truths).mean())
+            self._decoder = None  # of the weights before
+            try:
+                return float(np.abs(self.predict(watched) - truths).mean())
+            finally:
+                self._decoder = None  # room for training
 
         learning_rate = self.learning_rate
         if learning_rate is None:
@@ -213,12 +221,27 @@ class PriceEstimator(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         if not self._engine.reads_distributions:
             prices = self.predict_greedy(texts)
             return np.where(np.isnan(prices), self.fallback_price_, prices)
-        prompts = self.prompts(texts)
-        parts = [
-            self.guesses(self.distributions(prompts[start : start + CHUNK]), loss)
-            for start in range(0, len(prompts), CHUNK)
-        ]
-        return np.concatenate([np.empty(0), *parts])
+        return self.guesses(self.iter_distributions(texts), loss)
+
+    def iter_distributions(
+        self,
+        texts: Iterable[str | Item],
+        *,
+        tolerance: float | None = None,
+        on_batch: Callable[[int], None] | None = None,
+    ) -> Iterator[PriceDistribution]:
+        """The distributions of any number of texts, one after the other, in constant memory.
+
+        `CHUNK` texts are read from `texts` and held at once. `tolerance` as for `distributions`; `on_batch` is told how
+        many texts are done.
+        """
+        _refuse_string(texts)
+        done = 0
+        remaining: Iterator[Any] = iter(texts)
+        while chunk := list(islice(remaining, CHUNK)):
+            told = None if on_batch is None else (lambda count, before=done: on_batch(before + count))
+            yield from self.distributions(self.prompts(chunk), tolerance=tolerance, on_batch=told)
+            done += len(chunk)
 
     def predict_distribution(
         self, texts: Sequence[str] | Sequence[Item], *, on_batch: Callable[[int], None] | None = None
@@ -282,8 +305,7 @@ class PriceEstimator(RegressorMixin, BaseEstimator):  # type: ignore[misc]
     def prompts(self, texts: Sequence[str] | Sequence[Item]) -> list[Prompt]:
         """The prompts of `texts` as the model reads them; each tells how many tokens of its text were cut."""
         self._check_fitted()
-        if isinstance(texts, str):
-            raise DataError("predict takes a list of texts, not one string: write predict([text])")
+        _refuse_string(texts)
         return [encode_prompt(self._tokenizer, text_of(text), self.max_tokens) for text in texts]
 
     def distributions(
@@ -294,23 +316,20 @@ class PriceEstimator(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         on_batch: Callable[[int], None] | None = None,
     ) -> list[PriceDistribution]:
         """The distributions of texts that are prompts already; `tolerance` None: what a point estimate needs."""
-        from fastprice.decoding import QUICK, price_distributions
+        from fastprice.decoding import QUICK
 
         self._check_fitted()
         if not self._engine.reads_distributions:
             raise ConfigError(f"engine: {self._engine.name} gives no distributions; save, then load with engine='peft'")
         self._engine.for_prediction(self._model)
-        return price_distributions(
-            self._model,
-            self._tokenizer,
+        return self._price_decoder().distributions(
             [prompt.ids for prompt in prompts],
-            max_price=max(1, round(self.ceiling_price_)),
             tolerance=QUICK if tolerance is None else tolerance,
             batch_size=self.batch_size,
             on_batch=on_batch,
         )
 
-    def guesses(self, distributions: Sequence[PriceDistribution], loss: str = "mae") -> NDArray[np.float64]:
+    def guesses(self, distributions: Iterable[PriceDistribution], loss: str = "mae") -> NDArray[np.float64]:
         """The best guess of each distribution for `loss`, in dollars; `fallback_price_` for an empty distribution."""
         prices = np.array([each.estimate(loss) for each in distributions], dtype=np.float64)
         return np.where(np.isnan(prices), self.fallback_price_, prices)
@@ -374,6 +393,7 @@ class PriceEstimator(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         estimator._engine = chosen
         estimator._tokenizer = loaded.tokenizer
         estimator.fallback_price_, estimator.ceiling_price_ = fallback_price, ceiling_price
+        estimator._decoder = None
         chosen.for_prediction(estimator._model)
         return estimator
 
@@ -432,6 +452,15 @@ class PriceEstimator(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         ]
         return calibrate(*zip(*scored, strict=True)) if scored else None
 
+    def _price_decoder(self) -> PriceDecoder:
+        """Kept from call to call, as it holds a dense copy of the weights; `fit` drops it."""
+        from fastprice.decoding import PriceDecoder
+
+        if self._decoder is None:
+            highest = max(1, round(self.ceiling_price_))
+            self._decoder = PriceDecoder.of(self._model, self._tokenizer, max_price=highest)
+        return self._decoder
+
     def _check_fitted(self) -> None:
         if not hasattr(self, "_model"):
             raise NotFittedError(
@@ -480,3 +509,8 @@ class PriceEstimator(RegressorMixin, BaseEstimator):  # type: ignore[misc]
                 wrong.append(f"max_{error}")
         if wrong:
             raise ConfigError("; ".join(wrong))
+
+
+def _refuse_string(texts: object) -> None:
+    if isinstance(texts, str):
+        raise DataError("predict takes a list of texts, not one string: write predict([text])")

@@ -90,6 +90,35 @@ def test_any_text_gets_a_finite_price(fitted: PriceEstimator, text: str) -> None
     assert 0 < price <= fitted.ceiling_price_
 
 
+def test_any_number_of_texts_streams_through(fitted: PriceEstimator, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fastprice.estimator
+
+    monkeypatch.setattr(fastprice.estimator, "CHUNK", 3)
+    texts, taken, told = [f"{CHEAP}, lot {n}" for n in range(8)], [], []
+    stream = fitted.iter_distributions(
+        (taken.append(text) or text for text in texts), tolerance=1e-4, on_batch=told.append
+    )
+    first = next(stream)
+    assert len(taken) == 3
+    whole = fitted.predict_distribution(texts)
+    for one, other in zip([first, *stream], whole, strict=True):
+        np.testing.assert_allclose(one.probabilities, other.probabilities, atol=1e-5)
+    assert told == [3, 6, 8]
+
+
+def test_the_dense_copy_is_dropped_when_training_goes_on(fitted: PriceEstimator) -> None:
+    fitted.predict([CHEAP])
+    copied = fitted._decoder
+    fitted.predict([DEAR])
+    assert fitted._decoder is copied
+    estimator = PriceEstimator(**SMALL).prepare()
+    before = estimator.predict([DEAR])
+    copied = estimator._decoder
+    estimator.fit(two_price_items(60))
+    assert estimator._decoder is not copied
+    assert estimator.predict([DEAR]) != before
+
+
 def test_no_texts_and_one_bare_string(fitted: PriceEstimator) -> None:
     assert fitted.predict([]).shape == (0,)
     with pytest.raises(DataError, match=r"predict\(\[text\]\)"):
