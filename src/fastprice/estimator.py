@@ -248,7 +248,7 @@ class PriceEstimator(RegressorMixin, BaseEstimator):  # type: ignore[misc]
     ) -> list[PriceDistribution]:
         """p(price | text) over whole dollars from 1 to `ceiling_price_`, from the model's own next-token probabilities.
 
-        Within 1e-4 of each exact probability; `predict` and `predict_interval` walk fewer (fastprice.decoding).
+        Within about 1e-4 of each exact probability; `predict` and `predict_interval` walk fewer (fastprice.decoding).
         `on_batch` is told how many texts are done. Raises ConfigError on the unsloth engine: load with engine="peft".
         """
         return self.distributions(self.prompts(texts), tolerance=1e-4, on_batch=on_batch)
