@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -16,24 +16,46 @@ def plan(
     tokens: Annotated[int, typer.Option(help="Tokens of a micro-batch to aim at.")] = 4096,
     rank: Annotated[int, typer.Option(help="Rank of the adapters.")] = 16,
     method: Annotated[str, typer.Option(help="qlora, lora, full or auto.")] = "qlora",
+    engine: Annotated[
+        str, typer.Option(help="fastprice (PEFT with fastprice's kernels), peft (without them) or unsloth.")
+    ] = "fastprice",
+    resident: Annotated[bool, typer.Option("--resident", help="Never stream layers from the host.")] = False,
     all_: Annotated[bool, typer.Option("--all", help="A table of models and GPU sizes.")] = False,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Plot of the memory over a step: PNG, SVG or PDF.")
+    ] = None,
 ) -> None:
     """How to fine-tune a model within a GPU's memory, by arithmetic on its configuration; loads no weights."""
     from fastprice.memory import make_plan, next_larger, plan_table
     from fastprice.memory.plan import table
+    from fastprice.memory.plot import plot_memory
+    from fastprice.memory.shapes import shipped_names
 
     console = make_console()
+    options: dict[str, Any] = {
+        "tokens": tokens,
+        "rank": rank,
+        "method": method,
+        "engine": engine,
+        "streaming": not resident,
+    }
     if all_:
-        console.print(table(plan_table(tokens=tokens, rank=rank, method=method)), highlight=False, soft_wrap=True)
+        console.print(table(plan_table(**options)), highlight=False, soft_wrap=True)
         return
-    found = make_plan(base, gpu, tokens=tokens, rank=rank, method=method)
-    console.print(found.summary(), highlight=False)
-    larger = next_larger(base, gpu, tokens=tokens, rank=rank, method=method)
+    found = make_plan(base, gpu, **options)
+    console.print(found.summary(), highlight=False, soft_wrap=True)
+    if plot is not None:
+        plot_memory(found.estimate, plot, f"{found.base}, {found.tokens:,} tokens, {found.method}", found.gpu_bytes)
+        console.print(f"memory over a step: {plot}", highlight=False)
+    larger = next_larger(base, gpu, **options)
     if larger is not None:
         needs = f"needs at least {larger.least_bytes / 2**30:.1f} GiB"
         fits = "which fits" if larger.plan else "which does not fit"
         console.print(f"next larger: {larger.base} ({larger.parameters / 1e9:.2f} B) {needs}, {fits}", highlight=False)
     console.print(f"\n{found.yaml()}", highlight=False, markup=False)
+    if base in shipped_names():
+        what = f"base: the shape of {base} is known here, its weights are not: name its hub id or folder"
+        console.print(what, highlight=False, soft_wrap=True)
 
 
 bench_app = typer.Typer(help="Measure this machine: kernels, training steps, memory.", rich_markup_mode=None)

@@ -60,6 +60,7 @@ OPTIMIZERS: dict[str, tuple[float, float]] = {
 CUDA_CONTEXT = 512 << 20
 # Assumed: what the caching allocator holds beyond the tensors, as a share of all that comes and goes.
 SLACK = 0.04
+MOMENTS = ("forward", "loss head", "backward", "optimiser")
 
 
 @dataclass(frozen=True)
@@ -68,12 +69,14 @@ class MemoryEstimate:
 
     moment       the moment of the step at which the peak falls: "forward", "loss head", "backward", "optimiser"
     host_bytes   pinned host memory besides: inputs of layers at level "host", weights of streamed layers
+    step         the same breakdown at the highest point of each moment, in the order of the step
     """
 
     peak_bytes: int
     breakdown: dict[str, int]
     moment: str
     host_bytes: int = 0
+    step: tuple[tuple[str, dict[str, int]], ...] = ()
 
     @property
     def tensor_bytes(self) -> int:
@@ -138,7 +141,10 @@ def estimate_memory(
     found = _estimate(
         shape, method, rank, tokens, sequences, optimizer, levels, loss_head, labelled, engine, streaming, phase
     )
-    return replace(found, breakdown=dict(found.breakdown))  # the caller's own; the found one stays in the cache
+    # The caller's own; the found ones stay in the cache.
+    return replace(
+        found, breakdown=dict(found.breakdown), step=tuple((name, dict(parts)) for name, parts in found.step)
+    )
 
 
 def kept_bytes(
@@ -183,13 +189,17 @@ def _estimate(
         rows = None if head == "full" else round(labelled * tokens)
         moments = _training(shape, work, levels, rows, engine, copies)
         moments.append(("optimiser", {_WORKSPACE: int(temporary * trained)}))
-    moment, parts = max(moments, key=lambda found: sum(found[1].values()))
-    breakdown = {name: static.get(name, 0) + parts.get(name, 0) for name in _NAMES}
-    moving = sum(parts.values()) + static["gradients"]
-    breakdown["CUDA context"] = CUDA_CONTEXT
-    breakdown["allocator slack"] = int(SLACK * moving)
+    step = {}
+    for name, parts in sorted(moments, key=lambda found: sum(found[1].values())):  # the highest of each name is kept
+        whole = {kind: static.get(kind, 0) + parts.get(kind, 0) for kind in _NAMES}
+        whole["CUDA context"] = CUDA_CONTEXT
+        whole["allocator slack"] = int(SLACK * (sum(parts.values()) + static["gradients"]))
+        step[name] = whole
+    moment, breakdown = max(step.items(), key=lambda found: sum(found[1].values()))
     inputs = levels.count("host") * work.stream * tokens * shape.width if phase == "train" else 0
-    return MemoryEstimate(sum(breakdown.values()), breakdown, moment, inputs + _streamed_bytes(shape, streaming))
+    host = inputs + _streamed_bytes(shape, streaming)
+    in_order = tuple((name, step[name]) for name in MOMENTS if name in step)
+    return MemoryEstimate(sum(breakdown.values()), breakdown, moment, host, in_order)
 
 
 _WORKSPACE = "workspace and dequantised buffers"

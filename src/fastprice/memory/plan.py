@@ -106,6 +106,8 @@ class Plan:
         import yaml
 
         kernels = {"fastprice": "on", "peft": "off", "unsloth": "auto"}[self.engine]
+        # Streaming comes with a limit, by which a run plans what its layers keep too; Unsloth recomputes by itself.
+        fitting = {"max_memory": _gib(self.gpu_bytes)} if self.streamed else {"keep": write_levels(self.levels)}
         settings = {
             "model": {
                 "base": self.base,
@@ -113,8 +115,7 @@ class Plan:
                 "engine": "unsloth" if self.engine == "unsloth" else "peft",
                 "kernels": kernels,
                 "rank": self.rank,
-                # Unsloth recomputes every layer by itself.
-                **({} if self.engine == "unsloth" else {"keep": write_levels(self.levels)}),
+                **({} if self.engine == "unsloth" else fitting),
             },
             "train": {"pack_tokens": self.tokens, "accumulation": self.accumulation},
         }
@@ -224,10 +225,10 @@ def _least(base: Any, shape: ModelShape, budget: int, options: _Options, gpu: Gp
     levels, streamed = hosted if options.engine == "unsloth" else choose_levels(shape.layers, fits), 0
     if levels is None or not fits(levels):
         levels = hosted
-        if options.streaming and method == "qlora":
+        if options.streaming and method == "qlora" and options.engine != "unsloth":
             found = _first(range(1, shape.layers + 1), lambda count: fits(hosted, count))
             streamed = shape.layers if found is None else found
-            if found is not None and options.engine != "unsloth":
+            if found is not None:
                 levels = choose_levels(shape.layers, lambda levels: fits(levels, streamed)) or hosted
     labelled = 1.0 if options.loss_head == "full" else options.labelled
     counts = Counter(levels)

@@ -1,0 +1,50 @@
+"""A plot of what GPU memory holds over a training step, by `estimate_memory`: arithmetic, and marked as such."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from fastprice.errors import ConfigError
+from fastprice.memory.estimate import GIB, MemoryEstimate
+
+__all__ = ["plot_memory"]
+
+_COLOURS = "tab20"
+
+
+def plot_memory(estimate: MemoryEstimate, path: str | os.PathLike[str], title: str = "", limit: int = 0) -> Path:
+    """Writes a stacked bar for each moment of the step to `path` (PNG, SVG or PDF by its ending); returns it.
+
+    limit   bytes of the GPU, drawn as a line; 0 for none
+
+    Raises ConfigError for another ending or a folder that is not there.
+    """
+    target = Path(path)
+    if target.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise ConfigError(f"plot: {target.name} must end in .png, .svg or .pdf")
+    if not target.parent.is_dir():
+        raise ConfigError(f"plot: there is no folder {target.parent}")
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    moments = [name for name, _ in estimate.step]
+    bottom = [0.0] * len(moments)
+    for index, kind in enumerate(estimate.breakdown):
+        sizes = [parts[kind] / GIB for _, parts in estimate.step]
+        if max(sizes) >= 0.005:
+            axes.bar(moments, sizes, 0.6, bottom=bottom, label=kind, color=colormaps[_COLOURS](index))
+            bottom = [low + size for low, size in zip(bottom, sizes, strict=True)]
+    for place, height in enumerate(bottom):
+        axes.text(place, height, f"{height:.1f}", ha="center", va="bottom")
+    if limit:
+        axes.axhline(limit / GIB, color="#c0392b", linestyle="--", label="the GPU")
+    axes.set_ylabel("GiB (arithmetic, not measured)")
+    axes.set_ylim(0, 1.1 * max(*bottom, limit / GIB))
+    axes.set_title(title)
+    figure.legend(loc="outside right upper", fontsize="small")
+    # Nothing in the file says when it was made: the same estimate gives the same file.
+    figure.savefig(target, metadata={"Date": None} if target.suffix.lower() == ".svg" else None)
+    return target
