@@ -87,7 +87,8 @@ def train(
     graphs        "on": packs of one static shape and their steps replayed as CUDA graphs (graphs.py), ConfigError where
                   that is impossible; "auto": so where it is possible, for models that launches bound; "off"
     keep          what each layer keeps for its backward pass (fastprice.memory.levels): a level, counts of levels, or
-                  "auto": on CUDA what fits (fastprice.memory.keeper), on a CPU everything
+                  "auto": on CUDA what fits, on a CPU everything. On CUDA a micro-batch that runs out of memory is done
+                  again with less kept, whatever was asked for (fastprice.memory.keeper)
     budget        bytes of the GPU's memory that "auto" may use in all; None: what is free
     streamed      layers whose weights come from the host (fastprice.streaming)
     meter         in place of the CUDA device's, for "auto"
@@ -365,14 +366,12 @@ def _kept(
     kernels: bool,
     captures: bool,
 ) -> Iterator[Keeper | None]:
-    """The layers keep what `keep` says for the time of the training; gives what watches over it, for "auto"."""
+    """The layers keep what `keep` says for the time of the training; gives what watches over it on a device."""
     adapters = getattr(model, "peft_config", {}).values()
     dropout = any(getattr(adapter, "lora_dropout", 0.0) for adapter in adapters)
-    if layers is None or (keep == "auto" and meter is None and not torch.cuda.is_available()):
-        yield None
-        return
-    if keep != "auto":
-        with keeping(model, parse_levels(keep, layers), random=not captures):
+    levels = None if keep == "auto" or layers is None else parse_levels(keep, layers)
+    if layers is None or (meter is None and not torch.cuda.is_available()):
+        with nullcontext() if levels is None else keeping(model, levels):
             yield None
         return
     sizes = [len(pack["input_ids"]) for pack in packed]
@@ -387,10 +386,10 @@ def _kept(
     )
     keeper = Keeper(
         model,
-        Ladder(layers, expected, host=not captures),
+        Ladder(layers, expected, host=not captures, first=levels),
         CudaMeter(budget) if meter is None else meter,
         warmup=accumulation,
-        measures=not captures,  # what was captured stays as it is
+        measures=levels is None and not captures,  # what was captured stays as it is
         random=not captures,
     )
     try:

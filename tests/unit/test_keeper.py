@@ -75,6 +75,29 @@ def test_it_begins_with_the_dearest_plan_that_is_expected_to_fit(model: Any, siz
     keeper.remove()
 
 
+def test_levels_asked_for_by_name_are_where_it_begins_and_only_lack_of_memory_moves_them(model: Any) -> None:
+    asked = ("all", "host", "input", "all")  # 210
+    ladder = Ladder(LAYERS, expected, first=asked)
+    assert ladder.rungs[:2] == [asked, ("costly",) * 4]
+    assert ladder.rungs[-1] == ("host",) * 4
+    assert Ladder(LAYERS, first=asked).rungs == [asked, ("input",) * 4, ("host",) * 4]
+    assert Ladder(LAYERS, expected, first=("host",) * 4).rungs == [("host",) * 4]
+    keeper = Keeper(model, ladder, PretendMeter(100), measures=False)
+    assert keeper.levels == asked
+    windows(keeper, WINDOWS)
+    assert keeper.levels == asked
+    fails = [1]
+
+    def micro_batch() -> None:
+        if fails:
+            fails.pop()
+            raise torch.OutOfMemoryError("pretended")
+
+    keeper.run(micro_batch)
+    assert expected(keeper.levels) <= 97
+    keeper.remove()
+
+
 def windows(keeper: Keeper, count: int) -> None:
     for _ in range(count * WINDOW):
         keeper.run(lambda: None)

@@ -3,7 +3,8 @@
 A `Ladder` holds every plan from the dearest (each layer keeps everything) to the cheapest (each layer's input on the
 host), with the bytes that the estimate expects of it. A `Keeper` stands on one rung:
 
-- it starts on the dearest that is expected to fit;
+- it starts on the dearest that is expected to fit, or on the levels that were asked for by name, which only running
+  out of memory moves;
 - after the first optimiser step, when its states are there, it measures the most that some micro-batches reserve. What
   they took beyond (or below) the estimate is added to every rung's figure, and the dearest rung that then fits is
   taken, up or down; this goes on until a measurement moves nothing;
@@ -78,10 +79,16 @@ class Ladder:
     expected   bytes that a plan needs, context excluded; None where no estimate can be had: then the plans are those
                that were safe without one, every layer's input on the device or on the host
     host       whether inputs may go to the host
+    first      levels to begin with, whatever is expected of them: the dearest plan there is then
     """
 
     def __init__(
-        self, layers: int, expected: Callable[[Sequence[str]], int] | None = None, *, host: bool = True
+        self,
+        layers: int,
+        expected: Callable[[Sequence[str]], int] | None = None,
+        *,
+        host: bool = True,
+        first: Sequence[str] | None = None,
     ) -> None:
         steps = ("all", "costly", "input", "host")[: 4 if host else 3]
         if expected is None:
@@ -92,6 +99,10 @@ class Ladder:
             for dearer, cheaper in pairwise(steps):
                 self.rungs += [(cheaper,) * (n + 1) + (dearer,) * (layers - n - 1) for n in range(layers)]
         self._expected = expected
+        self.begins = first is not None
+        if first is not None:
+            below = [r for r in self.rungs if r != tuple(first) and (not expected or expected(r) < expected(first))]
+            self.rungs = [tuple(first), *below]
 
     def expected(self, rung: int) -> int | None:
         return None if self._expected is None else self._expected(self.rungs[rung])
@@ -129,7 +140,7 @@ class Keeper:
         self.redone = 0
         self._ladder, self._meter = ladder, meter
         self._room = int(meter.limit() * (1 - MARGIN))
-        self._rung = ladder.dearest(self._room)
+        self._rung = 0 if ladder.begins else ladder.dearest(self._room)
         self._failed = -1  # the cheapest rung that ran out of memory
         self._windows = WINDOWS if measures and ladder.expected(0) is not None else 0
         self._until = warmup
