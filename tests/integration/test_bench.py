@@ -163,7 +163,7 @@ def test_prediction_is_compared_with_generate(folder: str, work: Work) -> None:
 
 
 def test_the_memory_estimate_stands_beside_what_was_measured(work: Work) -> None:
-    measured = {"model": "llama-3.2-1b", "tokens": 4096, "texts": 29, "rank": 16, "labelled": 0.023}
+    measured = {"model": "llama-3.2-1b", "tokens": 4096, "texts": 29, "rank": 16, "labelled": 0.023, "keep": None}
     sizes = {"peak_reserved": 5 * 2**30, "peak_allocated": 4 * 2**30}
     rows = work(
         {
@@ -172,10 +172,12 @@ def test_the_memory_estimate_stands_beside_what_was_measured(work: Work) -> None
                 {**measured, **sizes, "peer": "trl-packed"},
                 {**measured, **sizes, "peer": "unsloth-tuned"},
                 {**measured, "peer": "peft", "peak_reserved": None, "peak_allocated": None},
+                {**measured, "peer": "peft", "keep": "4 input, 12 all", "peak_reserved": None, "peak_allocated": None},
             ],
         }
     )
-    assert [row["peer"] for row in rows] == ["trl-packed", "peft"]
+    assert [row["peer"] for row in rows] == ["trl-packed", "peft", "peft"]
+    assert rows[2]["estimated_reserved"] > rows[1]["estimated_reserved"], "what the layers kept counts"
     assert rows[0]["error"] == rows[0]["estimated_reserved"] / (5 * 2**30) - 1
     assert "error" not in rows[1]
     assert 2**30 < rows[1]["estimated_reserved"] < 20 * 2**30

@@ -8,8 +8,8 @@ from typing import Any
 
 __all__ = ["estimated", "largest", "streamed", "streaming_cap"]
 
-# How `estimate_memory` describes what each measured peer does. Unsloth without recomputation is not among its cases,
-# and the padding of padded batches is no part of the tokens a row reports.
+# How `estimate_memory` describes what each measured peer does; what fastprice's layers kept is told by its rows.
+# Unsloth without recomputation is not among its cases, and padding is no part of the tokens of a row.
 _DESCRIBED: dict[str, dict[str, Any]] = {
     "trl-packed": {"engine": "peft", "recompute": "all", "loss_head": "completion"},
     "peft-off": {"engine": "peft", "recompute": "all", "loss_head": "completion"},
@@ -21,23 +21,28 @@ _DESCRIBED: dict[str, dict[str, Any]] = {
 def estimated(steps: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
     """A row for each measured step: estimated bytes without the CUDA context, beside peak reserved and allocated.
 
-    steps: `{"model", "peer", "tokens", "texts", "rank", "labelled", "peak_reserved", "peak_allocated"}`; peaks are None
-    on a CPU, where the rows hold the estimate alone.
+    steps: `{"model", "peer", "tokens", "texts", "rank", "labelled", "keep", "peak_reserved", "peak_allocated"}`; peaks
+    are None on a CPU, where the rows hold the estimate alone.
     """
     from fastprice.bench.models import model_config
     from fastprice.memory import estimate_memory
+    from fastprice.memory.levels import parse_levels
 
     for step in steps:
         if step["peer"] not in _DESCRIBED:
             continue
+        config = model_config(step["model"])
+        described = dict(_DESCRIBED[step["peer"]])
+        if step["keep"] is not None:
+            described["recompute"] = parse_levels(step["keep"], config.num_hidden_layers)
         estimate = estimate_memory(
-            model_config(step["model"]),
+            config,
             method="qlora",
             rank=step["rank"],
             tokens=round(step["tokens"]),
             sequences=max(1, round(step["texts"])),
             labelled=step["labelled"],
-            **_DESCRIBED[step["peer"]],
+            **described,
         )
         without_context = estimate.peak_bytes - estimate.breakdown["CUDA context"]
         row: dict[str, Any] = {

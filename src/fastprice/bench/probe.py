@@ -8,12 +8,12 @@ for the device, and last it samples the allocator over one more step.
 from __future__ import annotations
 
 import gc
-import resource
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from fastprice.bench.analysis import PHASES
 from fastprice.bench.models import seed_adapters
 from fastprice.bench.timing import Stopwatch, spread_of
 from fastprice.engines.peft import compute_dtype
+from fastprice.memory.levels import write_levels
 from fastprice.prompts import IGNORE
 
 __all__ = ["WARMUP", "Enough", "Probe", "summarise_probe"]
@@ -55,6 +56,7 @@ class Probe:
     phase_seconds: dict[str, list[float]] = field(default_factory=dict)
     load_seconds: float = float("nan")
     load_host_bytes: int = 0
+    keep: str | None = None
     peak_allocated: int | None = None
     peak_reserved: int | None = None
 
@@ -66,13 +68,13 @@ class Probe:
 
     @contextmanager
     def loading(self) -> Iterator[None]:
-        """Times what loads the model, and takes the process's peak of host memory (ru_maxrss) after it."""
+        """Times what loads the model, and takes the process's peak of host memory (VmHWM) after it."""
         began = time.perf_counter()
         yield
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         self.load_seconds = time.perf_counter() - began
-        self.load_host_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux tells KiB
+        self.load_host_bytes = _host_peak()
 
     @contextmanager
     def watching(self, trainer_class: Any) -> Iterator[None]:
@@ -109,7 +111,7 @@ class Probe:
         if self.done >= WARMUP:
             self._watch.mark()  # also the end of the step before
             if self._finished():
-                self._finish(inputs, items, run)
+                self._finish(trainer, inputs, items, run)
             self.counts.append(_count(inputs))
         self._forward_over = False
         result = run(inputs, items)
@@ -162,7 +164,9 @@ class Probe:
         timed = self.done - WARMUP
         return timed >= self.steps or (timed >= 2 and time.perf_counter() - self._began > self.seconds)
 
-    def _finish(self, inputs: Any, items: Any, run: Callable[[Any, Any], Any]) -> None:
+    def _finish(self, trainer: Any, inputs: Any, items: Any, run: Callable[[Any, Any], Any]) -> None:
+        keeper = getattr(trainer, "keeper", None)  # fastprice's own: what each layer keeps, planned and corrected
+        self.keep = None if keeper is None else write_levels(keeper.levels)
         marks = self._watch.intervals()
         parts = {name: marks[place :: len(PHASES)] for place, name in enumerate(PHASES)}
         self.step_seconds = [sum(each) for each in zip(*parts.values(), strict=True)]
@@ -190,6 +194,7 @@ def summarise_probe(probe: Probe) -> dict[str, Any]:
         "phase_seconds": {name: spread_of(each).as_dict() for name, each in probe.phase_seconds.items()},
         "load_seconds": probe.load_seconds,
         "load_host_bytes": probe.load_host_bytes,
+        "keep": probe.keep,
         "tokens_per_second": rates.as_dict(),
         "mean_tokens_per_second": sum(tokens) / sum(times),
         "items_per_second": sum(items) / sum(times),
@@ -198,6 +203,13 @@ def summarise_probe(probe: Probe) -> dict[str, Any]:
         "peak_reserved": probe.peak_reserved,
         "memory_curve": probe.curve,
     }
+
+
+def _host_peak() -> int:
+    """Bytes of the highest resident set of this process. Not ru_maxrss: a child's begins with its parent's peak."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    (kibibytes,) = (line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:"))
+    return 1024 * int(kibibytes)
 
 
 def _predicted(labels: torch.Tensor) -> int:

@@ -300,6 +300,7 @@ def _memory(run: _Run) -> None:
             "texts": row["items_per_second"] / row["mean_tokens_per_second"] * row["tokens_per_step"],
             "rank": row["case"]["rank"],
             "labelled": row["labelled_share"],
+            "keep": row["keep"],
             "peak_reserved": row["peak_reserved"],
             "peak_allocated": row["peak_allocated"],
         }
