@@ -62,7 +62,8 @@ def estimated(steps: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
 
 def streaming_cap(model: str, *, tokens: int, rank: int, kernels: bool) -> int:
     """Bytes of GPU memory in which `model` trains on so many tokens with at least 60 % less of its layers' weights on
-    the device, the two slots counted; by the estimate, every layer recomputed."""
+    the device, the two slots counted; by the estimate, every layer's input on the host: less than which only streaming
+    can do."""
     from fastprice.bench.models import model_config
     from fastprice.memory import estimate_memory
     from fastprice.memory.estimate import STREAM_SLOTS
@@ -75,7 +76,7 @@ def streaming_cap(model: str, *, tokens: int, rank: int, kernels: bool) -> int:
         rank=rank,
         tokens=tokens,
         sequences=max(1, tokens // 180),
-        recompute="all",
+        recompute=("host",) * layers,
         loss_head="completion",
         labelled=LABELLED,
         engine="fastprice" if kernels else "peft",
