@@ -73,6 +73,8 @@ class ModelConfig(_Section):
     method: str = "qlora"
     engine: str = "auto"
     kernels: Literal["auto", "on", "off"] = "auto"
+    output: Literal["text", "json", "head"] = "text"
+    head: Literal["histogram", "quantile"] = "histogram"
     rank: int = Field(default=16, ge=1)
     alpha: float | None = Field(default=None, gt=0)
     dropout: float = Field(default=0.0, ge=0, lt=1)
@@ -92,6 +94,9 @@ class ModelConfig(_Section):
 class TrainConfig(_Section):
     learning_rate: float | None = Field(default=None, gt=0)
     epochs: float = Field(default=1.0, gt=0)
+    head_weight: float = Field(default=1.0, gt=0)
+    text_loss: Literal["ce", "number", "number_mse", "wasserstein"] = "ce"
+    text_loss_weight: float = Field(default=0.3, gt=0)
     pack_tokens: int = Field(default=2048, ge=72)
     accumulation: int = Field(default=1, ge=1)
     graphs: Literal["auto", "on", "off"] = "off"

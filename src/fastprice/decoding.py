@@ -50,7 +50,7 @@ from numpy.typing import NDArray
 
 from fastprice.distribution import PriceDistribution
 from fastprice.errors import ConfigError, DataError
-from fastprice.money import parse_price
+from fastprice.prompts import TEXT, Form
 from fastprice.reading import Reader, Reading, reader_of
 from fastprice.trie import FloatArray, IntArray, PriceTrie
 
@@ -78,14 +78,16 @@ class PriceDecoder:
         self.reader, self.trie, self.config = reader, reader.trie, config
 
     @classmethod
-    def of(cls, model: Any, tokenizer: Any, *, max_price: int = 999) -> PriceDecoder:
+    def of(cls, model: Any, tokenizer: Any, *, max_price: int = 999, form: Form = TEXT) -> PriceDecoder:
         """Takes the fastest reader that the model and the free memory allow (`fastprice.reading`).
+
+        `form` says in which form prompts ask for the price, and so how it ends.
 
         Raises ConfigError for an impossible `max_price` (dollars), DataError for a tokenizer that cannot spell them.
         """
         if max_price < 1:
             raise ConfigError(f"max_price ({max_price}) must be at least 1")
-        return cls(reader_of(model, PriceTrie.of(tokenizer, max_price)), model.config)
+        return cls(reader_of(model, PriceTrie.of(tokenizer, max_price, form)), model.config)
 
     @torch.inference_mode()
     def distributions(
@@ -126,18 +128,20 @@ def price_distributions(
     max_price: int = 999,
     tolerance: float = 1e-4,
     batch_size: int = 64,
+    form: Form = TEXT,
     on_batch: Callable[[int], None] | None = None,
 ) -> list[PriceDistribution]:
     """p(price | prompt) over whole dollars from 1 to `max_price`, for each prompt (token ids, at least one).
 
     tolerance   how finely the trie is walked, see the module; 0 scores every price
     batch_size  prompts computed at once, at most
+    form        in which prompts ask for the price, and so how it ends
     on_batch    is told how many prompts are done
 
     A model that gives no price any probability, or whose logits are not numbers, yields an empty distribution. Raises
     ConfigError for impossible settings, DataError for an empty prompt or a tokenizer that cannot spell the prices.
     """
-    decoder = PriceDecoder.of(model, tokenizer, max_price=max_price)
+    decoder = PriceDecoder.of(model, tokenizer, max_price=max_price, form=form)
     return decoder.distributions(prompts, tolerance=tolerance, batch_size=batch_size, on_batch=on_batch)
 
 
@@ -300,9 +304,10 @@ def greedy_prices(
     prompts: Sequence[Sequence[int]],
     *,
     batch_size: int = 64,
+    form: Form = TEXT,
     on_batch: Callable[[int], None] | None = None,
 ) -> NDArray[np.float64]:
-    """The price a model writes after each prompt (token ids), in dollars; NaN where it writes none.
+    """The price a model writes after each prompt (token ids) in its `form`, in dollars; NaN where it writes none.
 
     Prompts are sorted by length, so that batches hold little padding; `on_batch` is told how many are done.
     """
@@ -311,9 +316,8 @@ def greedy_prices(
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
         for index, answer in zip(batch, _continue(model, tokenizer, [prompts[index] for index in batch]), strict=True):
-            # The prompt ended with "Price is $": only what follows without a gap is its number.
-            if answer[:1].isdigit() and (price := parse_price(answer.split("\n")[0])) is not None:
-                guesses[index] = price
+            price = form.read(answer)
+            guesses[index] = np.nan if price is None else price
         if on_batch:
             on_batch(start + len(batch))
     return guesses

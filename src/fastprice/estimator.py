@@ -18,9 +18,9 @@ from fastprice.intervals import Calibration, calibrate
 from fastprice.items import Item
 from fastprice.memory import parse_bytes
 from fastprice.memory.levels import check_keep
-from fastprice.methods import check_method, suggested_learning_rate
-from fastprice.prompts import Prompt, encode_prompt, encode_rows
-from fastprice.storage import ADAPTER, MANIFEST, MODEL, read_manifest, write_folder
+from fastprice.methods import TEXT_LOSSES, check_method, suggested_learning_rate
+from fastprice.prompts import FORMS, Form, Prompt, encode_prompt, encode_rows
+from fastprice.storage import ADAPTER, HEAD, MANIFEST, MODEL, read_manifest, write_folder
 from fastprice.targets import draw_items, price_of, text_of, training_items
 
 if TYPE_CHECKING:
@@ -29,8 +29,10 @@ if TYPE_CHECKING:
     from fastprice.engines import Engine, Loaded
     from fastprice.explain import Explanation
     from fastprice.guards import TrainingEvent
+    from fastprice.heads import PriceHead
     from fastprice.memory import Plan
     from fastprice.methods import Method
+    from fastprice.objective import Objective
     from fastprice.streaming import Streaming
     from fastprice.training import TrainingResult
 
@@ -49,6 +51,11 @@ class PriceEstimator(RegressorMixin, BaseEstimator):  # type: ignore[misc]
     base           "nano" (shipped: shows the pipeline), a folder, or a hub id such as "Qwen/Qwen2.5-0.5B"
     method         "qlora": NF4 base, LoRA adapters; "lora": 16-bit base (fp32 on a CPU); "full": every weight trains
     engine         "auto", "peft" or "unsloth" (CUDA)
+    output         "text": the price as digits; "json": as an object held to {"price": number}; "head": digits too, and
+                   beside them a head that gives the distribution in one pass (fastprice.heads), which `predict` reads
+    head           "histogram" (bins of log price) or "quantile"; head_weight: of its loss beside the text's
+    text_loss      "ce": cross-entropy alone; "number", "number_mse", "wasserstein": and with it, times
+                   text_loss_weight, a loss that knows which numbers are near each other (fastprice.losses)
     kernels        "auto": fastprice_kernels under the model while it trains on CUDA; "on" or "off" anywhere
     graphs         "on": steps replayed as CUDA graphs once a replay agreed with the eager step (fastprice.graphs);
                    "auto": where that is possible and pays; "off"
@@ -83,11 +90,16 @@ class PriceEstimator(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         kernels: str = "auto",
         graphs: str = "off",
         keep: str = "auto",
+        output: str = "text",
+        head: str = "histogram",
         rank: int = 16,
         alpha: float | None = None,
         dropout: float = 0.0,
         learning_rate: float | None = None,
         epochs: float = 1.0,
+        head_weight: float = 1.0,
+        text_loss: str = "ce",
+        text_loss_weight: float = 0.3,
         max_tokens: int = 256,
         pack_tokens: int = 2048,
         accumulation: int = 1,
@@ -104,11 +116,16 @@ class PriceEstimator(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         self.kernels = kernels
         self.graphs = graphs
         self.keep = keep
+        self.output = output
+        self.head = head
         self.rank = rank
         self.alpha = alpha
         self.dropout = dropout
         self.learning_rate = learning_rate
         self.epochs = epochs
+        self.head_weight = head_weight
+        self.text_loss = text_loss
+        self.text_loss_weight = text_loss_weight
         self.max_tokens = max_tokens
         self.pack_tokens = pack_tokens
         self.accumulation = accumulation
@@ -140,6 +157,7 @@ class PriceEstimator(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         self.fallback_price_, self.ceiling_price_ = float("nan"), UNTRAINED_CEILING
         self._decoder: PriceDecoder | None = None
         self.calibration_: Calibration | None = None
+        self._head: PriceHead | None = None
         return self
 
     def fit(
@@ -166,7 +184,8 @@ class PriceEstimator(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         # Set first: validation during training predicts too.
         self.fallback_price_, self.ceiling_price_ = float(np.median(prices)), max(prices)
         self._decoder = None
-        rows = encode_rows(self._tokenizer, items, self.max_tokens)
+        rows = encode_rows(self._tokenizer, items, self.max_tokens, self._form)
+        objective = self._objective(prices)
         self.cut_ = sum(row.cut > 0 for row in rows)
         watched = draw_items(validation_items, self.validation_items, self.seed)
         truths = np.array([price_of(item) for item in watched])
@@ -200,6 +219,7 @@ class PriceEstimator(RegressorMixin, BaseEstimator):  # type: ignore[misc]
                 keep=self.keep,
                 budget=None if self.max_memory is None else parse_bytes(self.max_memory),
                 streamed=0 if self.plan_ is None else self.plan_.streamed,
+                objective=objective,
                 on_event=on_event,
             )
         except BaseException:
@@ -244,14 +264,21 @@ class PriceEstimator(RegressorMixin, BaseEstimator):  # type: ignore[misc]
             done += len(chunk)
 
     def predict_distribution(
-        self, texts: Sequence[str] | Sequence[Item], *, on_batch: Callable[[int], None] | None = None
+        self,
+        texts: Sequence[str] | Sequence[Item],
+        *,
+        output: str | None = None,
+        on_batch: Callable[[int], None] | None = None,
     ) -> list[PriceDistribution]:
-        """p(price | text) over whole dollars from 1 to `ceiling_price_`, from the model's own next-token probabilities.
+        """p(price | text): over whole dollars from 1 to `ceiling_price_` from the model's own next-token probabilities,
+        or over the bins of its head.
+
+        output  None: what the estimator was made for; "text": what its digits say, also where it has a head
 
         Within about 1e-4 of each exact probability; `predict` and `predict_interval` walk fewer (fastprice.decoding).
         `on_batch` is told how many texts are done. Raises ConfigError on the unsloth engine: load with engine="peft".
         """
-        return self.distributions(self.prompts(texts), tolerance=1e-4, on_batch=on_batch)
+        return self.distributions(self.prompts(texts), tolerance=1e-4, output=output, on_batch=on_batch)
 
     def predict_interval(self, texts: Sequence[str] | Sequence[Item], coverage: float = 0.9) -> NDArray[np.float64]:
         """(low, high) in dollars for each text, float64 of shape (N, 2), that hold `coverage` of unseen prices.
@@ -286,7 +313,7 @@ class PriceEstimator(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         from fastprice.decoding import greedy_prices
 
         prompts = [prompt.ids for prompt in self.prompts(texts)]
-        prices = greedy_prices(self._model, self._tokenizer, prompts, batch_size=self.batch_size)
+        prices = greedy_prices(self._model, self._tokenizer, prompts, batch_size=self.batch_size, form=self._form)
         return np.minimum(prices, self.ceiling_price_)
 
     @property
@@ -306,24 +333,35 @@ class PriceEstimator(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         """The prompts of `texts` as the model reads them; each tells how many tokens of its text were cut."""
         self._check_fitted()
         _refuse_string(texts)
-        return [encode_prompt(self._tokenizer, text_of(text), self.max_tokens) for text in texts]
+        return [encode_prompt(self._tokenizer, text_of(text), self.max_tokens, self._form) for text in texts]
 
     def distributions(
         self,
         prompts: Sequence[Prompt],
         *,
         tolerance: float | None = None,
+        output: str | None = None,
         on_batch: Callable[[int], None] | None = None,
     ) -> list[PriceDistribution]:
-        """The distributions of texts that are prompts already; `tolerance` None: what a point estimate needs."""
+        """The distributions of texts that are prompts already; `tolerance` None: what a point estimate needs.
+
+        `output` is that of `predict_distribution`.
+        """
         from fastprice.decoding import QUICK
 
         self._check_fitted()
+        if output not in (None, "text", "head") or (output == "head" and self._head is None):
+            raise ConfigError(f"output: {output!r} cannot be read from an estimator with output={self.output!r}")
         if not self._engine.reads_distributions:
             raise ConfigError(f"engine: {self._engine.name} gives no distributions; save, then load with engine='peft'")
         self._engine.for_prediction(self._model)
+        ids = [prompt.ids for prompt in prompts]
+        if self._head is not None and output != "text":
+            from fastprice.heads import head_distributions
+
+            return head_distributions(self._model, self._head, ids, batch_size=self.batch_size, on_batch=on_batch)
         return self._price_decoder().distributions(
-            [prompt.ids for prompt in prompts],
+            ids,
             tolerance=QUICK if tolerance is None else tolerance,
             batch_size=self.batch_size,
             on_batch=on_batch,
@@ -353,6 +391,7 @@ class PriceEstimator(RegressorMixin, BaseEstimator):  # type: ignore[misc]
             "settings": self.get_params(),
             "fallback_price": self.fallback_price_,
             "ceiling_price": self.ceiling_price_,
+            "head": None if self._head is None else self._head.settings(),
             "calibration": None if self.calibration_ is None else self.calibration_.as_dict(),
             "best_step": self.training_.best_step,
             "validation_mae": self.training_.best_mae,
@@ -371,7 +410,7 @@ class PriceEstimator(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         try:
             estimator = cls(**manifest["settings"])
             fallback_price, ceiling_price = float(manifest["fallback_price"]), float(manifest["ceiling_price"])
-            saved = manifest["calibration"]
+            saved, head = manifest["calibration"], manifest.get("head")
             estimator.calibration_ = None if saved is None else Calibration.from_dict(saved)
         except (KeyError, TypeError, ValueError, DataError) as error:
             raise BaseModelError(f"{source / MANIFEST} is damaged ({error}); train again or restore it") from error
@@ -390,6 +429,16 @@ class PriceEstimator(RegressorMixin, BaseEstimator):  # type: ignore[misc]
             except (OSError, ValueError, KeyError, RuntimeError) as error:
                 said = str(error).strip().splitlines()[0]
                 raise BaseModelError(f"the adapter in {source} cannot be put on {estimator.base!r}: {said}") from error
+        estimator._head = None
+        if head is not None:
+            from fastprice.heads import make_head
+
+            try:
+                estimator._head = make_head(width=estimator._width, **head)
+            except (TypeError, ConfigError) as error:
+                raise BaseModelError(f"{source / MANIFEST} is damaged ({error}); train again or restore it") from error
+            estimator._head.restore(source / HEAD)
+            estimator._head.to(estimator._model.device)
         estimator._engine = chosen
         estimator._tokenizer = loaded.tokenizer
         estimator.fallback_price_, estimator.ceiling_price_ = fallback_price, ceiling_price
@@ -398,8 +447,17 @@ class PriceEstimator(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         return estimator
 
     def _choose_engine(self) -> Engine:
-        # Unsloth places weights by itself, so a limit of memory makes "auto" mean peft.
-        return choose_engine("peft" if self.engine == "auto" and self.max_memory is not None else self.engine)
+        """The engine; "auto" is peft where Unsloth cannot do what is asked.
+
+        Unsloth places weights by itself, so it keeps no limit of memory, and it is not known to give the hidden states
+        that heads and number losses train on: ConfigError where it is asked for them all the same.
+        """
+        reads_states = self.output == "head" or self.text_loss != "ce"
+        if reads_states and self.engine == "unsloth":
+            wants = "output='head'" if self.output == "head" else f"text_loss={self.text_loss!r}"
+            raise ConfigError(f"engine: 'unsloth' gives no hidden states to train {wants} on; use engine='peft'")
+        needs_peft = reads_states or self.max_memory is not None
+        return choose_engine("peft" if self.engine == "auto" and needs_peft else self.engine)
 
     def _drop_model(self) -> None:
         """Lets go of the model and frees what is streamed to it."""
@@ -434,11 +492,37 @@ class PriceEstimator(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         return planned.loaded
 
     def _write_weights(self, folder: Path) -> None:
+        if self._head is not None:
+            self._head.save(folder / HEAD)
         if self.method == "full":
             self._model.save_pretrained(folder / MODEL)
             self._tokenizer.save_pretrained(folder / MODEL)
         else:
             self._model.save_pretrained(folder / ADAPTER)
+
+    def _objective(self, prices: list[float]) -> Objective | None:
+        """What is added to the text's cross-entropy; makes the head, started from the training prices."""
+        from fastprice.objective import Objective
+
+        self._head = None
+        if self.output == "head":
+            from fastprice.heads import make_head
+
+            low, high = min(prices), max(prices)
+            if low == high:
+                low, high = low / 2, high * 2
+            self._head = make_head(self.head, self._width, low, high).to(self._model.device)
+            self._head.start_from(prices)
+        number = None
+        if self.text_loss != "ce":
+            from fastprice.decoding import PriceTrie
+            from fastprice.losses import NumberLoss
+
+            trie = PriceTrie.of(self._tokenizer, max(1, round(self.ceiling_price_)), self._form)
+            number = NumberLoss(self.text_loss, trie, self._tokenizer)
+        if self._head is None and number is None:
+            return None
+        return Objective(self._head, self.head_weight, number, self.text_loss_weight)
 
     def _calibrated(self, items: list[Item]) -> Calibration | None:
         """How far the intervals of the trained model must be widened, from at most `CALIBRATION_ITEMS` of `items`."""
@@ -458,7 +542,7 @@ class PriceEstimator(RegressorMixin, BaseEstimator):  # type: ignore[misc]
 
         if self._decoder is None:
             highest = max(1, round(self.ceiling_price_))
-            self._decoder = PriceDecoder.of(self._model, self._tokenizer, max_price=highest)
+            self._decoder = PriceDecoder.of(self._model, self._tokenizer, max_price=highest, form=self._form)
         return self._decoder
 
     def _check_fitted(self) -> None:
@@ -470,6 +554,14 @@ class PriceEstimator(RegressorMixin, BaseEstimator):  # type: ignore[misc]
     def __sklearn_is_fitted__(self) -> bool:
         return hasattr(self, "_model") and not np.isnan(self.fallback_price_)
 
+    @property
+    def _form(self) -> Form:
+        return FORMS["json" if self.output == "json" else "text"]
+
+    @property
+    def _width(self) -> int:
+        return int(self._model.config.get_text_config().hidden_size)
+
     def _alpha(self) -> float:
         return 2.0 * self.rank if self.alpha is None else self.alpha
 
@@ -480,6 +572,11 @@ class PriceEstimator(RegressorMixin, BaseEstimator):  # type: ignore[misc]
             for name, what, holds in (
                 ("kernels", "auto, on or off", self.kernels in ("auto", "on", "off")),
                 ("graphs", "auto, on or off", self.graphs in ("auto", "on", "off")),
+                ("output", "text, json or head", self.output in ("text", "json", "head")),
+                ("head", "histogram or quantile", self.head in ("histogram", "quantile")),
+                ("head_weight", "above 0", self.head_weight > 0),
+                ("text_loss", "one of " + ", ".join(TEXT_LOSSES), self.text_loss in TEXT_LOSSES),
+                ("text_loss_weight", "above 0", self.text_loss_weight > 0),
                 ("rank", "at least 1", self.rank >= 1),
                 ("dropout", "from 0 to below 1", 0 <= self.dropout < 1),
                 ("learning_rate", "above 0", self.learning_rate is None or self.learning_rate > 0),

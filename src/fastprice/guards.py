@@ -23,7 +23,8 @@ __all__ = ["Curves", "FiniteGuard", "Progress", "TrainingEvent"]
 class TrainingEvent:
     """One logged moment of a run; what was not measured then is None.
 
-    loss: mean negative log-likelihood a labelled token (nats) since the last event; eval_mae: dollars;
+    loss: mean negative log-likelihood a labelled token (nats) since the last event, and what the objective adds to it
+    (a head's loss, a number loss: a mean over texts, weighted); eval_mae: dollars;
     tokens_per_second: trained tokens over training time, evaluations left out; seconds_left: of training.
     """
 

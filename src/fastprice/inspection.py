@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastprice.errors import TrainingError
 from fastprice.items import Item
-from fastprice.prompts import IGNORE, TrainingRow, encode_rows
+from fastprice.prompts import IGNORE, TEXT, Form, TrainingRow, encode_rows
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -20,13 +20,19 @@ _LOSS = "bold black on green"
 
 
 def inspect_items(
-    tokenizer: Any, items: Sequence[Item], max_tokens: int, console: Console, *, examples: int = 3
+    tokenizer: Any,
+    items: Sequence[Item],
+    max_tokens: int,
+    console: Console,
+    *,
+    form: Form = TEXT,
+    examples: int = 3,
 ) -> None:
     """Prints the first `examples` items as the model sees them, and what share of all tokens carries loss.
 
     Raises TrainingError when no token of any item does: such a run would learn nothing.
     """
-    rows = encode_rows(tokenizer, items, max_tokens)
+    rows = encode_rows(tokenizer, items, max_tokens, form)
     total = sum(len(row.ids) for row in rows)
     labelled = sum(label != IGNORE for row in rows for label in row.labels)
     for number, (item, row) in enumerate(zip(items[:examples], rows, strict=False), 1):

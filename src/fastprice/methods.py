@@ -9,10 +9,12 @@ from fastprice.errors import ConfigError, nearest_name
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-__all__ = ["METHODS", "Method", "check_method", "lora_config", "suggested_learning_rate"]
+__all__ = ["METHODS", "TEXT_LOSSES", "Method", "check_method", "lora_config", "suggested_learning_rate"]
 
 Method = Literal["qlora", "lora", "full"]
 METHODS: tuple[Method, ...] = get_args(Method)
+
+TEXT_LOSSES = ("ce", "number", "number_mse", "wasserstein")  # fastprice.losses
 
 HIGHEST_RATE = 1.5e-3
 # Every linear layer of a decoder block carries an adapter; attention alone is worse at equal size (Dettmers et al.,

@@ -58,15 +58,16 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return groups
 
 
-def pack_rows(rows: Sequence[TrainingRow], capacity: int, seed: int = 0) -> list[dict[str, list[int]]]:
-    """Packs of at most `capacity` tokens, as `{"input_ids", "labels", "lengths"}`, in an order drawn from `seed`.
+def pack_rows(rows: Sequence[TrainingRow], capacity: int, seed: int = 0) -> list[dict[str, list[Any]]]:
+    """Packs of at most `capacity` tokens, as `{"input_ids", "labels", "lengths", "prices"}`, in an order drawn from
+    `seed`.
 
-    `lengths` holds the tokens of each text in the pack; each row is in exactly one pack.
+    `lengths` and `prices` hold the tokens and the dollars of each text in the pack; each row is in exactly one pack.
     """
     draw = random.Random(seed)
     order = list(range(len(rows)))
     draw.shuffle(order)
-    packs: list[dict[str, list[int]]] = []
+    packs: list[dict[str, list[Any]]] = []
     left_over: list[TrainingRow] = []
     for start in range(0, len(order), _WINDOW):
         window = left_over + [rows[index] for index in order[start : start + _WINDOW]]
@@ -81,6 +82,7 @@ def pack_rows(rows: Sequence[TrainingRow], capacity: int, seed: int = 0) -> list
                     "input_ids": [token for index in group for token in window[index].ids],
                     "labels": [label for index in group for label in window[index].labels],
                     "lengths": [len(window[index].ids) for index in group],
+                    "prices": [window[index].price for index in group],
                 }
             )
     draw.shuffle(packs)
@@ -146,7 +148,7 @@ class PackCollator:
     positions: bool = False
     static: StaticShape | None = None
 
-    def __call__(self, packs: Sequence[dict[str, list[int]]]) -> dict[str, Any]:
+    def __call__(self, packs: Sequence[dict[str, list[Any]]]) -> dict[str, Any]:
         lengths = [length for pack in packs for length in pack["lengths"]]
         ids = [token for pack in packs for token in pack["input_ids"]]
         labels = [label for pack in packs for label in pack["labels"]]

@@ -14,6 +14,7 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -169,6 +170,10 @@ def run(config: RunConfig, console: Console) -> RunResult:
         greedy = evaluate_model(
             f"{config.model.base}, tuned, greedy text", estimator.predict_greedy, split.test, fallback=median
         )
+        if config.model.output == "head":
+            results.append(
+                evaluate_model(f"{config.model.base}, tuned, text", partial(_text_medians, estimator), split.test)
+            )
     prepared.notes.append(_told_intervals(estimator, split.test))
     evaluation = Evaluation(list(split.test), true_prices(split.test), [*results, base, greedy, tuned])
     console.print(evaluation.table())
@@ -176,6 +181,11 @@ def run(config: RunConfig, console: Console) -> RunResult:
     _write_results(out, config, prepared, evaluation, training.events)
     console.print(f"report: {out / REPORT}\nmodel:  {out / MODEL}")
     return RunResult(out, evaluation)
+
+
+def _text_medians(estimator: Any, texts: Sequence[str]) -> Any:
+    """What the digits of an estimator with a head say."""
+    return estimator.guesses(estimator.distributions(estimator.prompts(texts), output="text"))
 
 
 def _told_intervals(estimator: Any, test: Sequence[Item]) -> str:

@@ -1,4 +1,4 @@
-"""A saved estimator: one folder with the settings, and the adapter or the whole model."""
+"""A saved estimator: one folder with the settings, the adapter or the whole model, and a head's weights."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from typing import Any
 
 from fastprice.errors import BaseModelError, ConfigError
 
-__all__ = ["ADAPTER", "FORMAT", "MANIFEST", "MODEL", "read_manifest", "write_folder"]
+__all__ = ["ADAPTER", "FORMAT", "HEAD", "MANIFEST", "MODEL", "read_manifest", "write_folder"]
 
 FORMAT = 1
 MANIFEST = "fastprice.json"
 ADAPTER = "adapter"
+HEAD = "head.safetensors"
 MODEL = "model"
 
 

@@ -27,8 +27,10 @@ from fastprice.guards import Curves, FiniteGuard, TrainingEvent
 from fastprice.memory.checkpointing import decoder_layers, keeping
 from fastprice.memory.keeper import CudaMeter, Keeper, Ladder, Meter, expected_bytes
 from fastprice.memory.levels import parse_levels, write_levels
+from fastprice.objective import TARGETS, Objective
 from fastprice.packing import StaticShape, pack_rows
 from fastprice.prompts import IGNORE, TrainingRow
+from fastprice.storage import HEAD
 
 if TYPE_CHECKING:
     from fastprice_kernels import InstallReport
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
 __all__ = ["TrainingResult", "train", "uses_kernels"]
 
 _LIBRARIES = r"(accelerate|bitsandbytes|datasets|peft|torch|transformers|trl|unsloth|unsloth_zoo)\b"
+
+_PRICE_HEAD = "price_head"  # its name in a model that trains
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,7 @@ def train(
     budget: int | None = None,
     streamed: int = 0,
     meter: Meter | None = None,
+    objective: Objective | None = None,
     on_event: Callable[[TrainingEvent], None] | None = None,
 ) -> TrainingResult:
     """Trains whatever in `model` requires a gradient on `rows`, in place.
@@ -92,6 +97,7 @@ def train(
     budget        bytes of the GPU's memory that "auto" may use in all; None: what is free
     streamed      layers whose weights come from the host (fastprice.streaming)
     meter         in place of the CUDA device's, for "auto"
+    objective     what is added to the text's loss (fastprice.objective); its head trains and is kept with the model
 
     Raises TrainingError when no row carries a label, the loss stops being finite or memory runs out whatever is kept;
     ConfigError for graphs that are asked for and cannot be had, and for a `keep` that the model or engine cannot do.
@@ -104,19 +110,20 @@ def train(
     packed = pack_rows(rows, pack_tokens, seed)
     packs = Dataset.from_list(packed)
     ours = uses_kernels(kernels)
-    captures = _captures(graphs, model, engine, kernels=ours)
+    captures = _captures(graphs, model, engine, kernels=ours, objective=objective)
     layers = _layers(model, engine, keep, captures=captures)
     collator = engine.collator()
     if ours and engine.name == "peft":
         collator = replace(collator, positions=True, static=StaticShape.of(packed) if captures else None)
     steps = max(1, round(epochs * -(-len(packs) // accumulation)))
     curves = Curves(on_event)
-    with tempfile.TemporaryDirectory(prefix="fastprice-") as folder:
+    with tempfile.TemporaryDirectory(prefix="fastprice-") as folder, _beside(model, objective):
         with _quiet():
             trainer = _trainer_class()(
                 validate=validate,
                 engine=engine,
                 own_loss=ours and engine.name == "peft",
+                objective=objective,
                 model=model,
                 args=_arguments(
                     engine,
@@ -135,7 +142,7 @@ def train(
                 ),
                 train_dataset=packs,
                 eval_dataset=packs.select([0]) if validate and evaluations else None,
-                data_collator=collator,
+                data_collator=collator if objective is None else objective.collator(collator),
                 processing_class=tokenizer,
                 callbacks=[curves, FiniteGuard()],
             )
@@ -183,12 +190,20 @@ def _trainer_class() -> Any:
         _total_train_tokens: int
 
         def __init__(
-            self, *, validate: Callable[[], float] | None, engine: Engine, own_loss: bool, **kwargs: Any
+            self,
+            *,
+            validate: Callable[[], float] | None,
+            engine: Engine,
+            own_loss: bool,
+            objective: Objective | None,
+            **kwargs: Any,
         ) -> None:
             super().__init__(**kwargs)
             self._validate = validate
             self._engine = engine
             self._own_loss = own_loss
+            self._objective = objective
+            self._texts: int | None = None
             self.captures = False
             self.keeper: Keeper | None = None
             self._graphed: GraphedStep | None = None
@@ -238,12 +253,35 @@ def _trainer_class() -> Any:
         def compute_loss(
             self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
         ) -> Any:
-            if not self._own_loss:
-                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-            # TRL's own reads entropy and accuracy off the device at every step, which makes the host wait for it.
-            self._count(inputs)
-            outputs = model(**inputs, use_cache=False, num_items_in_batch=num_items_in_batch)
-            return (outputs.loss, outputs) if return_outputs else outputs.loss
+            targets, tokens = inputs.pop(TARGETS, None), inputs["input_ids"].numel()
+            if self._own_loss:
+                # TRL's own reads entropy and accuracy off the device at every step, which makes the host wait for it.
+                self._count(inputs)
+                outputs = model(**inputs, use_cache=False, num_items_in_batch=num_items_in_batch)
+                loss = outputs.loss
+            else:
+                loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+            if self._objective is not None:
+                # The text's loss is a sum over the labels of the whole step where their number is given; so is this.
+                texts = None if num_items_in_batch is None else self._texts
+                loss = loss + self._objective(self.model, targets, tokens=tokens, texts=texts)
+            return (loss, outputs) if return_outputs else loss
+
+        def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+            batches, items = super().get_batch_samples(*args, **kwargs)
+            if self._objective is not None:
+                self._texts = sum(len(batch[TARGETS]["prices"]) for batch in batches)
+            return batches, items
+
+        def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+            super()._save(output_dir, state_dict)
+            if self._objective is not None and self._objective.head is not None:
+                self._objective.head.save(Path(output_dir or self.args.output_dir) / HEAD)
+
+        def _load_best_model(self) -> None:
+            super()._load_best_model()
+            if self._objective is not None and self._objective.head is not None:
+                self._objective.head.restore(Path(self.state.best_model_checkpoint) / HEAD)
 
         def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
             assert self._validate is not None
@@ -330,6 +368,22 @@ def _arguments(
     )
 
 
+@contextmanager
+def _beside(model: Any, objective: Objective | None) -> Iterator[None]:
+    """The objective's head as a part of the model while it trains, so that the trainer finds its parameters."""
+    if objective is None:
+        yield
+        return
+    if objective.head is not None:
+        model.add_module(_PRICE_HEAD, objective.head)
+    try:
+        with objective.watching(model):
+            yield
+    finally:
+        if objective.head is not None:
+            delattr(model, _PRICE_HEAD)
+
+
 def uses_kernels(kernels: str) -> bool:
     """Whether fastprice_kernels run under the model: `kernels` is "on", "off" or "auto" (on CUDA)."""
     return kernels == "on" or (kernels == "auto" and torch.cuda.is_available())
@@ -398,12 +452,14 @@ def _kept(
         keeper.remove()
 
 
-def _captures(graphs: str, model: Any, engine: Engine, *, kernels: bool) -> bool:
+def _captures(graphs: str, model: Any, engine: Engine, *, kernels: bool, objective: Objective | None) -> bool:
     """Whether steps are to be captured: `graphs` is "on", "off" or "auto". ConfigError for an "on" that cannot be."""
     if graphs == "off" or (graphs == "auto" and parameter_count(model) > AUTO_PARAMETERS):
         return False
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     trouble = hindrance(model, engine.name, kernels=kernels, dtype=compute_dtype(), processes=processes)
+    if objective is not None:
+        trouble = "a head or a number loss reads hidden states beside the model's own loss"
     if trouble is not None and graphs == "on":
         raise ConfigError(f"graphs: on, but {trouble}; use graphs='auto' or 'off'")
     return trouble is None

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastprice.errors import DataError
+from fastprice.prompts import TEXT, Form
 
 __all__ = ["FloatArray", "IntArray", "PriceTrie"]
 
@@ -22,7 +23,7 @@ class PriceTrie:
 
     Nodes are in breadth-first order and the children of a node are neighbours: `first_child[n]` to
     `first_child[n] + children[n]`. `slots` (M,) says where a node's token stands in `alphabet` (U,), whose last entry
-    is the end-of-sequence token. `paths` (M, D + 1) holds a node's ancestors by depth and itself, then -1. `prices`
+    is the token that ends a price. `paths` (M, D + 1) holds a node's ancestors by depth and itself, then -1. `prices`
     (M,) is 0 where the tokens so far are no price, and `lowest` (M,) the lowest price at or under a node.
     """
 
@@ -37,10 +38,9 @@ class PriceTrie:
     children: IntArray
 
     @classmethod
-    def of(cls, tokenizer: Any, max_price: int) -> PriceTrie:
+    def of(cls, tokenizer: Any, max_price: int, form: Form = TEXT) -> PriceTrie:
         """The trie of `tokenizer`; DataError if it has no end token or writes two prices alike."""
-        if tokenizer.eos_token_id is None:
-            raise DataError("the base model's tokenizer has no end-of-sequence token; set tokenizer.eos_token first")
+        end = form.end_id(tokenizer)
         spelt = tokenizer([str(price) for price in range(1, max_price + 1)], add_special_tokens=False)["input_ids"]
         price_of: dict[tuple[int, ...], int] = {}
         for price, ids in enumerate(spelt, start=1):
@@ -65,7 +65,7 @@ class PriceTrie:
         return cls(
             tokens=tokens,
             slots=np.searchsorted(alphabet, tokens),
-            alphabet=np.append(alphabet, tokenizer.eos_token_id),
+            alphabet=np.append(alphabet, end),
             depths=depths,
             paths=paths,
             prices=prices,

@@ -3,9 +3,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastprice.engines.bases import load_tokenizer
-from fastprice.errors import DataError
+from fastprice.errors import ConfigError, DataError
 from fastprice.items import Item
-from fastprice.prompts import HEAD, IGNORE, TAIL, answer_text, encode_prompt, encode_row
+from fastprice.prompts import FORMS, HEAD, IGNORE, JSON, TAIL, answer_text, encode_prompt, encode_row
 
 TOKENIZER = load_tokenizer("nano")
 
@@ -66,3 +66,41 @@ def test_answers_are_whole_dollars_from_one_up(price: float, answer: str) -> Non
 def test_an_item_without_a_price_is_refused_by_row() -> None:
     with pytest.raises(DataError, match="row 7"):
         encode_row(TOKENIZER, Item("a", None, row=7), 64)
+
+
+def test_a_json_row_ends_with_a_bracket_that_carries_loss() -> None:
+    row = encode_row(TOKENIZER, Item("a red kettle", 129.6), 64, JSON)
+    labelled = [label for label in row.labels if label != IGNORE]
+    assert TOKENIZER.decode(labelled[:-1]) == "130}"
+    assert labelled[-1] == TOKENIZER.eos_token_id
+    assert TOKENIZER.decode(row.ids[1 : -len(labelled)]) == f'{HEAD}a red kettle\n\n{{"price": '
+    assert row.price == 129.6
+
+
+@pytest.mark.parametrize(
+    ("answer", "price"),
+    [
+        ("130}", 130.0), ("12.5}", 12.5), ("130", None), ("130} and", None), ('"130"}', None), ("0}", None),
+        ("-3}", None), ("true}", None), ('5, "currency": "EUR"}', None), ("1e999}", None), ("", None),
+    ],
+)  # fmt: skip
+def test_json_is_read_by_its_schema_alone(answer: str, price: float | None) -> None:
+    assert JSON.read(answer) == price
+
+
+@given(st.text(max_size=30))
+def test_whatever_was_written_reading_it_gives_a_price_or_none(answer: str) -> None:
+    for form in FORMS.values():
+        price = form.read(answer)
+        assert price is None or 0 < price < float("inf")
+
+
+def test_a_tokenizer_that_cannot_close_an_object_in_one_token_is_told() -> None:
+    class Bytes:
+        eos_token_id = 0
+
+        def __call__(self, text: str, **_: object) -> dict[str, list[int]]:
+            return {"input_ids": [1] * 2 * len(text)}
+
+    with pytest.raises(ConfigError, match="use output='text'"):
+        JSON.end_id(Bytes())

@@ -80,9 +80,17 @@ def inspect(
     prepared = prepare_items(settings)
 
     from fastprice.engines.bases import load_tokenizer
+    from fastprice.prompts import FORMS, TEXT
 
-    tokenizer = load_tokenizer(settings.model.base)
-    inspect_items(tokenizer, prepared.split.train, settings.model.max_tokens, make_console(), examples=examples)
+    model = settings.model
+    inspect_items(
+        load_tokenizer(model.base),
+        prepared.split.train,
+        model.max_tokens,
+        make_console(),
+        form=FORMS.get(model.output, TEXT),
+        examples=examples,
+    )
 
 
 def _run(config: Path | None, overrides: dict[str, Any]) -> None:
