@@ -1,7 +1,7 @@
 """From a language model to prices: the whole distribution over whole dollars, or greedy text.
 
-The text of the price n is str(n) and the end-of-sequence token (`fastprice.prompts.encode_row` trains on exactly that),
-so its probability after a prompt is
+The text of the price n is str(n) and an end: the end-of-sequence token, or "}" where JSON is asked for
+(`fastprice.prompts.encode_row` trains on exactly that). So its probability after a prompt is
 
     p(n) = p(t1 | prompt) p(t2 | prompt t1) ... p(end | prompt t1 ... tD),     t1 ... tD: the tokens of str(n).
 
