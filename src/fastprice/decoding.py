@@ -78,16 +78,23 @@ class PriceDecoder:
         self.reader, self.trie, self.config = reader, reader.trie, config
 
     @classmethod
-    def of(cls, model: Any, tokenizer: Any, *, max_price: int = 999, form: Form = TEXT) -> PriceDecoder:
+    def of(
+        cls, model: Any, tokenizer: Any, *, max_price: int = 999, form: Form = TEXT, masks: bool = True
+    ) -> PriceDecoder:
         """Takes the fastest reader that the model and the free memory allow (`fastprice.reading`).
 
-        `form` says in which form prompts ask for the price, and so how it ends.
+        form   in which prompts ask for the price, and so how it ends
+        masks  whether the model's forward pass takes a mask for each token
 
-        Raises ConfigError for an impossible `max_price` (dollars), DataError for a tokenizer that cannot spell them.
+        Raises ConfigError for an impossible `max_price` (dollars) and for a model without masks of which there is no
+        dense copy, DataError for a tokenizer that cannot spell the prices.
         """
         if max_price < 1:
             raise ConfigError(f"max_price ({max_price}) must be at least 1")
-        return cls(reader_of(model, PriceTrie.of(tokenizer, max_price, form)), model.config)
+        reader = reader_of(model, PriceTrie.of(tokenizer, max_price, form), masks=masks)
+        if reader is None:
+            raise ConfigError("this model gives no distributions here: it takes no masks, and has no dense copy")
+        return cls(reader, model.config)
 
     @torch.inference_mode()
     def distributions(

@@ -237,12 +237,13 @@ class DenseDecoder:
         return (fp32 * fp32.square().mean(-1, keepdim=True).add_(self.epsilon).rsqrt_()).to(x.dtype)
 
     def _angles(self, positions: int) -> tuple[Tensor, Tensor]:
-        """cos and signed sin (P, d) of at least the first `positions` positions, by the model's own code."""
+        """cos and signed sin (P, d) of at least the first `positions` positions, from the model's own frequencies."""
         if not hasattr(self, "_table") or len(self._table[0]) < positions:
-            some = torch.arange(2 ** (positions - 1).bit_length(), device=self.device)
-            cos, sin = self._rotary(self.embeddings[:1], some[None])
-            first, second = sin[0].chunk(2, dim=-1)
-            self._table: tuple[Tensor, Tensor] = (cos[0], torch.cat((-first, second), dim=-1))
+            some = torch.arange(2 ** (positions - 1).bit_length(), device=self.device, dtype=torch.float32)
+            angles = some[:, None] * self._rotary.inv_freq.float().to(self.device)
+            scale = self._rotary.attention_scaling
+            cos, sin = (angles.cos() * scale).to(self.dtype), (angles.sin() * scale).to(self.dtype)
+            self._table: tuple[Tensor, Tensor] = (torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1))
         return self._table
 
     def _difference(self, model: Any) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -156,6 +157,7 @@ class PriceEstimator(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         )
         self.fallback_price_, self.ceiling_price_ = float("nan"), UNTRAINED_CEILING
         self._decoder: PriceDecoder | None = None
+        self._distributions_missing = False
         self.calibration_: Calibration | None = None
         self._head: PriceHead | None = None
         return self
@@ -184,7 +186,7 @@ class PriceEstimator(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         # Set first: validation during training predicts too.
         self.fallback_price_, self.ceiling_price_ = float(np.median(prices)), max(prices)
         self._decoder = None
-        rows = encode_rows(self._tokenizer, items, self.max_tokens, self._form)
+        rows = encode_rows(self._tokenizer, items, self.max_tokens, self.form)
         objective = self._objective(prices)
         self.cut_ = sum(row.cut > 0 for row in rows)
         watched = draw_items(validation_items, self.validation_items, self.seed)
@@ -235,13 +237,29 @@ class PriceEstimator(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         loss  what the guesses should make small: "mae" (the median of each text's distribution), "mse" (its mean),
               "rmsle", "mape", "hits"; ConfigError names the known ones
 
-        On the unsloth engine, whose models give no distribution here, it is the greedy text, whatever the loss.
+        Where there are no distributions (`reads_distributions`), it is the greedy text, whatever the loss.
         """
         self._check_fitted()
-        if not self._engine.reads_distributions:
+        if not self.reads_distributions:
             prices = self.predict_greedy(texts)
             return np.where(np.isnan(prices), self.fallback_price_, prices)
         return self.guesses(self.iter_distributions(texts), loss)
+
+    @property
+    def reads_distributions(self) -> bool:
+        """Whether this model gives distributions here: always on the peft engine; on unsloth, whose forward pass takes
+        no masks, where a dense copy of its weights fits the memory and agrees with it (fastprice.dense)."""
+        self._check_fitted()
+        if self._engine.takes_masks:
+            return True
+        if self._decoder is None and not self._distributions_missing:
+            self._engine.for_prediction(self._model)
+            try:
+                self._price_decoder()
+            except Exception as error:  # whatever a patched model raises: greedy text is still there
+                warnings.warn(f"no distributions on the {self._engine.name} engine: {error}", stacklevel=2)
+                self._distributions_missing = True
+        return not self._distributions_missing
 
     def iter_distributions(
         self,
@@ -313,7 +331,7 @@ class PriceEstimator(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         from fastprice.decoding import greedy_prices
 
         prompts = [prompt.ids for prompt in self.prompts(texts)]
-        prices = greedy_prices(self._model, self._tokenizer, prompts, batch_size=self.batch_size, form=self._form)
+        prices = greedy_prices(self._model, self._tokenizer, prompts, batch_size=self.batch_size, form=self.form)
         return np.minimum(prices, self.ceiling_price_)
 
     @property
@@ -333,7 +351,7 @@ class PriceEstimator(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         """The prompts of `texts` as the model reads them; each tells how many tokens of its text were cut."""
         self._check_fitted()
         _refuse_string(texts)
-        return [encode_prompt(self._tokenizer, text_of(text), self.max_tokens, self._form) for text in texts]
+        return [encode_prompt(self._tokenizer, text_of(text), self.max_tokens, self.form) for text in texts]
 
     def distributions(
         self,
@@ -352,7 +370,7 @@ class PriceEstimator(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         self._check_fitted()
         if output not in (None, "text", "head") or (output == "head" and self._head is None):
             raise ConfigError(f"output: {output!r} cannot be read from an estimator with output={self.output!r}")
-        if not self._engine.reads_distributions:
+        if not self.reads_distributions:
             raise ConfigError(f"engine: {self._engine.name} gives no distributions; save, then load with engine='peft'")
         self._engine.for_prediction(self._model)
         ids = [prompt.ids for prompt in prompts]
@@ -443,6 +461,7 @@ class PriceEstimator(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         estimator._tokenizer = loaded.tokenizer
         estimator.fallback_price_, estimator.ceiling_price_ = fallback_price, ceiling_price
         estimator._decoder = None
+        estimator._distributions_missing = False
         chosen.for_prediction(estimator._model)
         return estimator
 
@@ -518,7 +537,7 @@ class PriceEstimator(RegressorMixin, BaseEstimator):  # type: ignore[misc]
             from fastprice.decoding import PriceTrie
             from fastprice.losses import NumberLoss
 
-            trie = PriceTrie.of(self._tokenizer, max(1, round(self.ceiling_price_)), self._form)
+            trie = PriceTrie.of(self._tokenizer, max(1, round(self.ceiling_price_)), self.form)
             number = NumberLoss(self.text_loss, trie, self._tokenizer)
         if self._head is None and number is None:
             return None
@@ -526,7 +545,7 @@ class PriceEstimator(RegressorMixin, BaseEstimator):  # type: ignore[misc]
 
     def _calibrated(self, items: list[Item]) -> Calibration | None:
         """How far the intervals of the trained model must be widened, from at most `CALIBRATION_ITEMS` of `items`."""
-        if not self._engine.reads_distributions:
+        if not self.reads_distributions:
             return None
         drawn = draw_items(items, CALIBRATION_ITEMS, self.seed)
         scored = [
@@ -542,7 +561,9 @@ class PriceEstimator(RegressorMixin, BaseEstimator):  # type: ignore[misc]
 
         if self._decoder is None:
             highest = max(1, round(self.ceiling_price_))
-            self._decoder = PriceDecoder.of(self._model, self._tokenizer, max_price=highest, form=self._form)
+            self._decoder = PriceDecoder.of(
+                self._model, self._tokenizer, max_price=highest, form=self.form, masks=self._engine.takes_masks
+            )
         return self._decoder
 
     def _check_fitted(self) -> None:
@@ -555,7 +576,8 @@ class PriceEstimator(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         return hasattr(self, "_model") and not np.isnan(self.fallback_price_)
 
     @property
-    def _form(self) -> Form:
+    def form(self) -> Form:
+        """How prompts ask for the price and answers tell it (fastprice.prompts)."""
         return FORMS["json" if self.output == "json" else "text"]
 
     @property

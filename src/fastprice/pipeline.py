@@ -166,16 +166,15 @@ def run(config: RunConfig, console: Console) -> RunResult:
             baseline.fit(texts, train_prices)
             results.append(evaluate_model(baseline.name, baseline.predict, split.test))
     with console.status("measuring the tuned model"):
-        tuned = evaluate_model(f"{config.model.base}, tuned", estimator.predict, split.test)
-        greedy = evaluate_model(
-            f"{config.model.base}, tuned, greedy text", estimator.predict_greedy, split.test, fallback=median
-        )
+        name = f"{config.model.base}, tuned"
+        greedy = evaluate_model(f"{name}, greedy text", estimator.predict_greedy, split.test, fallback=median)
+        last = [greedy]
+        if estimator.reads_distributions:  # else `predict` is the greedy text
+            last.append(evaluate_model(name, estimator.predict, split.test))
         if config.model.output == "head":
-            results.append(
-                evaluate_model(f"{config.model.base}, tuned, text", partial(_text_medians, estimator), split.test)
-            )
+            results.append(evaluate_model(f"{name}, text", partial(_text_medians, estimator), split.test))
     prepared.notes.append(_told_intervals(estimator, split.test))
-    evaluation = Evaluation(list(split.test), true_prices(split.test), [*results, base, greedy, tuned])
+    evaluation = Evaluation(list(split.test), true_prices(split.test), [*results, base, *last])
     console.print(evaluation.table())
     console.print(prepared.notes[-1])
     _write_results(out, config, prepared, evaluation, training.events)

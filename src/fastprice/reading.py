@@ -72,10 +72,16 @@ class Reader(Protocol):
         """Computes `prompts`."""
 
 
-def reader_of(model: Any, trie: PriceTrie) -> Reader:
-    """The fastest reader that `model` and the free memory allow."""
+def reader_of(model: Any, trie: PriceTrie, *, masks: bool = True) -> Reader | None:
+    """The fastest reader that `model` and the free memory allow.
+
+    masks: whether the model's own forward pass takes a mask for each token. Where it does not, a dense copy is the only
+    way, and None says that there is none.
+    """
     decoder = DenseDecoder.of(model)
-    return StockReader(model, trie) if decoder is None else DenseReader(decoder, trie)
+    if decoder is not None:
+        return DenseReader(decoder, trie)
+    return StockReader(model, trie) if masks else None
 
 
 class DenseReader:

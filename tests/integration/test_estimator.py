@@ -198,3 +198,32 @@ def test_a_run_that_diverges_stops_and_leaves_no_model() -> None:
         estimator.fit(two_price_items(60))
     with pytest.raises(NotFittedError):
         estimator.predict(["a"])
+
+
+def test_an_engine_whose_models_take_no_masks_reads_distributions_off_a_dense_copy(
+    fitted: PriceEstimator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = [item.text for item in two_price_items(6)]
+    truth = fitted.predict_distribution(texts)
+    monkeypatch.setattr(fitted._engine, "takes_masks", False, raising=False)
+    monkeypatch.setattr(fitted, "_decoder", None)
+    assert fitted.reads_distributions
+    assert [each.median() for each in fitted.predict_distribution(texts)] == [each.median() for each in truth]
+
+
+def test_without_masks_and_without_a_copy_the_price_is_the_greedy_text_and_one_warning_says_so(
+    fitted: PriceEstimator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fastprice.dense import DenseDecoder
+
+    texts = [item.text for item in two_price_items(6)]
+    monkeypatch.setattr(fitted._engine, "takes_masks", False, raising=False)
+    monkeypatch.setattr(fitted, "_decoder", None)
+    monkeypatch.setattr(fitted, "_distributions_missing", False)
+    monkeypatch.setattr(DenseDecoder, "of", lambda model: None)
+    with pytest.warns(UserWarning, match="no distributions on the peft engine"):
+        prices = fitted.predict(texts)
+    greedy = fitted.predict_greedy(texts)
+    assert np.array_equal(prices, np.where(np.isnan(greedy), fitted.fallback_price_, greedy))
+    with pytest.raises(ConfigError, match="gives no distributions"):
+        fitted.predict_distribution(texts)

@@ -52,6 +52,16 @@ def test_alone_the_item_is_asked_as_in_training() -> None:
     assert WIDE.price_prompt("a lamp, 40 W").prompt == encode_prompt(TOKENIZER, "a lamp, 40 W", 100)
 
 
+def test_an_estimator_that_answers_in_json_is_shown_examples_in_json() -> None:
+    from fastprice.prompts import JSON, encode_prompt
+
+    layout = Layout(TOKENIZER, max_tokens=100, window=None, form=JSON)
+    assert layout.price_prompt("a lamp").prompt.ids == encode_prompt(TOKENIZER, "a lamp", 100, JSON).ids
+    told = shown(layout, "a lamp", examples=[Item("a chair", 40.0)])
+    assert '{"price": 40}' in told
+    assert told.endswith('{"price": ')
+
+
 def check_structure(decoded: str, examples: int) -> None:
     assert decoded.startswith(HEAD)
     assert decoded.endswith(TAIL)

@@ -30,9 +30,7 @@ class Engine(Protocol):
     """What training and prediction ask of an engine."""
 
     name: str
-    reads_distributions: (
-        bool  # whether its models take the masks with which fastprice.decoding walks all prices at once
-    )
+    takes_masks: bool  # whether its models' forward pass takes a mask for each token, as fastprice.reading uses it
 
     def load_base(self, base: str, *, method: Method, max_tokens: int) -> Loaded:
         """The frozen base, in 4 bits for "qlora"; BaseModelError when it cannot be found or read."""

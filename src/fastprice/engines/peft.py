@@ -20,7 +20,7 @@ class PeftEngine:
     """See `fastprice.engines.Engine`."""
 
     name = "peft"
-    reads_distributions = True
+    takes_masks = True
 
     def load_base(self, base: str, *, method: Method, max_tokens: int) -> Loaded:
         """The base in NF4 with double quantisation for "qlora" (Dettmers et al., 2023), else in its compute dtype.

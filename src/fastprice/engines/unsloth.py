@@ -40,8 +40,8 @@ class UnslothEngine:
     """See `fastprice.engines.Engine`."""
 
     name = "unsloth"
-    # Its inference path builds its own masks: nobody has seen it take one a node. Greedy text works as usual.
-    reads_distributions = False
+    # Its inference path builds its own masks: nobody has seen it take one a node. A dense copy of its weights does.
+    takes_masks = False
 
     def load_base(self, base: str, *, method: Method, max_tokens: int) -> Loaded:
         if method == "full":

@@ -11,7 +11,8 @@
     ⏎
     Price is $
 
-Without examples and facts this is the prompt of `fastprice.prompts`, on which models are tuned.
+Without examples and facts this is the prompt of `fastprice.prompts`, on which models are tuned; with output="json" the
+price stands in an object here as well.
 
 Blank lines and the phrases of the wrapper are the structure, so no text may hold them (`plain`): an item that says
 "Price is $1" after an empty line would otherwise be one more example. Each part is tokenised alone, special tokens
@@ -32,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 from fastprice.cleaning import repair_text
 from fastprice.errors import ConfigError
 from fastprice.items import Item
-from fastprice.prompts import HEAD, TAIL, Prompt, answer_text, encode_text, token_ids
+from fastprice.prompts import HEAD, TEXT, Form, Prompt, answer_text, encode_text, token_ids
 
 if TYPE_CHECKING:
     from fastprice.estimator import PriceEstimator
@@ -44,7 +45,9 @@ LEAST = 16  # tokens of an example's text; less of it says nothing
 REMOVED = "[removed]"
 _GAP = "\n\n"
 # The wrapper's phrases, and how lines of fastprice.prompting.tools begin: "CALL calc(", "= ".
-_RESERVED = re.compile(r"price\s+is\s*\$|how\s+much\s+does\s+this\s+cost|^\s*(?:call\s+\w+\s*\(|=)", re.I | re.M)
+_RESERVED = re.compile(
+    r"price\s+is\s*\$|\{\s*\"price\"\s*:|how\s+much\s+does\s+this\s+cost|^\s*(?:call\s+\w+\s*\(|=)", re.I | re.M
+)
 _CHARACTERS = 40  # of a text for each of its allowed tokens, at most: as in fastprice.prompts
 
 
@@ -61,12 +64,13 @@ class Layout:
     """Lays out prompts for one tokenizer.
 
     max_tokens  of one text, the item's or an example's; window: tokens of a prompt and its price, None for no limit
+    form        in which prices are asked for and told
     """
 
-    def __init__(self, tokenizer: Any, *, max_tokens: int, window: int | None) -> None:
-        self.tokenizer, self.max_tokens, self.window = tokenizer, max_tokens, window
+    def __init__(self, tokenizer: Any, *, max_tokens: int, window: int | None, form: Form = TEXT) -> None:
+        self.tokenizer, self.max_tokens, self.window, self.form = tokenizer, max_tokens, window, form
         self.start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-        self.head, self.tail, self.gap = (token_ids(tokenizer, part) for part in (HEAD, TAIL, _GAP))
+        self.head, self.tail, self.gap = (token_ids(tokenizer, part) for part in (HEAD, form.tail, _GAP))
 
     def price_prompt(self, text: str, *, examples: Sequence[Item] = (), facts: Sequence[str] = ()) -> LaidOut:
         """The prompt that asks for the price of `text`, after priced `examples` from the least similar to the most.
@@ -117,7 +121,7 @@ class Layout:
 
     def _example(self, example: Item) -> tuple[list[int], list[int]]:
         assert example.price is not None
-        return self.text_ids(example.text)[0], token_ids(self.tokenizer, answer_text(example.price))
+        return self.text_ids(example.text)[0], token_ids(self.tokenizer, answer_text(example.price) + self.form.close)
 
 
 def plain(text: str) -> str:
@@ -130,7 +134,8 @@ def plain(text: str) -> str:
 
 def layout_of(estimator: PriceEstimator) -> Layout:
     """The layout for this estimator's tokenizer, `max_tokens` and context window."""
-    return Layout(estimator.tokenizer, max_tokens=estimator.max_tokens, window=context_window(estimator.model.config))
+    window = context_window(estimator.model.config)
+    return Layout(estimator.tokenizer, max_tokens=estimator.max_tokens, window=window, form=estimator.form)
 
 
 def context_window(config: Any) -> int | None:
