@@ -6,11 +6,13 @@ import gc
 import hashlib
 import itertools
 import weakref
+from contextlib import nullcontext
 
 import pytest
 import torch
 
 from fastprice.errors import ConfigError, StreamingError
+from fastprice.memory.checkpointing import keeping
 from fastprice.streaming import spread, stream
 from fastprice.streaming.boundary import PretendBoundary
 from fastprice.streaming.host import decoder_layers, frozen_linears
@@ -68,6 +70,22 @@ def test_losses_and_gradients_are_those_of_the_resident_model(
         equal(run(model, 2), want)
         equal(run(model, 2), want)
     equal(run(model, 2), want)  # on a CPU the host's copy is where the model computes afterwards
+
+
+@pytest.mark.parametrize("kernels", ["stock", "kernels"])
+@pytest.mark.parametrize(
+    "levels", [["costly"] * 5, ["host"] * 5, ["host", "input", "input", "costly", "all"]], ids=lambda levels: levels[-1]
+)
+def test_streaming_under_any_plan_of_what_layers_keep(make_model, step, levels, kernels):
+    def run(model):
+        with nullcontext() if kernels == "stock" else installed(model), keeping(model, levels):
+            return step(model, 2)
+
+    want = run(make_model().train())
+    model = make_model().train()
+    with stream(model, 5, boundary=PretendBoundary()) as streaming:
+        equal(run(model), want)
+        assert streaming.visits == dict.fromkeys(range(5), 2 * 2)
 
 
 @pytest.mark.parametrize("recompute", ["", "all", "reentrant"])
