@@ -74,7 +74,7 @@ def test_the_table_of_all_models_and_sizes_is_the_one_in_the_guide(fastprice: Ru
 
 def test_what_does_not_fit_or_does_not_exist_is_one_line(fastprice: Run) -> None:
     for arguments, parts in (
-        (("--base", "Llama-3.1-70B", "--gpu", "8GiB"), ("does not fit", "needs")),
+        (("--base", "Llama-3.1-70B", "--gpu", "4GiB"), ("does not fit", "needs")),
         (("--base", "Llama-3.1-9B"), ("did you mean",)),
         (("--gpu", "plenty"), ("not a size",)),
     ):

@@ -69,6 +69,7 @@ class MemoryEstimate:
 
     moment       the moment of the step at which the peak falls: "forward", "loss head", "backward", "optimiser"
     host_bytes   pinned host memory besides: inputs of layers at level "host", weights of streamed layers
+                 and of an embedding beside them
     step         the same breakdown at the highest point of each moment, in the order of the step
     """
 
@@ -113,7 +114,8 @@ def estimate_memory(
     recompute   what is computed again: "all" layers, "none", so many layers (the first ones), each keeping its input;
                 or the level of each layer: "all", "costly", "input" or "host" (fastprice.memory.levels)
     loss_head   "full": logits for all positions; "completion": for the `labelled` share of them, in chunks
-    streaming   frozen layers whose weights come from the host when needed
+    streaming   frozen layers whose weights come from the host when needed; with any, so do the rows of an embedding
+                that is not tied to the head
     phase       "train", or "eval": a forward pass with a cache of keys and values; "completion" then means the logits
                 of one position of each text
 
@@ -197,7 +199,7 @@ def _estimate(
         step[name] = whole
     moment, breakdown = max(step.items(), key=lambda found: sum(found[1].values()))
     inputs = levels.count("host") * work.stream * tokens * shape.width if phase == "train" else 0
-    host = inputs + _streamed_bytes(shape, streaming)
+    host = inputs + _streamed_bytes(shape, streaming) + _embedding_on_host(shape, streaming)
     in_order = tuple((name, step[name]) for name in MOMENTS if name in step)
     return MemoryEstimate(sum(breakdown.values()), breakdown, moment, host, in_order)
 
@@ -228,10 +230,15 @@ def _weights(shape: ModelShape, method: str, streaming: int) -> dict[str, int]:
         return {"base weights (bf16)": 2 * shape.parameters}
     resident = shape.layers - streaming + min(streaming, STREAM_SLOTS)
     return {
-        "base weights (bf16)": 2 * (shape.parameters - linear),
+        "base weights (bf16)": 2 * (shape.parameters - linear) - _embedding_on_host(shape, streaming),
         "base weights (nf4)": resident * (shape.layer_linear_weights // 2),
         "quantisation statistics": resident * _layer_statistics(shape),
     }
+
+
+def _embedding_on_host(shape: ModelShape, streaming: int) -> int:
+    """Bytes of the embedding where it is on the host: beside streamed layers, if it is not the head as well."""
+    return 2 * shape.head_weights if streaming and not shape.tied else 0
 
 
 def _layer_statistics(shape: ModelShape) -> int:
