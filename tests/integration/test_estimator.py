@@ -91,9 +91,9 @@ def test_any_text_gets_a_finite_price(fitted: PriceEstimator, text: str) -> None
 
 
 def test_any_number_of_texts_streams_through(fitted: PriceEstimator, monkeypatch: pytest.MonkeyPatch) -> None:
-    import fastprice.estimator
+    import fastprice.predictor
 
-    monkeypatch.setattr(fastprice.estimator, "CHUNK", 3)
+    monkeypatch.setattr(fastprice.predictor, "CHUNK", 3)
     texts, taken, told = [f"{CHEAP}, lot {n}" for n in range(8)], [], []
     stream = fitted.iter_distributions(
         (taken.append(text) or text for text in texts), tolerance=1e-4, on_batch=told.append

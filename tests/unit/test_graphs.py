@@ -302,7 +302,7 @@ def test_a_training_with_graphs_tells_the_same_story(monkeypatch: pytest.MonkeyP
         return [event.loss for event in estimator.training_.events if event.loss is not None]
 
     tokens: dict[str, int] = {}
-    monkeypatch.setattr(training, "GraphedStep", Taped)
+    monkeypatch.setattr("fastprice.trainer.GraphedStep", Taped)
     want = losses("off")
     monkeypatch.setattr(training, "hindrance", lambda *a, **k: None)
     with warnings.catch_warnings():

@@ -202,7 +202,8 @@ def _run_fastprice(
 @contextmanager
 def _watched_training(probe: Probe, training: Any, settings: dict[str, Any]) -> Iterator[None]:
     """Watches the trainer that `training` makes, and keeps what became of its graphs."""
-    trainer_class, graphed = training._trainer_class, training.GraphedStep
+    trainer: Any = import_module("fastprice.trainer")
+    trainer_class, graphed = training.trainer_class, trainer.GraphedStep
 
     class Told(graphed):  # type: ignore[misc, valid-type]
         def __call__(self, batch: Any) -> Any:
@@ -217,11 +218,11 @@ def _watched_training(probe: Probe, training: Any, settings: dict[str, Any]) -> 
             watches.enter_context(probe.watching(made))
             return made
 
-        training._trainer_class, training.GraphedStep = watched, Told
+        training.trainer_class, trainer.GraphedStep = watched, Told
         try:
             yield
         finally:
-            training._trainer_class, training.GraphedStep = trainer_class, graphed
+            training.trainer_class, trainer.GraphedStep = trainer_class, graphed
 
 
 @contextmanager
