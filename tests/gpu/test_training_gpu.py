@@ -1,0 +1,96 @@
+"""Training and prediction as a user runs them, on each engine and with each option that CUDA alone has.
+
+Each in a process of its own, since Unsloth patches what it finds; minutes in all: `pytest tests/gpu -m slow`. Never run
+yet where this was written: there was no GPU.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.slow,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+PROGRAM = """
+import json, sys
+from fastprice import PriceEstimator
+from fastprice.catalogue import make_catalogue
+
+options = json.loads(sys.argv[1])
+estimator = PriceEstimator("nano", epochs=2.0, max_tokens=96, pack_tokens=1024, evaluations=2, **options)
+estimator.fit(make_catalogue(400, seed=1), make_catalogue(60, seed=2))
+texts = [item.text for item in make_catalogue(20, seed=3)]
+bounds = estimator.predict_interval(texts, 0.8) if estimator.reads_distributions else []
+print("FOUND " + json.dumps({
+    "losses": [event.loss for event in estimator.training_.events if event.loss is not None],
+    "prices": estimator.predict(texts).tolist(),
+    "bounds": [list(each) for each in bounds],
+    "reads": estimator.reads_distributions,
+}))
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("training")
+
+
+@cache
+def trained(folder: Path, options: str) -> dict[str, Any]:
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        "UNSLOTH_COMPILE_LOCATION": str(folder / "cache"),
+        "HF_HUB_OFFLINE": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", PROGRAM, options],
+        capture_output=True, text=True, env=environment, cwd=folder, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    line = next(line for line in done.stdout.splitlines() if line.startswith("FOUND "))
+    found: dict[str, Any] = json.loads(line.removeprefix("FOUND "))
+    return found
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"engine": "peft", "kernels": "off"},
+        {"engine": "peft", "kernels": "on"},
+        {"engine": "peft", "kernels": "on", "graphs": "on"},
+        {"engine": "peft", "kernels": "on", "keep": "3 host, 3 costly"},
+        {"engine": "peft", "kernels": "on", "output": "head"},
+        pytest.param(
+            {"engine": "unsloth"},
+            marks=pytest.mark.skipif(find_spec("unsloth") is None, reason="unsloth is not installed"),
+        ),
+    ],
+    ids=lambda options: " ".join(f"{name}={value}" for name, value in options.items()),
+)
+def test_it_learns_and_prices_what_it_has_not_seen(folder: Path, options: dict[str, Any]) -> None:
+    found = trained(folder, json.dumps(options))
+    losses = found["losses"]
+    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
+    assert all(0 < price < 1000 for price in found["prices"])
+    assert found["reads"]
+    assert all(0 < low <= high for low, high in found["bounds"])
+
+
+def test_kernels_change_the_losses_by_no_more_than_rounding(folder: Path) -> None:
+    both = (json.dumps({"engine": "peft", "kernels": kernels}) for kernels in ("off", "on"))
+    stock, ours = (trained(folder, options)["losses"] for options in both)
+    assert ours == pytest.approx(stock, rel=5e-2)
