@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from fastprice.errors import ConfigError, nearest_name
+from fastprice.memory import parse_bytes
 from fastprice.memory.levels import check_keep
 
 __all__ = ["CleanConfig", "DataConfig", "ModelConfig", "RunConfig", "SplitConfig", "TrainConfig", "read_config"]
@@ -89,6 +90,16 @@ class ModelConfig(_Section):
             return check_keep(value)
         except ConfigError as error:
             raise ValueError(str(error).removeprefix("keep: ")) from error
+
+    @field_validator("max_memory")
+    @classmethod
+    def _size(cls, value: str | int | None) -> str | int | None:
+        try:
+            if value is not None:
+                parse_bytes(value)
+            return value
+        except ConfigError as error:
+            raise ValueError(str(error).removeprefix("memory: ")) from error
 
 
 class TrainConfig(_Section):

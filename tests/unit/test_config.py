@@ -41,12 +41,16 @@ def test_on_and_off_need_no_quotes_in_yaml(tmp_path: Path) -> None:
 
 
 def test_every_error_is_told_at_once_with_the_nearest_key(tmp_path: Path) -> None:
-    path = written(tmp_path, MINIMAL + "modle: {}\ntrain: {epoch: 1, pack_tokens: many}\nsplit: {test: 0.9}\n")
+    content = (
+        "modle: {}\ntrain: {epoch: 1, pack_tokens: many}\nsplit: {test: 0.9}\nmodel: {max_memory: lots, keep: some}\n"
+    )
+    path = written(tmp_path, MINIMAL + content)
     with pytest.raises(ConfigError) as caught:
         read_config(path)
     said = str(caught.value)
     for part in ("modle: unknown key (did you mean 'model'?)", "train.epoch: unknown key (did you mean 'epochs'?)",
-                 "train.pack_tokens", "split.test", str(path)):  # fmt: skip
+                 "train.pack_tokens", "split.test", "model.max_memory: 'lots' is not a size", "model.keep: 'some'",
+                 str(path)):  # fmt: skip
         assert part in said
     assert "\n" not in said
 
