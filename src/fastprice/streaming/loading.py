@@ -288,10 +288,13 @@ def _some(names: Any) -> str:
 @contextmanager
 def _progress(total: int, what: str) -> Iterator[Callable[[int], None]]:
     """A progress bar on a terminal's standard error, nothing elsewhere; gives the function that adds bytes to it."""
+    if not sys.stderr.isatty():  # nor is rich asked for: `python -m benchmarks.gpu` runs without it
+        yield lambda size: None
+        return
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(what, total=total)
         yield lambda size: bar.advance(task, size)
