@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -229,3 +231,38 @@ def test_a_run_leaves_a_whole_result_that_says_cpu(tmp_path: Path) -> None:
     assert "CPU, no GPU figure" in paste_line(result)
     assert "no GPU figure" in write_report(tmp_path)
     assert (tmp_path / "report.html").is_file()
+
+
+BARE = """
+import importlib.machinery, json, sys
+
+blocked = {"typer", "rich", "pydantic", "polars", "lightgbm", "bm25s"}
+find = importlib.machinery.PathFinder.find_spec.__func__
+
+
+def find_spec(cls, name, path=None, target=None):
+    return None if name.partition(".")[0] in blocked else find(cls, name, path, target)
+
+
+importlib.machinery.PathFinder.find_spec = classmethod(find_spec)
+sys.path[:0] = json.loads(sys.argv[2])
+from fastprice.bench.worker import main
+
+raise SystemExit(main([sys.argv[1]]))
+"""
+
+
+def test_streaming_is_measured_where_only_the_listed_packages_are(tmp_path: Path) -> None:
+    from fastprice.bench.memory import streaming_cap
+
+    folder = str(save_model(random_nf4_model(model_config("nano"), "cpu", torch.float32), tmp_path / "model"))
+    cap = streaming_cap("nano", tokens=512, rank=16, kernels=False)
+    case = {"kind": "stream", "model": "nano", "folder": folder, "tokens": 512, "rank": 16, "cap_bytes": cap}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", BARE, json.dumps(case), json.dumps(sys.path)],
+        capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    line = next(line for line in done.stdout.splitlines() if line.startswith(MARK))
+    row = json.loads(line.removeprefix(MARK))
+    assert row["status"] == "ok", row
+    assert row["streamed_layers"] >= 1
