@@ -53,6 +53,7 @@ from fastprice.errors import ConfigError, DataError
 from fastprice.prompts import TEXT, Form
 from fastprice.reading import Reader, Reading, reader_of
 from fastprice.trie import FloatArray, IntArray, PriceTrie
+from fastprice.writing import write_greedily
 
 __all__ = ["QUICK", "PriceDecoder", "PriceTrie", "greedy_prices", "price_distributions"]
 
@@ -322,29 +323,10 @@ def greedy_prices(
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
-        for index, answer in zip(batch, _continue(model, tokenizer, [prompts[index] for index in batch]), strict=True):
+        rows = write_greedily(model, tokenizer, [prompts[index] for index in batch], most=_ANSWER_TOKENS)
+        for index, answer in zip(batch, tokenizer.batch_decode(rows, skip_special_tokens=True), strict=True):
             price = form.read(answer)
             guesses[index] = np.nan if price is None else price
         if on_batch:
             on_batch(start + len(batch))
     return guesses
-
-
-@torch.inference_mode()
-def _continue(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]]) -> list[str]:
-    """What the model writes after each prompt, greedily, as text; prompts are padded on the left."""
-    width = max(len(prompt) for prompt in prompts)
-    pad = tokenizer.pad_token_id
-    ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=model.device)
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
-    written = model.generate(
-        input_ids=ids,
-        attention_mask=mask,
-        max_new_tokens=_ANSWER_TOKENS,
-        do_sample=False,
-        use_cache=True,
-        pad_token_id=pad,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    answers: list[str] = tokenizer.batch_decode(written[:, width:], skip_special_tokens=True)
-    return answers

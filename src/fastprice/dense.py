@@ -28,6 +28,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastprice.decoders import plain_model
+
 __all__ = ["DenseDecoder", "Queries", "Tokens", "dense_bytes", "free_bytes"]
 
 Cache = list[tuple[Tensor, Tensor]]  # keys and values of each layer: (B, C, K, d)
@@ -124,7 +126,7 @@ class DenseDecoder:
 
         Warns where the two disagree about logits, and gives None. Runs under inference mode.
         """
-        plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+        plain = plain_model(model)
         if not _is_known(plain) or dense_bytes(plain) > _SHARE * free_bytes(plain.device):
             return None
         with torch.inference_mode():

@@ -24,10 +24,8 @@ from fastprice.storage import ADAPTER, HEAD, MANIFEST, MODEL, read_manifest, wri
 from fastprice.targets import draw_items, price_of, training_items
 
 if TYPE_CHECKING:
-    from fastprice.decoding import PriceDecoder
     from fastprice.engines import Engine, Loaded
     from fastprice.guards import TrainingEvent
-    from fastprice.heads import PriceHead
     from fastprice.memory import Plan
     from fastprice.methods import Method
     from fastprice.objective import Objective
@@ -152,10 +150,8 @@ class PriceEstimator(PricePredictor, RegressorMixin, BaseEstimator):  # type: ig
             seed=self.seed,
         )
         self.fallback_price_, self.ceiling_price_ = float("nan"), UNTRAINED_CEILING
-        self._decoder: PriceDecoder | None = None
-        self._distributions_missing = False
+        self._head, self._decoder, self._distributions_missing = None, None, False
         self.calibration_: Calibration | None = None
-        self._head: PriceHead | None = None
         return self
 
     def fit(
@@ -277,7 +273,6 @@ class PriceEstimator(PricePredictor, RegressorMixin, BaseEstimator):  # type: ig
             except (OSError, ValueError, KeyError, RuntimeError) as error:
                 said = str(error).strip().splitlines()[0]
                 raise BaseModelError(f"the adapter in {source} cannot be put on {estimator.base!r}: {said}") from error
-        estimator._head = None
         if head is not None:
             from fastprice.heads import make_head
 
@@ -290,8 +285,6 @@ class PriceEstimator(PricePredictor, RegressorMixin, BaseEstimator):  # type: ig
         estimator._engine = chosen
         estimator._tokenizer = loaded.tokenizer
         estimator.fallback_price_, estimator.ceiling_price_ = fallback_price, ceiling_price
-        estimator._decoder = None
-        estimator._distributions_missing = False
         chosen.for_prediction(estimator._model)
         return estimator
 

@@ -110,20 +110,9 @@ class Evaluation:
 
     def table(self) -> Table:
         """The comparison as a rich table for the terminal; the best of each column is bold."""
-        from rich.box import SIMPLE_HEAD
-        from rich.table import Table
         from rich.text import Text
 
-        # Without side borders and edge padding the whole table fits a terminal of 80 columns.
-        table = Table(
-            title=f"{len(self.items):,} items",
-            caption="\n".join(self.footnotes()) or None,
-            caption_justify="left",
-            box=SIMPLE_HEAD,
-            show_edge=False,
-            pad_edge=False,
-            padding=(0, 1, 0, 0),
-        )
+        table = narrow_table(f"{len(self.items):,} items", self.footnotes())
         table.add_column(self.headings()[0], overflow="fold")
         for heading in self.headings()[1:]:
             table.add_column(heading, justify="right", no_wrap=True)
@@ -226,6 +215,22 @@ def evaluate_model(
     except (DataError, TypeError, ValueError) as error:
         raise DataError(f"model {name!r}: {error}") from error
     return ModelResult(name, guesses_N, scores, seconds, unparsed, note)
+
+
+def narrow_table(title: str, footnotes: Sequence[str]) -> Table:
+    """A rich table without columns yet: no side borders, no edge padding, so that it fits a terminal of 80 columns."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    return Table(
+        title=title,
+        caption="\n".join(footnotes) or None,
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
 
 
 def true_prices(items: Sequence[Item]) -> FloatArray:

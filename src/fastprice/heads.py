@@ -31,10 +31,11 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastprice.decoders import decoder_of
 from fastprice.distribution import PriceDistribution
 from fastprice.errors import BaseModelError, ConfigError, nearest_name
 
-__all__ = ["HEADS", "HistogramHead", "PriceHead", "QuantileHead", "decoder_of", "head_distributions", "make_head"]
+__all__ = ["HEADS", "HistogramHead", "PriceHead", "QuantileHead", "head_distributions", "make_head"]
 
 FloatArray = NDArray[np.float64]
 
@@ -183,12 +184,6 @@ def make_head(kind: str, width: int, low: float, high: float) -> PriceHead:
     if kind not in HEADS:
         raise ConfigError(f"head: {kind!r} is not one of {', '.join(HEADS)}{nearest_name(kind, HEADS)}")
     return HEADS[kind](width, low, high)
-
-
-def decoder_of(model: Any) -> Any:
-    """The decoder of a causal model, with or without adapters: what gives hidden states to its language head."""
-    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return getattr(causal, causal.base_model_prefix)
 
 
 @torch.inference_mode()

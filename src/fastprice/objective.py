@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastprice.heads import PriceHead, decoder_of
+from fastprice.decoders import decoder_of, plain_model
+from fastprice.heads import PriceHead
 from fastprice.losses import NumberLoss, expected_cost
 from fastprice.prompts import IGNORE, answer_text
 
@@ -101,7 +102,7 @@ class Objective:
         from fastprice_kernels.last_layer import logit_transform
 
         assert self.number is not None
-        causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+        causal = plain_model(model)
         language_head = causal.get_output_embeddings()
         softcap, scale = logit_transform(causal)
         tokens = self.number.alphabet.to(hidden_NSD.device)

@@ -40,9 +40,9 @@ class PricePredictor:
     _engine: Engine
     _model: Any
     _tokenizer: Any
-    _head: PriceHead | None
-    _decoder: PriceDecoder | None
-    _distributions_missing: bool
+    _head: PriceHead | None = None
+    _decoder: PriceDecoder | None = None
+    _distributions_missing: bool = False
 
     def predict(self, texts: Sequence[str] | Sequence[Item], *, loss: str = "mae") -> NDArray[np.float64]:
         """Prices in dollars, float64 of shape (N,), never missing once fitted.

@@ -18,6 +18,7 @@ from fastprice.cli.options import (
     Price,
     Set,
     Text,
+    data_settings,
     load_estimator,
     make_console,
     overrides_of,
@@ -72,8 +73,8 @@ def compare(
         raise ConfigError(f"--out {out}: is a file; name a folder")
     given = overrides_of(
         set_,
-        {"data.file": data, "data.text": text, "data.price": price, "data.group": group, "data.drop": drop,
-         "data.limit": limit, "model.base": base, "model.method": method, "seed": seed},
+        {**data_settings(data, text, price, group, drop), "data.limit": limit, "model.base": base,
+         "model.method": method, "seed": seed},
     )  # fmt: skip
     settings = _settings(config, model, given)
     chosen = [choose_strategy(name, seed=settings.seed) for name in strategies or STRATEGIES]

@@ -33,6 +33,13 @@ ConfigFile = Annotated[Path | None, typer.Argument(metavar="[CONFIG.yaml]", help
 MANY_VALUES = {"--text", "--group", "--drop", "--set", "--item", "--strategies"}
 
 
+def data_settings(
+    data: str | None, text: list[str] | None, price: str | None, group: list[str] | None, drop: list[str] | None
+) -> dict[str, Any]:
+    """The settings that the options on a data file stand for."""
+    return {"data.file": data, "data.text": text, "data.price": price, "data.group": group, "data.drop": drop}
+
+
 def overrides_of(pairs: list[str] | None, options: dict[str, Any]) -> dict[str, Any]:
     import yaml
 

@@ -8,7 +8,19 @@ from typing import Annotated, Any
 
 import typer
 
-from fastprice.cli.options import Base, ConfigFile, Data, Drop, Group, Price, Set, Text, make_console, overrides_of
+from fastprice.cli.options import (
+    Base,
+    ConfigFile,
+    Data,
+    Drop,
+    Group,
+    Price,
+    Set,
+    Text,
+    data_settings,
+    make_console,
+    overrides_of,
+)
 
 
 def demo(
@@ -47,9 +59,8 @@ def train(
     overrides = overrides_of(
         set_,
         {
-            "data.file": data, "data.text": text, "data.price": price, "data.group": group, "data.drop": drop,
-            "data.limit": limit, "model.base": base, "model.method": method, "model.engine": engine,
-            "train.epochs": epochs, "seed": seed, "out": out,
+            **data_settings(data, text, price, group, drop), "data.limit": limit, "model.base": base,
+            "model.method": method, "model.engine": engine, "train.epochs": epochs, "seed": seed, "out": out,
         },
     )  # fmt: skip
     _run(config, overrides)
@@ -71,11 +82,7 @@ def inspect(
     from fastprice.inspection import inspect_items
     from fastprice.pipeline import prepare_items
 
-    overrides = overrides_of(
-        set_,
-        {"data.file": data, "data.text": text, "data.price": price, "data.group": group, "data.drop": drop,
-         "model.base": base},
-    )  # fmt: skip
+    overrides = overrides_of(set_, {**data_settings(data, text, price, group, drop), "model.base": base})
     settings = read_config(config, {"out": "unused", **overrides})
     prepared = prepare_items(settings)
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from fastprice.attention import PACKED_ATTENTION, register_packed_attention
+from fastprice.decoders import plain_model
 from fastprice.engines import Loaded
 from fastprice.engines.bases import base_error, load_config, load_tokenizer, resolve_base
 from fastprice.methods import Method, lora_config
@@ -74,11 +75,11 @@ class PeftEngine:
 
     def for_training(self, model: Any) -> None:
         register_packed_attention()
-        _plain(model).set_attn_implementation(PACKED_ATTENTION)
+        plain_model(model).set_attn_implementation(PACKED_ATTENTION)
         model.train()
 
     def for_prediction(self, model: Any) -> None:
-        _plain(model).set_attn_implementation("sdpa")
+        plain_model(model).set_attn_implementation("sdpa")
         model.eval()
 
     def collator(self) -> PackCollator:
@@ -90,10 +91,6 @@ def compute_dtype() -> torch.dtype:
     if not torch.cuda.is_available():
         return torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-
-
-def _plain(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def settle_four_bit(model: Any, dtype: torch.dtype) -> None:

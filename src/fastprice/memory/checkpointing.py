@@ -45,6 +45,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.weak import WeakIdKeyDictionary
 
+from fastprice.decoders import layers_of, plain_model
 from fastprice.errors import ConfigError
 from fastprice.memory.host_inputs import HostInputs
 from fastprice.memory.levels import check_levels
@@ -72,12 +73,10 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
 
     Raises ConfigError when there are none that can be recomputed one by one.
     """
-    whole: Any = model
-    base = whole.get_base_model() if hasattr(whole, "get_base_model") else whole
-    decoder = base.get_decoder() if hasattr(base, "get_decoder") else base
-    layers = getattr(decoder, "layers", None)
-    if not isinstance(layers, nn.ModuleList) or not all(hasattr(layer, _SLOTS[0]) for layer in layers) or not layers:
-        raise ConfigError(f"keep: the layers of a {type(base).__name__} cannot be told apart; use keep='all'")
+    layers = layers_of(model)
+    if not layers or not all(hasattr(layer, _SLOTS[0]) for layer in layers):
+        name = type(plain_model(model)).__name__
+        raise ConfigError(f"keep: the layers of a {name} cannot be told apart; use keep='all'")
     return list(layers)
 
 

@@ -46,6 +46,7 @@ from trl.trainer import sft_trainer
 from trl.trainer.sft_trainer import _CHUNKED_LM_HEAD_CHUNK_SIZE, _patch_chunked_ce_lm_head
 from trl.trainer.utils import entropy_from_logits
 
+from fastprice.decoders import plain_model
 from fastprice.memory.checkpointing import keeping
 from fastprice.memory.estimate import MemoryEstimate, estimate_memory, levels_of
 from fastprice.memory.levels import LEVELS, write_levels
@@ -175,7 +176,7 @@ def _train(model: Any, case: Case, live: Live) -> int:
 
     Gives the bytes alive between the two.
     """
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = plain_model(model)
     inner.set_attn_implementation(_ATTENTION)
     model.train()
     if case.loss_head == "completion":
@@ -207,7 +208,7 @@ def _loss(model: Any, ids: Tensor, positions: Tensor, labels: Tensor, lengths: t
 
 def _evaluate(model: Any, case: Case) -> None:
     """One forward pass over a batch of texts, keys and values cached, as in prediction during training."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = plain_model(model)
     inner.set_attn_implementation(_ATTENTION)
     model.eval()
     model.forward = convert_outputs_to_fp32(torch.autocast("cpu", torch.bfloat16)(model.forward))

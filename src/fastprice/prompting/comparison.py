@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from fastprice.baselines import ConstantBaseline
 from fastprice.errors import ConfigError, nearest_name
-from fastprice.evaluation import true_prices
+from fastprice.evaluation import narrow_table, true_prices
 from fastprice.items import Item
 from fastprice.metrics import Figure, Scores, paired_difference, score
 from fastprice.prompting.base import Strategy
@@ -96,18 +96,8 @@ class Comparison:
 
     def table(self) -> Table:
         """The ranking for a terminal."""
-        from rich.box import SIMPLE_HEAD
-        from rich.table import Table
-
-        table = Table(
-            title=f"{len(self.truths):,} unseen items, ranked by {_HEADINGS[self.metric]}",
-            caption="\n".join(self.footnotes()) or None,
-            caption_justify="left",
-            box=SIMPLE_HEAD,
-            show_edge=False,
-            pad_edge=False,
-            padding=(0, 1, 0, 0),
-        )
+        title = f"{len(self.truths):,} unseen items, ranked by {_HEADINGS[self.metric]}"
+        table = narrow_table(title, self.footnotes())
         table.add_column(self.headings()[0], no_wrap=True)
         for heading in self.headings()[1:]:
             table.add_column(heading, justify="right")

@@ -45,29 +45,19 @@ def _write_batch(estimator: PriceEstimator, prompts: Sequence[Sequence[int]], mo
     import torch
     from transformers import StoppingCriteria, StoppingCriteriaList
 
-    model, tokenizer = estimator.model, estimator.tokenizer
+    from fastprice.writing import write_greedily
+
+    tokenizer = estimator.tokenizer
     width = max(len(prompt) for prompt in prompts)
-    pad = tokenizer.pad_token_id
 
     class StopAt(StoppingCriteria):  # type: ignore[misc]  # transformers is untyped here
         def __call__(self, input_ids: Tensor, scores: Any, **rest: Any) -> Tensor:
             texts = tokenizer.batch_decode(input_ids[:, width:])
             return torch.tensor([stop in text for text in texts], device=input_ids.device)
 
-    ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=model.device)
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
-    with torch.inference_mode():
-        output = model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            max_new_tokens=most,
-            do_sample=False,
-            use_cache=True,
-            pad_token_id=pad,
-            eos_token_id=tokenizer.eos_token_id,
-            stopping_criteria=StoppingCriteriaList([StopAt()]),
-        )
-    return [_cut_at(tokenizer, row, stop) for row in output[:, width:].cpu().numpy()]
+    stopping = StoppingCriteriaList([StopAt()])
+    rows = write_greedily(estimator.model, tokenizer, prompts, most=most, stopping=stopping)
+    return [_cut_at(tokenizer, row, stop) for row in rows.cpu().numpy()]
 
 
 def _cut_at(tokenizer: Any, row: np.ndarray[Any, np.dtype[np.int64]], stop: str) -> Written:

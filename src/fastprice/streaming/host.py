@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastprice.decoders import layers_of, plain_model
 from fastprice.errors import ConfigError
 from fastprice.streaming.boundary import Boundary
 
@@ -23,10 +24,11 @@ _ALIGN = 256  # bytes: what CUDA's allocator aligns to, and more than any kernel
 
 def decoder_layers(model: Any) -> nn.ModuleList:
     """The decoder layers of a transformers causal model, with or without PEFT's wrapper; ConfigError if it has none."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    layers = getattr(base.get_decoder(), "layers", None)
-    if not isinstance(layers, nn.ModuleList):
-        raise ConfigError(f"streaming: {type(base).__name__} does not keep its decoder layers in `layers`")
+    layers: nn.ModuleList | None = layers_of(model)
+    if layers is None:
+        raise ConfigError(
+            f"streaming: {type(plain_model(model)).__name__} does not keep its decoder layers in `layers`"
+        )
     return layers
 
 

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastprice.decoders import plain_model
 from fastprice.errors import ConfigError, StreamingError
 from fastprice.streaming.boundary import Boundary, boundary_for
 from fastprice.streaming.embedding import HostEmbedding
@@ -114,7 +115,7 @@ class Streaming:
         self._hosts = [hosts[index] for index in self._indices]
         self._open: int | None = None
         self._closed = False
-        self._model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self._model = plain_model(model)
         self._handles: list[Any] = []
         self._slots: list[_Slot] = []
         self._embedding: HostEmbedding | None = None
@@ -259,14 +260,18 @@ class Streaming:
         )
 
 
-class _AtStart(torch.autograd.Function):
-    """The identity on a layer's input. Its backward runs when all gradients of the layer are there, as all of them that
-    need frozen weights flow into the input's."""
+class _Border(torch.autograd.Function):
+    """The identity on a tensor at a layer's border, whose backward tells the streaming."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, streaming: Streaming, turn: int) -> Tensor:
         ctx.streaming, ctx.turn = streaming, turn
         return x.view_as(x)
+
+
+class _AtStart(_Border):
+    """On a layer's input. Its backward runs when all gradients of the layer are there, as all of them that need frozen
+    weights flow into the input's."""
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
@@ -274,13 +279,8 @@ class _AtStart(torch.autograd.Function):
         return gradient, None, None
 
 
-class _AtEnd(torch.autograd.Function):
-    """The identity on a layer's output. Its backward is the first to run of the layer's."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, streaming: Streaming, turn: int) -> Tensor:
-        ctx.streaming, ctx.turn = streaming, turn
-        return x.view_as(x)
+class _AtEnd(_Border):
+    """On a layer's output. Its backward is the first to run of the layer's."""
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
