@@ -32,7 +32,8 @@ Mean error of the median $27.07 and $109.61 (exact: $27.05 and $109.31). At 1e-4
 by more than 1.1e-4. The rule before, every node with a share of 2 % and else the mean after its siblings, asked three
 times as many and was off by up to 12 % at the median.
 
-What it costs in time is in docs/LOG.md beside `generate`.
+That was measured once; each run of the prediction benchmark holds the median to QUICK
+(`fastprice.bench.prediction.check_prediction`). What it costs in time is in docs/LOG.md beside `generate`.
 
 Legend: B items of a batch, M nodes of the trie, U its tokens and the end, N pairs (item, node), D depth. Log
 probabilities are natural, float64 on the host.
