@@ -59,6 +59,13 @@ class PriceDistribution:
         object.__setattr__(self, "prices", prices)
         object.__setattr__(self, "probabilities", probabilities)
 
+    def __repr__(self) -> str:
+        # Not the thousand numbers that a dataclass would show for each text of a list.
+        if self.is_empty:
+            return "PriceDistribution(no price, missing_mass=1)"
+        found = f"{len(self.prices):,} prices, ${self.prices[0]:,g} to ${self.prices[-1]:,g}"
+        return f"PriceDistribution({found}, median=${self.median():,g}, missing_mass={self.missing_mass:.3g})"
+
     @cached_property
     def missing_mass(self) -> float:
         """Probability of everything that is not among `prices`, from 0 to 1."""

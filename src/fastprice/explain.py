@@ -22,13 +22,12 @@ from __future__ import annotations
 
 import html
 import re
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastprice.cleaning import repair_text
-from fastprice.errors import ConfigError
+from fastprice.plots import check_plot, save_plot
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -38,7 +37,6 @@ __all__ = ["SPANS", "Explanation", "Span", "explain", "spans_of"]
 
 SPANS = 64
 SHOWN = 15  # spans in a list or a plot
-PLOT_ENDINGS = (".png", ".svg", ".pdf")
 # A word with the blanks before it; one of more than 24 characters (a script without spaces, a link) is several.
 _WORD = re.compile(r"\s*\S{1,24}")
 _RAISES, _LOWERS = "#1a7f37", "#b3261e"
@@ -103,13 +101,10 @@ class Explanation:
     def plot(self, path: str | Path) -> Path:
         """Writes a bar for each of the strongest spans, in the order of the text, as PNG, SVG or PDF by the ending.
 
-        Raises ConfigError for another ending, or a folder that does not exist.
+        Raises as fastprice.plots.check_plot does: ConfigError for another ending or a folder that does not exist.
         """
-        target = check_plot(Path(path))
-        with warnings.catch_warnings():
-            # matplotlib's own font has no letters of some scripts, and draws boxes for them.
-            warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
-            self._figure().savefig(target, dpi=150)
+        target = check_plot(path)
+        save_plot(self._figure(), target)
         return target
 
     def _figure(self) -> Figure:
@@ -176,15 +171,6 @@ def spans_of(text: str, most: int = SPANS) -> list[tuple[int, int]]:
     run = -(-len(words) // most) or 1
     groups = [words[at : at + run] for at in range(0, len(words), run)]
     return [(group[0][0], group[-1][1]) for group in groups]
-
-
-def check_plot(path: Path) -> Path:
-    """ConfigError when a plot cannot be written to `path`."""
-    if path.suffix not in PLOT_ENDINGS:
-        raise ConfigError(f"--plot {path}: the ending must be one of {', '.join(PLOT_ENDINGS)}")
-    if not path.parent.is_dir():
-        raise ConfigError(f"--plot {path}: the folder {path.parent} does not exist")
-    return path
 
 
 def _visible(estimator: Any, text: str) -> tuple[str, bool]:

@@ -50,7 +50,7 @@ def test_the_plot_shows_the_step_and_its_file_is_checked(fastprice: Run, tmp_pat
     drawn = (tmp_path / "memory.svg").read_text()
     assert drawn.startswith("<?xml")
     assert str(tmp_path / "memory.svg") in said
-    for wrong, part in ((tmp_path / "memory.txt", ".png, .svg or .pdf"), (tmp_path / "no" / "m.png", "no folder")):
+    for wrong, part in ((tmp_path / "memory.txt", ".png, .svg, .pdf"), (tmp_path / "no" / "m.png", "not exist")):
         status, _, told = fastprice("plan", "--plot", wrong)
         assert status == 2
         assert part in told

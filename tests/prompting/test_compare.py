@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,9 +17,10 @@ from rich.console import Console
 from fastprice import ConfigError, Item, PriceEstimator
 from fastprice.catalogue import make_catalogue
 from fastprice.config import read_config
+from fastprice.metrics import score
 from fastprice.pipeline import prepare_items, run
 from fastprice.prompting import choose_strategy
-from fastprice.prompting.comparison import compare_strategies
+from fastprice.prompting.comparison import Comparison, Entry, compare_strategies
 from fastprice.prompting.few_shot import FewShot
 from fastprice.prompting.retrieval import Retrieval
 from fastprice.splitting import Split
@@ -66,6 +69,26 @@ def test_strategies_and_baselines_are_ranked_on_the_same_items(nano: PriceEstima
     assert json.loads(json.dumps(comparison.as_dict()))["entries"][0]["to_best"]["value"] == 0
 
 
+def test_the_table_is_whole_in_80_columns() -> None:
+    truths = np.array([250.0, 300.0, 800.0] * 40)
+    names = ["median of retrieval:16", "few-shot:16", "[red]mine[/red]"]
+    entries = []
+    for name, factor in zip(names, (0.5, 0.45, 0.01), strict=True):
+        guesses = truths * factor
+        asked = (1.23, 0.5, 1234.0, 123.4)
+        entries.append(Entry(name, guesses, score(truths, guesses), *asked, held=1.0, width=990.0))
+    comparison = Comparison(truths, entries, "mae")
+    out = io.StringIO()
+    Console(file=out, width=80).print(comparison.table())
+    shown = out.getvalue()
+    assert "…" not in shown
+    words = shown.split()
+    for cells in (comparison.headings(), *comparison.rows()):
+        for cell in cells:
+            assert shown.count(cell) >= (2 if cell == cells[0] else 1), cell
+    assert words.index("few-shot:16") < words.index("[red]mine[/red]")
+
+
 def test_hits_rank_from_the_most_and_names_must_differ(nano: PriceEstimator, split: Split) -> None:
     comparison = compare_strategies(nano, [choose_strategy("zero-shot")], split.train, [], split.test, loss="hits")
     hits = [float(entry.scores.hit_rate) for entry in comparison.entries]
@@ -91,16 +114,31 @@ def test_intervals_are_calibrated_for_each_strategy(nano: PriceEstimator, split:
 def test_a_base_is_compared_from_the_command_line(fastprice: Run, products: Path, tmp_path: Path) -> None:
     status, shown, said = fastprice(
         "compare", "--data", products, *COLUMNS, "--method", "lora", "--strategies", "zero-shot", "few-shot:2",
-        "--items", 6, "--calibrate", 0, "--out", tmp_path / "out",
+        "--items", 6, "--calibrate", 0, "--out", tmp_path / "out", "--plot", tmp_path / "out" / "compare.svg",
     )  # fmt: skip
     assert status == 0, said
     assert "6 unseen items, ranked by MAE $" in shown
     assert "12 examples shown" in shown
+    assert str(tmp_path / "out" / "compare.svg") in shown
+    assert "</svg>" in (tmp_path / "out" / "compare.svg").read_text()
     written = json.loads((tmp_path / "out" / "compare.json").read_text())
-    assert written["model"] == "nano"
-    assert {entry["name"] for entry in written["entries"]} == {
-        "zero-shot", "few-shot:2", "constant (median)", "median of retrieval:4",
+    assert (written["model"], written["items"], written["ranked_by"]) == ("nano", 6, "mae")
+    entries = written["entries"]
+    assert {entry["name"]: entry["baseline"] for entry in entries} == {
+        "zero-shot": False, "few-shot:2": False, "constant (median)": True, "median of retrieval:4": True,
     }  # fmt: skip
+    errors = [entry["scores"]["mae"]["value"] for entry in entries]
+    assert errors == sorted(errors)
+    for entry in entries:
+        mae = entry["scores"]["mae"]
+        assert entry["to_best"]["value"] == pytest.approx(mae["value"] - errors[0])
+        assert f"{mae['value']:.1f} ({mae['low']:.1f}–{mae['high']:.1f})" in shown
+        costs = [
+            f"{entry['ms_per_item']:.1f}",
+            f"{entry['prompt_tokens_per_item']:.0f}",
+            f"{entry['generated_tokens_per_item']:.1f}",
+        ]
+        assert any(line.startswith(entry["name"]) and line.split()[-3:] == costs for line in shown.splitlines())
 
 
 @pytest.fixture(scope="module")
@@ -149,14 +187,26 @@ def test_what_would_ask_about_items_it_has_seen_is_refused(
         (("--model", bare, "--data", products, *COLUMNS), "no config.yaml beside it"),
         (("--model", tmp_path), "neither a run's folder nor a saved estimator"),
         (("--data", products, *COLUMNS, "--strategies", "few-shot:x"), "a whole number from 1"),
-        (("--data", products, *COLUMNS, "--strategies", "guess"), "unknown name"),
+        (("--data", "no.csv", "--strategies", "retreival:4"), "unknown name (did you mean 'retrieval'?)"),
+        (("--data", "no.csv", "--strategies", "few-shot", "few-shot:4"), "'few-shot:4' is named more than once"),
+        (("--data", "no.csv", "--plot", tmp_path / "p.doc"), "one of .png, .svg, .pdf"),
+        (("--model", trained, "--plot", tmp_path / "no" / "p.png"), "does not exist"),
         (("--data", products, *COLUMNS, "--loss", "rmsl"), "did you mean 'rmsle'"),
-        (("--data", products, *COLUMNS, "--out", products), "is a file"),
+        (("--data", "no.csv", "--out", products / "out"), "no folder can be made there"),
         (("--strategies", "zero-shot"), "no data"),
     ]:
         status, _, said = fastprice("compare", *arguments)
         assert (status, said.count("\n")) == (2, 1), said
         assert expected in said
+
+
+def test_a_plot_without_matplotlib_is_refused_before_any_file_is_read(
+    fastprice: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    status, _, said = fastprice("compare", "--data", "no.csv", "--plot", tmp_path / "p.png")
+    assert (status, said.count("\n")) == (2, 1), said
+    assert "pip install matplotlib" in said
 
 
 def test_a_run_without_its_counts_is_compared_with_a_warning(fastprice: Run, trained: Path, tmp_path: Path) -> None:

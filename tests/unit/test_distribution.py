@@ -138,3 +138,10 @@ def test_impossible_questions_are_refused() -> None:
         distribution.interval(1)
     with pytest.raises(ConfigError, match=r"share is -0\.1"):
         distribution.quantile(-0.1)
+
+
+def test_it_is_shown_in_one_line() -> None:
+    prices = np.arange(1.0, 1000.0)
+    distribution = PriceDistribution(prices, np.full(999, 0.75 / 999))
+    assert repr([distribution]) == "[PriceDistribution(999 prices, $1 to $999, median=$500, missing_mass=0.25)]"
+    assert repr(PriceDistribution(np.empty(0), np.empty(0))) == "PriceDistribution(no price, missing_mass=1)"

@@ -25,6 +25,7 @@ from fastprice.cli.options import (
     saved_estimator_folder,
 )
 from fastprice.errors import ConfigError
+from fastprice.plots import check_plot
 
 if TYPE_CHECKING:
     from fastprice.config import RunConfig
@@ -58,19 +59,18 @@ def compare(
     limit: Annotated[int | None, typer.Option(help="Use only so many items, drawn with the seed.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of draw and split.")] = None,
     out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Folder for compare.json.")] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Also draw it: PNG, SVG or PDF.")] = None,
     set_: Set = None,
 ) -> None:
     """Rank ways of asking a model (zero-shot, few-shot, retrieval, chaining, tools) on items it has not seen."""
     from fastprice.pipeline import prepare_items
     from fastprice.prompting import choose_strategy
-    from fastprice.prompting.comparison import compare_strategies, metric_of
+    from fastprice.prompting.comparison import check_names, compare_strategies, metric_of
     from fastprice.targets import draw_items
 
     metric_of(loss)
     if model is not None and (base is not None or method is not None):
         raise ConfigError("compare: give --model (a run's) or --base, not both; a run knows its base and method")
-    if out is not None and out.exists() and not out.is_dir():
-        raise ConfigError(f"--out {out}: is a file; name a folder")
     given = overrides_of(
         set_,
         {**data_settings(data, text, price, group, drop), "data.limit": limit, "model.base": base,
@@ -78,6 +78,11 @@ def compare(
     )  # fmt: skip
     settings = _settings(config, model, given)
     chosen = [choose_strategy(name, seed=settings.seed) for name in strategies or STRATEGIES]
+    check_names(chosen)
+    if out is not None:
+        _make_folder(out)
+    if plot is not None:
+        check_plot(plot)  # after --out, whose folder it may be in
     prepared = prepare_items(settings)
     checked = model is None or _same_items(model, prepared)
 
@@ -108,7 +113,10 @@ def compare(
     console.print(comparison.table())
     if out is not None:
         path = _write(out, settings, str(model or settings.model.base), comparison)
-        console.print(f"written: {path}", highlight=False)
+        console.print(f"written: {path}", highlight=False, markup=False)
+    if plot is not None:
+        comparison.plot(plot)
+        console.print(f"plot: {plot}", highlight=False, markup=False)
 
 
 def _settings(config: Path | None, model: Path | None, given: dict[str, Any]) -> RunConfig:
@@ -174,17 +182,23 @@ def _base(settings: RunConfig, prepared: Prepared) -> PriceEstimator:
 
     from fastprice.estimator import PriceEstimator
 
-    # The other engine gives no distributions.
+    # As `PriceEstimator.load` does; the other engine is for training, and not sure to give distributions.
     estimator = PriceEstimator(**{**settings.estimator_params(), "engine": "peft"}).prepare()
     prices = [item.price for item in prepared.split.train if item.price is not None]
     estimator.fallback_price_, estimator.ceiling_price_ = float(np.median(prices)), max(prices)
     return estimator
 
 
+def _make_folder(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {out}: no folder can be made there ({error.strerror}); name another place") from error
+
+
 def _write(out: Path, settings: RunConfig, model: str, comparison: Comparison) -> Path:
     from fastprice import __version__
 
-    out.mkdir(parents=True, exist_ok=True)
     about = {"model": model, "data": settings.data.model_dump(), "seed": settings.seed, "fastprice": __version__}
     half = out / f".{RESULT}.{os.getpid()}.tmp"
     try:

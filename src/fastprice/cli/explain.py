@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from fastprice.cli.options import ModelDir, load_estimator, make_console, saved_estimator_folder, trained_cleaning
+from fastprice.plots import check_plot
 
 
 def explain(
@@ -17,15 +18,14 @@ def explain(
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Also draw it: PNG, SVG or PDF.")] = None,
 ) -> None:
     """Show which words raised or lowered the estimate of a text: what it would be without each of them."""
+    if plot is not None:
+        check_plot(plot)
     saved_estimator_folder(model)
 
     from fastprice.cleaning import prediction_text
-    from fastprice.explain import check_plot
     from fastprice.predictions import check_options
 
     check_options(loss, None)
-    if plot is not None:
-        check_plot(plot)
     text = prediction_text(item, trained_cleaning(model)["mask"])
     explanation = load_estimator(model).explain(text, loss=loss)
     console = make_console()

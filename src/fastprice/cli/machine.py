@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from fastprice.cli.options import make_console
+from fastprice.plots import check_plot
 
 
 def plan(
@@ -26,6 +27,9 @@ def plan(
     ] = None,
 ) -> None:
     """How to fine-tune a model within a GPU's memory, by arithmetic on its configuration; loads no weights."""
+    if plot is not None:
+        check_plot(plot)
+
     from fastprice.memory import make_plan, next_larger, plan_table
     from fastprice.memory.plan import table
     from fastprice.memory.plot import plot_memory

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from fastprice.errors import ConfigError
 from fastprice.memory.estimate import GIB, MemoryEstimate
+from fastprice.plots import check_plot, save_plot
 
 __all__ = ["plot_memory"]
 
@@ -18,13 +18,9 @@ def plot_memory(estimate: MemoryEstimate, path: str | os.PathLike[str], title: s
 
     limit   bytes of the GPU, drawn as a line; 0 for none
 
-    Raises ConfigError for another ending or a folder that is not there.
+    Raises as fastprice.plots.check_plot does: ConfigError for another ending or a folder that is not there.
     """
-    target = Path(path)
-    if target.suffix.lower() not in (".png", ".svg", ".pdf"):
-        raise ConfigError(f"plot: {target.name} must end in .png, .svg or .pdf")
-    if not target.parent.is_dir():
-        raise ConfigError(f"plot: there is no folder {target.parent}")
+    target = check_plot(path)
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
@@ -45,6 +41,5 @@ def plot_memory(estimate: MemoryEstimate, path: str | os.PathLike[str], title: s
     axes.set_ylim(0, 1.1 * max(*bottom, limit / GIB))
     axes.set_title(title)
     figure.legend(loc="outside right upper", fontsize="small")
-    # Nothing in the file says when it was made: the same estimate gives the same file.
-    figure.savefig(target, metadata={"Date": None} if target.suffix.lower() == ".svg" else None)
+    save_plot(figure, target)
     return target

@@ -14,10 +14,12 @@ run on the calibration items; fitting (building the index) is told apart. Tokens
 
 from __future__ import annotations
 
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,21 +30,23 @@ from fastprice.errors import ConfigError, nearest_name
 from fastprice.evaluation import narrow_table, true_prices
 from fastprice.items import Item
 from fastprice.metrics import Figure, Scores, paired_difference, score
+from fastprice.plots import check_plot, save_plot
 from fastprice.prompting.base import Strategy
 from fastprice.prompting.choosing import EXAMPLES
 from fastprice.prompting.estimator import PromptedEstimator
 from fastprice.prompting.retrieval import BM25Index, Neighbours, Retrieval
 
 if TYPE_CHECKING:
+    from rich.console import Group
     from rich.table import Table
 
     from fastprice.estimator import PriceEstimator
 
-__all__ = ["COVERAGE", "Comparison", "Entry", "compare_strategies", "metric_of"]
+__all__ = ["COVERAGE", "Comparison", "Entry", "check_names", "compare_strategies", "metric_of"]
 
 COVERAGE = 0.9
 RANKED_BY = {"mae": "mae", "mse": "rmse", "rmsle": "rmsle", "mape": "mape", "hits": "hit_rate"}
-_HEADINGS = {"mae": "MAE $", "rmse": "RMSE $", "rmsle": "RMSLE", "mape": "MAPE %", "hit_rate": "hits %"}
+HEADINGS = {"mae": "MAE $", "rmse": "RMSE $", "rmsle": "RMSLE", "mape": "MAPE %", "hit_rate": "hits %"}
 _LEAST_CALIBRATION = 9  # items that can vouch for a coverage of 90 %
 
 FloatArray = NDArray[np.float64]
@@ -50,7 +54,7 @@ FloatArray = NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class Entry:
-    """One strategy or baseline.
+    """One strategy, or a baseline, which asks no model.
 
     guesses                  N dollars, in the order of the items
     seconds, fit_seconds     wall time of answering N items, and of preparing to
@@ -71,6 +75,7 @@ class Entry:
     tally: Counter[str] = field(default_factory=Counter)
     held: float | None = None
     width: float | None = None
+    baseline: bool = False
 
     @property
     def ms_per_item(self) -> float:
@@ -94,21 +99,31 @@ class Comparison:
         """`metric` of `entry` less that of `reference`, with its paired 95 % bootstrap interval."""
         return paired_difference(self.truths, entry.guesses, reference.guesses, self.metric)
 
-    def table(self) -> Table:
-        """The ranking for a terminal."""
-        title = f"{len(self.truths):,} unseen items, ranked by {_HEADINGS[self.metric]}"
-        table = narrow_table(title, self.footnotes())
-        table.add_column(self.headings()[0], no_wrap=True)
-        for heading in self.headings()[1:]:
-            table.add_column(heading, justify="right")
+    def table(self) -> Group:
+        """The ranking for a terminal: two tables, errors and cost, since 80 columns do not hold one."""
+        from rich.console import Group
+
+        title = f"{len(self.truths):,} unseen items, ranked by {HEADINGS[self.metric]}"
+        errors = self._columns(narrow_table(title, ()), slice(1, 4))
+        costs = narrow_table("hits, 90 % intervals, time, tokens read and written", self.footnotes())
+        return Group(errors, "", self._columns(costs, slice(4, None)))
+
+    def _columns(self, table: Table, chosen: slice) -> Table:
+        """`table` with the names of the entries and the columns of `headings` that are chosen."""
+        from rich.text import Text
+
+        table.add_column(self.headings()[0], overflow="fold")
+        for heading in self.headings()[chosen]:
+            table.add_column(heading, justify="right", no_wrap=True)
         for row in self.rows():
-            table.add_row(*row)
+            # Text, not str: a strategy's name may hold square brackets, which rich would read as markup.
+            table.add_row(Text(row[0]), *row[chosen])
         return table
 
     def headings(self) -> list[str]:
-        to_best = f"{_HEADINGS[self.metric]} to the best (95 %)"
-        scores = ["MAE $ (95 %)", "RMSLE", "hits %", to_best, "90 % held", "width $"]
-        return ["strategy", *scores, "ms/item", "tokens read", "written"]
+        to_best = f"{HEADINGS[self.metric]} to the best (95 %)"
+        errors = ["MAE $ (95 %)", "RMSLE", to_best]
+        return ["strategy", *errors, "hits %", "90 % held", "width $", "ms/item", "read", "written"]
 
     def rows(self) -> list[list[str]]:
         """The table's body, a list of cells an entry, in the order of `headings`."""
@@ -118,8 +133,8 @@ class Comparison:
                 entry.name,
                 f"{entry.scores.mae:.1f} ({entry.scores.mae.low:.1f}–{entry.scores.mae.high:.1f})",
                 f"{entry.scores.rmsle:.3f}",
+                "best" if entry is best else signed(self.difference(entry, best), self.metric),
                 f"{entry.scores.hit_rate:.1f}",
-                "best" if entry is best else _signed(self.difference(entry, best), self.metric),
                 "–" if entry.held is None else f"{100 * entry.held:.1f} %",
                 "–" if entry.width is None else f"{entry.width:,.0f}",
                 f"{entry.ms_per_item:.1f}",
@@ -128,6 +143,17 @@ class Comparison:
             ]
             for entry in self.entries
         ]
+
+    def plot(self, path: str | os.PathLike[str]) -> Path:
+        """Draws the strategies by rank (fastprice.prompting.drawing) as PNG, SVG or PDF by the ending; returns `path`.
+
+        Raises as fastprice.plots.check_plot does: ConfigError for another ending or a folder that does not exist.
+        """
+        from fastprice.prompting.drawing import draw_comparison
+
+        target = check_plot(path)
+        save_plot(draw_comparison(self), target)
+        return target
 
     def footnotes(self) -> list[str]:
         """A line for each entry that had something to tell: examples dropped, calls made, texts cut."""
@@ -149,6 +175,7 @@ class Comparison:
             "entries": [
                 {
                     "name": entry.name,
+                    "baseline": entry.baseline,
                     "scores": entry.scores.as_dict(),
                     "to_best": self.difference(entry, self.entries[0]).as_dict(),
                     "to_zero_shot": None if zero_shot is None else self.difference(entry, zero_shot).as_dict(),
@@ -173,6 +200,13 @@ def metric_of(loss: str) -> str:
     return RANKED_BY[loss]
 
 
+def check_names(strategies: Sequence[Strategy]) -> None:
+    """ConfigError for a strategy named twice: "few-shot" is "few-shot:4"."""
+    names = [strategy.name for strategy in strategies]
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise ConfigError(f"strategy {twice[0]!r} is named more than once")
+
+
 def compare_strategies(
     estimator: PriceEstimator,
     strategies: Sequence[Strategy],
@@ -192,9 +226,7 @@ def compare_strategies(
     Raises ConfigError for an unknown loss or a strategy named twice, DataError for items without a price.
     """
     metric = metric_of(loss)
-    names = [strategy.name for strategy in strategies]
-    if twice := [name for name, count in Counter(names).items() if count > 1]:
-        raise ConfigError(f"strategy {twice[0]!r} is named more than once")
+    check_names(strategies)
     truths = true_prices(test)
     entries = [_asked(estimator, strategy, train, calibration, test, truths, loss, on_items) for strategy in strategies]
     entries += _baselines(strategies, train, test, truths)
@@ -259,7 +291,8 @@ def _baselines(
     constant = ConstantBaseline().fit([item.text for item in train], true_prices(train))
     fitted = time.perf_counter()
     guesses = constant.predict([item.text for item in test])
-    entries = [Entry(constant.name, guesses, score(truths, guesses), time.perf_counter() - fitted, fitted - begun)]
+    seconds = time.perf_counter() - fitted
+    entries = [_baseline(constant.name, guesses, truths, seconds, fitted - begun)]
     looked_up = {each.name: each.neighbours for each in strategies if isinstance(each, Retrieval)}
     for name, neighbours in (looked_up or {f"retrieval:{EXAMPLES}": Neighbours(EXAMPLES, BM25Index())}).items():
         begun = time.perf_counter()
@@ -268,10 +301,14 @@ def _baselines(
         fitted = time.perf_counter()
         guesses = neighbours.median_prices(test)
         seconds = time.perf_counter() - fitted
-        entries.append(Entry(f"median of {name}", guesses, score(truths, guesses), seconds, fitted - begun))
+        entries.append(_baseline(f"median of {name}", guesses, truths, seconds, fitted - begun))
     return entries
 
 
-def _signed(figure: Figure, metric: str) -> str:
+def _baseline(name: str, guesses: FloatArray, truths: FloatArray, seconds: float, fit_seconds: float) -> Entry:
+    return Entry(name, guesses, score(truths, guesses), seconds, fit_seconds, baseline=True)
+
+
+def signed(figure: Figure, metric: str) -> str:
     digits = 3 if metric == "rmsle" else 1
     return f"{figure:+.{digits}f} ({figure.low:+.{digits}f} to {figure.high:+.{digits}f})"

@@ -47,7 +47,8 @@ class Answers:
 class PromptedEstimator:
     """`estimator` (fitted, loaded, or only prepared) asked by `strategy`, which may show it items of `train`.
 
-    `estimator` must give distributions (engine "peft"). A strategy by name is chosen with `seed`. Nothing is trained.
+    `estimator` must give distributions (`reads_distributions`). A strategy by name is chosen with `seed`. Nothing is
+    trained.
     `calibration_` is None until `calibrate`.
     """
 

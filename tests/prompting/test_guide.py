@@ -1,0 +1,39 @@
+"""What docs/prompting.md shows is what runs."""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fastprice.catalogue import make_catalogue
+
+Run = Callable[..., tuple[int, str, str]]
+GUIDE = (Path(__file__).resolve().parents[2] / "docs" / "prompting.md").read_text(encoding="utf-8")
+
+
+def test_the_guides_python_and_its_command_run(
+    fastprice: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with open("products.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["sku", "title", "description", "price"])
+        for item in make_catalogue(120, seed=6):
+            title, _, rest = item.text.partition("\n")
+            writer.writerow([item.group, title, rest, item.price])
+    asking, reading = re.findall(r"```python\n(.*?)```", GUIDE, flags=re.DOTALL)
+    exec(compile(asking, "docs/prompting.md", "exec"), {})
+    assert "examples shown" in capsys.readouterr().out
+    command = re.findall(r"^fastprice (compare --data .*)$", GUIDE, flags=re.MULTILINE)[0].split()
+    fewer = ("--strategies", "zero-shot", "tools", "--items", 3, "--calibrate", 0)
+    status, _, said = fastprice(*command, *fewer, "--out", "cmp", "--plot", "cmp/compare.png")
+    assert status == 0, said
+    exec(compile(reading, "docs/prompting.md", "exec"), {})
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4
+    assert any(line.startswith("tools False ") for line in lines)
+    assert Path("cmp/compare.png").is_file()
