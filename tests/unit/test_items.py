@@ -1,69 +1,28 @@
-"""Reading items: every format, every way a file can be bad, and the law that no row vanishes."""
+"""Reading items: every format, what a row becomes, real files, large files."""
 
 from __future__ import annotations
 
 import copy
 import csv
 import gzip
-import io
 import json
 import pickle
 import random
 import subprocess
 import sys
-import tempfile
 from datetime import date
 from decimal import Decimal
 from pathlib import Path
 
 import polars
 import pytest
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
+from tests.unit.item_files import ROWS, jsonl, write
 
 from fastprice.errors import DataError
 from fastprice.items import Item, Items, Reject, load_items, open_items
 from fastprice.tables import open_table
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
-ROWS = [
-    {"name": "Desk lamp", "about": "brass, 40 cm", "kind": "light", "price": 25},
-    {"name": "Chair", "about": None, "kind": "seat", "price": 80.5},
-    {"name": "Sofa", "about": "three seats", "kind": None, "price": 1299.99},
-]
-
-
-def jsonl(path: Path, *rows: object) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
-def write(path: Path, rows: list[dict]) -> Path:
-    """The rows in the format that the path's ending asks for."""
-    kind = path.name.removesuffix(".gz").rpartition(".")[2]
-    if kind == "parquet":
-        polars.DataFrame(rows, infer_schema_length=None).write_parquet(path)
-        return path
-    text = io.StringIO()
-    if kind in ("csv", "tsv"):
-        writer = csv.DictWriter(text, rows[0], delimiter="\t" if kind == "tsv" else ",")
-        writer.writeheader()
-        writer.writerows(rows)
-    else:
-        text.writelines(json.dumps(row) + "\n" for row in rows)
-    data = text.getvalue().encode("utf-8")
-    path.write_bytes(gzip.compress(data) if path.name.endswith(".gz") else data)
-    return path
-
-
-def error(path: Path, **options: object) -> str:
-    """The message of the DataError that loading raises: one line that names the file."""
-    with pytest.raises(DataError) as caught:
-        load_items(path, **{"text": "name", "price": "price", **options})
-    message = str(caught.value)
-    assert "\n" not in message
-    assert str(path) in message
-    return message.replace(str(path), "FILE")
 
 
 # ---- What is read --------------------------------------------------------------------------------------------------
@@ -282,219 +241,6 @@ def test_a_byte_order_mark_is_no_part_of_the_data(tmp_path: Path, name: str, dat
 def test_a_nameless_index_is_no_part_of_every_column(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text(",name,kind\n0,Lamp,light\n")
     assert load_items(tmp_path / "a.csv", text="*")[0].text == "Lamp\nlight"
-
-
-# ---- What is refused -----------------------------------------------------------------------------------------------
-
-
-def test_a_missing_file_names_the_nearest(tmp_path: Path) -> None:
-    jsonl(tmp_path / "products.jsonl", ROWS[0])
-    assert error(tmp_path / "product.jsonl") == "FILE: no such file (did you mean 'products.jsonl'?)"
-    assert "no folder" in error(tmp_path / "nowhere" / "a.jsonl")
-
-
-def test_files_that_are_no_data_at_all(tmp_path: Path) -> None:
-    assert "is a folder" in error(tmp_path)
-    (tmp_path / "a.xlsx").write_bytes(b"PK\x03\x04")
-    assert "its ending is none of .jsonl" in error(tmp_path / "a.xlsx")
-    with pytest.raises(DataError, match="no such file"):
-        load_items("a\0b.jsonl")
-
-
-@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.parquet", "a.jsonl.gz", "a.tsv"])
-def test_empty_files(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).write_bytes(b"")
-    assert error(tmp_path / name) == "FILE: the file is empty"
-    if name.endswith(".gz"):
-        (tmp_path / name).write_bytes(gzip.compress(b""))
-        assert error(tmp_path / name) == "FILE: the file is empty"
-
-
-def test_files_without_rows(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_text("name,price\n")
-    polars.DataFrame({"name": [], "price": []}).write_parquet(tmp_path / "a.parquet")
-    for name in ("a.csv", "a.parquet"):
-        assert error(tmp_path / name) == "FILE: has a header and no rows; is it the right file?"
-    (tmp_path / "a.jsonl").write_text("\n \n")
-    assert error(tmp_path / "a.jsonl") == "FILE: has no rows; is it the right file?"
-    (tmp_path / "b.csv").write_text("\n\n")
-    assert error(tmp_path / "b.csv") == "FILE: has no rows; is it the right file?"
-
-
-CSV_TEXT = b"name,price\nLamp,5\nChair,6\n"
-
-
-@pytest.mark.parametrize(
-    ("name", "data", "said"),
-    [
-        ("a.parquet", CSV_TEXT, "is not Parquet, as its ending says, but text"),
-        ("a.parquet", gzip.compress(CSV_TEXT), "is not Parquet, as its ending says, but gzip"),
-        ("a.parquet", b"PAR1" + bytes(100) + b"PAR1", "the Parquet data is damaged or cut off"),
-        ("a.parquet", b"PAR1", "the Parquet data is damaged or cut off"),
-        ("a.csv.gz", CSV_TEXT, "is not gzip, as its ending says"),
-        ("a.csv.gz", gzip.compress(CSV_TEXT * 500)[:-40], "gzip data is damaged or cut off"),
-        ("a.csv.gz", gzip.compress(bytes(range(256)) * 9, mtime=0)[:60] + b"junk" * 9, "damaged or cut off"),
-        ("a.csv", gzip.compress(CSV_TEXT), "is not CSV text, as its ending says, but gzip; end its name in .gz"),
-        ("a.csv", b"PAR1xxxx", "but Parquet; end its name in .parquet"),
-        ("a.csv", b"PK\x03\x04xxxx", "but a zip archive or spreadsheet"),
-        ("a.csv", bytes(range(256)), "but binary data"),
-        ("a.csv", CSV_TEXT.decode().encode("utf-16"), "but UTF-16 text; save it as UTF-8"),
-        ("a.csv", CSV_TEXT.decode().encode("utf-16-le"), "but UTF-16 text; save it as UTF-8"),
-        ("a.jsonl", '{"name": "x"}'.encode("utf-16"), "but UTF-16 text; save it as UTF-8"),
-        ("a.csv", b"<!DOCTYPE html><html>", "but a web page"),
-        ("a.csv", b'{"name": "Lamp", "price": 5}\n', "looks like JSON"),
-        ("a.csv", b"na\xffme,price\nLamp,5\n", "the header is not UTF-8"),
-        ("a.csv", b'"name"x,price\nLamp,5\n', "the header (line 1) is not CSV"),
-        ("a.csv", b"name,price,name\nLamp,5,x\n", "the header names column 'name' twice (fields 1, 3)"),
-        (
-            "a.csv",
-            b"name,price\nLamp,5\n" + b"x" * (2**24 + 1) + b",6\n",
-            "row 2 (line 3): a field runs over 16,777,216 characters",
-        ),
-        (
-            "a.csv",
-            b'name,price\nLamp,5\n"Chair,6\nSofa,7\n',
-            "row 2 (line 3 to 4): a field runs to the end of the file",
-        ),
-        ("a.jsonl", CSV_TEXT, "is not JSON Lines, as its ending says"),
-        ("a.jsonl", CSV_TEXT * 10, "is not JSON Lines, as its ending says: row 5"),
-        ("a.jsonl", b'[{"name": "Lamp", "price": 5}]', "not a JSON object but a list (is the file one JSON array?"),
-        ("a.jsonl", b"[\n  {\n", "is not JSON Lines"),
-    ],
-)
-def test_a_file_that_is_not_what_its_ending_says(tmp_path: Path, name: str, data: bytes, said: str) -> None:
-    (tmp_path / name).write_bytes(data)
-    assert said in error(tmp_path / name)
-
-
-@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.parquet"])
-def test_an_unknown_column_names_the_nearest_and_all(tmp_path: Path, name: str) -> None:
-    path = write(tmp_path / name, ROWS)
-    columns = "its columns are: name, about, kind, price"
-    assert error(path, price="prise") == f"FILE: no column 'prise' (did you mean 'price'?); {columns}"
-    for option in ({"text": ["name", "abuot"]}, {"group": "abuot"}, {"text": "*", "drop": ["abuot"]}):
-        assert error(path, **option) == f"FILE: no column 'abuot' (did you mean 'about'?); {columns}"
-
-
-def test_a_column_that_only_some_lines_have_is_known(tmp_path: Path) -> None:
-    path = jsonl(tmp_path / "a.jsonl", {"name": "x", "price": 5}, {"name": "y", "price": 6, "late": "z"})
-    assert [item.text for item in load_items(path, text=["name", "late"], price="price")] == ["x", "y\nz"]
-
-
-def test_the_wrong_separator_is_hinted_at(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_text("name;price\nLamp;5\n")
-    assert "is ';' what separates its fields?" in error(tmp_path / "a.csv")
-
-
-def test_a_file_without_a_usable_price_says_why_and_where(tmp_path: Path) -> None:
-    path = jsonl(
-        tmp_path / "a.jsonl", {"name": "x", "price": "ask"}, {"name": "y", "price": None}, {"name": "z", "price": None}
-    )
-    assert error(path) == (
-        "FILE: none of its 3 rows is usable; the most frequent reason, in 2 of them: no price (column 'price', "
-        "first in row 2); name another column or mend the file"
-    )
-    assert "no text (text of 'about', first in row 1)" in error(jsonl(path, {"about": "", "price": 5}), text="about")
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ({"text": []}, "no text column is named"),
-        ({"text": ["*", "name"]}, "not both"),
-        ({"text": ["name", "price"]}, "both the price and part of the text"),
-        ({"text": ["name", "about"], "drop": ["about"]}, "both dropped and part of the text"),
-    ],
-)
-def test_contradictions_are_refused(tmp_path: Path, options: dict, said: str) -> None:
-    assert said in error(write(tmp_path / "a.jsonl", ROWS), **options)
-
-
-# ---- Laws ----------------------------------------------------------------------------------------------------------
-
-VALUES = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.floats()
-    | st.text(max_size=8)
-    | st.sampled_from(["$5", "1,299", "0"]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
-    max_leaves=5,
-)
-OBJECTS = st.dictionaries(st.sampled_from(["name", "price", "a", "b c", "unit_cost"]), VALUES, max_size=5)
-
-
-@settings(max_examples=150, deadline=None)
-@given(st.lists(OBJECTS | VALUES | st.just("{bad"), max_size=12), st.booleans(), st.sampled_from(["*", "name"]))
-def test_no_row_of_json_lines_vanishes(rows: list, priced: bool, text: str) -> None:
-    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows if row != ""]
-    lines = [line.replace("\n", " ") for line in lines if line.strip()]
-    lines += [json.dumps({"name": "last", "price": 5})]
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "a.jsonl"
-        path.write_text("\n".join(lines), encoding="utf-8", errors="surrogatepass", newline="")
-        try:
-            items = load_items(path, text=text, price="price" if priced else None)
-        except DataError as error:
-            assert "is not JSON" in str(error)  # noqa: PT017 (five lines in a row that are not JSON)
-            return
-    assert len(items) + len(items.rejects) == len(lines)
-    assert sorted([item.row for item in items] + [reject.row for reject in items.rejects]) == list(
-        range(1, len(lines) + 1)
-    )
-    for item in items:
-        assert item.text.strip()
-        item.text.encode("utf-8")
-        assert (item.price is None) != priced
-        assert item.price is None or 0 < item.price < float("inf")
-
-
-CELLS = st.text(alphabet=st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=6)
-
-
-@settings(max_examples=150, deadline=None)
-@given(st.lists(st.lists(CELLS, min_size=1, max_size=4), max_size=12))
-@example([["x", "\n"], ['"', "5"], ["a\rb", "6", ""]])
-def test_no_row_of_csv_vanishes(rows: list[list[str]]) -> None:
-    rows = [row for row in rows if row != [""]] + [["last", "5"]]
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "a.csv"
-        with path.open("w", encoding="utf-8", newline="") as stream:
-            csv.writer(stream, quoting=csv.QUOTE_ALL).writerows([["name", "price"], *rows])
-        items = load_items(path, text="name", price="price")
-    assert len(items) + len(items.rejects) == len(rows)
-    for row, item in ((rows[item.row - 1], item) for item in items):
-        assert len(row) == 2
-        assert row[0].strip() in item.text
-
-
-@settings(max_examples=150, deadline=None)
-@given(st.binary(max_size=200), st.sampled_from(["a.jsonl", "a.csv", "a.tsv", "a.csv.gz", "a.parquet"]), st.booleans())
-def test_any_bytes_give_items_or_one_line(junk: bytes, name: str, packed: bool) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / name
-        path.write_bytes(gzip.compress(junk) if packed else junk)
-        try:
-            load_items(path, text="*")
-        except DataError as error:
-            assert "\n" not in str(error)  # noqa: PT017
-            assert str(path) in str(error)  # noqa: PT017
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.data())
-def test_damaged_parquet_and_gzip_give_items_or_one_line(data: st.DataObject) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        path = write(Path(folder) / data.draw(st.sampled_from(["a.parquet", "a.jsonl.gz"])), ROWS * 20)
-        content = bytearray(path.read_bytes())
-        for _ in range(data.draw(st.integers(1, 4))):
-            content[data.draw(st.integers(4, len(content) - 1))] = data.draw(st.integers(0, 255))
-        path.write_bytes(content[: data.draw(st.integers(len(content) // 2, len(content)))])
-        try:
-            load_items(path, text="*", price="price")
-        except DataError as error:
-            assert "\n" not in str(error)  # noqa: PT017
 
 
 # ---- Items ---------------------------------------------------------------------------------------------------------
