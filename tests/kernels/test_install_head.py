@@ -1,0 +1,187 @@
+"""The loss head and the last layer at labelled positions, under real model classes and others' wrappers."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from tests.kernels.adapted_models import CONFIGS, MODES, VOCABULARY, WIDTH, assert_close, batch, gradients, make
+
+from fastprice_kernels import last_layer as heads
+from fastprice_kernels.install import install, installed, uninstall
+from fastprice_kernels.loss_head import labelled_positions
+
+transformers = pytest.importorskip("transformers")
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+def test_last_layer_without_loss_head_is_refused():
+    with pytest.raises(ValueError, match="needs loss_head=True"):
+        install(make(), last_layer=True)
+
+
+def test_outputs_carry_what_trl_reads():
+    model = make()
+    inputs = batch()
+    logits = model(**inputs).logits[:, :-1]
+    labels = inputs["labels"][:, 1:]
+    install(model, loss_head=True, last_layer=True)
+    output = model(**inputs)
+    known = labels != -100
+    assert output.num_valid_tokens == known.sum()
+    assert output.num_correct_tokens == ((logits.argmax(-1) == labels) & known).sum()
+    entropy = torch.distributions.Categorical(logits=logits).entropy()[known].sum()
+    torch.testing.assert_close(output.entropy_sum, entropy.detach())
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_losses_add_up_over_micro_batches(mode):
+    model, inputs = make(), batch()
+    items = (inputs["labels"][:, 1:] != -100).sum()
+    want = gradients(model, num_items_in_batch=items)
+    install(model, **MODES[mode])
+    model.zero_grad()
+    total = 0.0
+    for row in range(3):
+        loss = model(**{k: v[row : row + 1] for k, v in inputs.items()}, num_items_in_batch=items).loss
+        loss.backward()
+        total += loss.detach()
+    got = [total, *(p.grad for p in model.parameters() if p.requires_grad)]
+    assert_close(got, want, 2e-5)
+
+
+@pytest.mark.parametrize("mode", ["head", "all"])
+def test_without_labelled_tokens_loss_and_gradients_are_zero(mode):
+    model, inputs = make(), batch()
+    inputs["labels"] = torch.full_like(inputs["labels"], -100)
+    install(model, **MODES[mode])
+    for value in gradients(model, inputs):
+        assert torch.equal(value, torch.zeros_like(value))
+
+
+def test_labels_that_are_shifted_already():
+    model, inputs = make(), batch()
+    shifted = torch.nn.functional.pad(inputs["labels"][:, 1:], (0, 1), value=-100)
+    want = gradients(model)
+    install(model, loss_head=True, last_layer=True)
+    assert_close(gradients(model, {**inputs, "shift_labels": shifted}), want, 2e-5)
+
+
+@pytest.mark.parametrize("mode", ["head", "all"])
+def test_positions_that_come_with_the_batch(mode, monkeypatch):
+    model, inputs = make(), batch()
+    want = gradients(model)
+    install(model, **MODES[mode])
+    found = labelled_positions(inputs["labels"])
+    inputs["label_positions"] = torch.cat([found, found.new_full((4,), 35)])  # the last position predicts nothing
+    asked = []
+    monkeypatch.setattr(heads, "labelled_positions", lambda *a, **k: asked.append(a))
+    assert_close(gradients(model, inputs), want, 2e-5)
+    assert not asked
+    logits = model(**{key: value for key, value in inputs.items() if key != "labels"}).logits
+    assert logits.shape == (3, 12, VOCABULARY)
+
+
+def test_the_heads_chunks_go_by_all_positions(monkeypatch):
+    model, asked = make(), []
+    install(model, loss_head=True, last_layer=True)
+    chunk_rows = heads.chunk_rows
+    monkeypatch.setattr(heads, "chunk_rows", lambda *a, **k: asked.append(a[2:]) or chunk_rows(*a, **k))
+    inputs = batch()
+    model(**inputs).loss.backward()
+    assert asked == [(36, int((inputs["labels"][:, 1:] != -100).sum()))]
+
+
+def test_last_layer_works_at_labelled_positions_alone():
+    model, inputs = make(), batch(labelled=0.0)
+    install(model, loss_head=True, last_layer=True)
+    layers = model.get_base_model().model.layers
+    seen: dict[str, torch.Size] = {}
+    for name, module in (("first", layers[0].mlp), ("last", layers[-1].mlp), ("keys", layers[-1].self_attn.k_proj)):
+        module.register_forward_hook(lambda m, i, o, name=name: seen.update({name: i[0].shape}))
+    model(**inputs).loss.backward()
+    labelled = (inputs["labels"][:, 1:] != -100).sum()
+    assert seen == {"first": (3, 12, WIDTH), "last": (1, labelled, WIDTH), "keys": (3, 12, WIDTH)}
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "mistral"])
+def test_last_layer_is_offered_where_the_code_is_known(kind):
+    assert heads.layer_trouble(make(kind).get_base_model().model.layers[-1]) is None
+
+
+@pytest.mark.filterwarnings("ignore:fastprice_kernels leaves:UserWarning")
+def test_last_layer_is_refused_where_the_code_is_another():
+    model = make("gemma2")
+    want = gradients(model)
+    report = install(model, loss_head=True, last_layer=True)
+    assert any("its code is not" in reason for reason in report.kept.values())
+    assert_close(gradients(model), want, 2e-5)
+
+
+def test_a_head_with_an_adapter_keeps_its_loss():
+    model = make(nf4=False, target_modules=["q_proj", "lm_head"])
+    with pytest.warns(UserWarning, match="head and loss: its head is a Linear, not a plain Linear|its head is a"):
+        report = install(model, loss_head=True)
+    assert "completion_cross_entropy" not in report.replaced.values()
+    assert model(**batch()).logits is not None
+
+
+def test_a_model_that_bends_its_logits_otherwise_keeps_its_loss():
+    model = make()
+    causal = model.get_base_model()
+
+    class Bent(type(causal)):
+        def forward(self, **kwargs):
+            output = super().forward(**kwargs)
+            output.logits = output.logits.abs()
+            return output
+
+    causal.__class__ = Bent
+    with pytest.warns(UserWarning, match="neither a scale nor a cap"):
+        install(model, loss_head=True)
+
+
+def test_a_trl_loss_is_taken_over_and_given_back():
+    """TRL hangs its chunked loss on the model when a trainer is made; ours may come after it."""
+    trl = pytest.importorskip("trl.trainer.sft_trainer")
+    model = make()
+    causal = model.get_base_model()
+    trl._patch_chunked_ce_lm_head(causal, chunk_size=256)
+    chunked = causal.__dict__["forward"]
+    want = gradients(model)
+    with installed(model, loss_head=True, last_layer=True) as report:
+        assert "completion_cross_entropy" in report.replaced.values()
+        assert_close(gradients(model), want, 2e-5)
+        inputs = batch()
+        inputs.pop("labels")
+        assert model(**inputs).logits.shape == (3, 12, VOCABULARY)
+    assert causal.__dict__["forward"] is chunked
+
+
+@pytest.fixture
+def fresh_accelerate():
+    """Accelerate's state is one a process: whoever trained before this test has chosen another precision."""
+    accelerate = pytest.importorskip("accelerate")
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    yield accelerate
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_a_full_fine_tuning_that_accelerate_wraps(fresh_accelerate):
+    """Accelerate puts autocast around our forward; taking ours out leaves its wrapper, on stock code."""
+    accelerate = fresh_accelerate
+    torch.manual_seed(0)
+    plain = transformers.AutoModelForCausalLM.from_config(CONFIGS["llama"]())
+    accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
+    reference = accelerator.prepare_model(copy.deepcopy(plain))
+    want = gradients(reference)
+    report = install(plain, loss_head=True, last_layer=True)
+    assert set(report.replaced.values()) == {"completion_cross_entropy", "last layer at labelled positions"}
+    wrapped = accelerator.prepare_model(plain)
+    assert_close(gradients(wrapped), want, 5e-2)
+    assert wrapped(**batch()).logits is None
+    uninstall(plain)
+    assert all(torch.equal(a, b) for a, b in zip(gradients(wrapped), want, strict=True))
+    assert wrapped(**batch()).logits is not None

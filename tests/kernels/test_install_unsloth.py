@@ -1,0 +1,326 @@
+"""The kernels under Unsloth, which loads no model without a GPU: modules of its shape, then its own names."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from types import MethodType, ModuleType, SimpleNamespace
+
+import pytest
+import torch
+from tests.kernels.adapted_models import LAYERS, WIDTH, assert_close, batch, gradients, make
+from torch import nn
+
+from fastprice_kernels import last_layer as heads
+from fastprice_kernels.install import install, installed, uninstall
+
+bnb = pytest.importorskip("bitsandbytes")
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+def called(name):
+    """Stands for a function of Unsloth's: says that it ran, and does what it should on a layer."""
+
+    def stock(self, X, *rest):
+        self.__dict__.setdefault("ran", []).append(name)
+        return self.stock[name](X)
+
+    return stock
+
+
+@pytest.fixture
+def unsloth_modules(monkeypatch):
+    """Modules of Unsloth's shape: where functions are made, and others that imported them by name."""
+
+    def fast_dequantize(W, quant_state=None, out=None, use_global_buffer=False):
+        return "stock"
+
+    def apply_lora_qkv(self, X, inplace=True):
+        return called("qkv")(self, X)
+
+    def apply_lora_o(self, X):
+        return called("o")(self, X)
+
+    def apply_lora_mlp_swiglu(self, X, inplace=True):
+        return called("mlp")(self, X)
+
+    def apply_lora_mlp_geglu_exact(self, X, inplace=True):
+        raise AssertionError
+
+    def apply_lora_mlp_geglu_approx(self, X):
+        raise AssertionError
+
+    def unsloth_fused_ce_loss(
+        trainer, hidden_states, lm_head_weight, lm_head_bias, labels, mask=None, n_items=None, scaling=None,
+        target_gb=None, torch_compile=True, overwrite=False, shift_labels=True, **kwargs,
+    ):  # fmt: skip
+        return "stock loss"
+
+    modules = {}
+    for name in (
+        "unsloth", "unsloth.kernels", "unsloth.kernels.utils", "unsloth.kernels.fast_lora", "unsloth.save",
+        "unsloth.models", "unsloth.models.llama", "unsloth_zoo", "unsloth_zoo.loss_utils", "unsloth_compiled_module_x",
+    ):  # fmt: skip
+        modules[name] = ModuleType(name)
+        monkeypatch.setitem(sys.modules, name, modules[name])
+    modules["unsloth"].__version__ = "2099.1.1"
+    lora = [
+        apply_lora_qkv,
+        apply_lora_o,
+        apply_lora_mlp_swiglu,
+        apply_lora_mlp_geglu_exact,
+        apply_lora_mlp_geglu_approx,
+    ]
+    for name, functions in {
+        "unsloth.kernels.utils": [fast_dequantize],
+        "unsloth.kernels.fast_lora": [fast_dequantize, *lora],
+        "unsloth.models.llama": [fast_dequantize, unsloth_fused_ce_loss, *lora],
+        "unsloth_zoo.loss_utils": [unsloth_fused_ce_loss],
+        "unsloth_compiled_module_x": [unsloth_fused_ce_loss],
+    }.items():
+        for function in functions:
+            setattr(modules[name], function.__name__, function)
+    modules["unsloth.save"].fast_dequantize = lambda *a: "someone else's"
+    return modules
+
+
+def unsloth_model(modules, **options) -> nn.Module:
+    """A model that Unsloth fused: its functions hang on the modules, its forward calls its loss by name."""
+    model = make(**options)
+    names = modules["unsloth.models.llama"]
+    for layer in model.get_base_model().model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        attention.stock = {"qkv": lambda x, a=attention: (a.q_proj(x), a.k_proj(x), a.v_proj(x)), "o": attention.o_proj}
+        attention.apply_qkv, attention.apply_o = names.apply_lora_qkv, names.apply_lora_o
+        mlp.stock = {"mlp": lambda x, m=mlp: type(m).forward(m, x)}
+        mlp.forward = MethodType(names.apply_lora_mlp_swiglu, mlp)
+
+        def attend(x, a=attention, **kwargs):
+            q, k, v = (part.view(*x.shape[:-1], -1, 8).transpose(1, 2) for part in a.apply_qkv(a, x))
+            y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            return a.apply_o(a, y.transpose(1, 2).flatten(2)), None
+
+        attention.__dict__["_attend"] = attend
+    causal = model.get_base_model()
+
+    class Fused(type(causal)):
+        pass
+
+    # A function whose globals are Unsloth's module, as its own forward is.
+    source = """
+def forward(self, input_ids=None, labels=None, n_items=None, **kwargs):
+    x = self.model.embed_tokens(input_ids)
+    for layer in self.model.layers:
+        x = x + layer.self_attn._attend(layer.input_layernorm(x))[0]
+        x = x + layer.mlp(layer.post_attention_layernorm(x))
+    loss = unsloth_fused_ce_loss(
+        trainer=None, hidden_states=self.model.norm(x), lm_head_weight=self.lm_head.weight, lm_head_bias=None,
+        labels=labels, mask=None, n_items=n_items, scaling=None, target_gb=None, torch_compile=True,
+        logit_softcapping=0, logit_scale_multiply=0, logit_scale_divide=None, shift_labels=True)
+    return Output(loss=loss)
+"""
+    names.Output = SimpleNamespace
+    exec(source, vars(names))
+    Fused.forward = names.forward
+    causal.__class__ = Fused
+    return model
+
+
+def everything_of(modules):
+    return {(name, key): value for name, module in modules.items() for key, value in vars(module).items()}
+
+
+@pytest.mark.parametrize("nf4", [True, False])
+def test_an_unsloth_model_runs_on_the_kernels_and_returns_exactly(unsloth_modules, nf4):
+    model = unsloth_model(unsloth_modules, nf4=nf4)
+    layers = model.get_base_model().model.layers
+    before = everything_of(unsloth_modules)
+    dicts = [dict(module.__dict__) for module in model.modules()]
+    report = install(model, loss_head=True)
+    kernels = list(report.replaced.values())
+    assert [kernels.count(k) for k in ("lora_qkv", "lora_mlp", "lora_linear")] == [3 * LAYERS, 3 * LAYERS, LAYERS]
+    assert not report.kept
+    places = {name for name, kernel in report.replaced.items() if kernel == "completion_cross_entropy"}
+    theirs = ("unsloth.models.llama", "unsloth_compiled_module_x", "unsloth_zoo.loss_utils")
+    assert places == {f"{name}.unsloth_fused_ce_loss" for name in theirs}
+    # Unsloth finds its fused layers by comparing what hangs on them with the names in its modules.
+    assert layers[0].self_attn.apply_qkv is unsloth_modules["unsloth.models.llama"].apply_lora_qkv
+    assert layers[0].self_attn.apply_qkv is unsloth_modules["unsloth.kernels.fast_lora"].apply_lora_qkv
+    assert unsloth_modules["unsloth.save"].fast_dequantize() == "someone else's"
+    inputs = {key: value for key, value in batch().items() if key != "attention_mask"}
+    got = gradients(model, inputs, n_items=torch.tensor(7))
+    assert not any("ran" in module.__dict__ for module in model.modules())
+    uninstall(model)
+    assert everything_of(unsloth_modules) == before
+    for module, was in zip(model.modules(), dicts, strict=True):
+        assert module.__dict__.keys() == was.keys()
+        assert all(module.__dict__[key] is was[key] for key in ("apply_qkv", "apply_o", "forward") if key in was)
+
+    def loss(*, hidden_states, lm_head_weight, labels, n_items, **_):
+        logits = hidden_states @ lm_head_weight.T
+        flat = labels[:, 1:].flatten()
+        return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), flat, reduction="sum") / n_items
+
+    unsloth_modules["unsloth.models.llama"].unsloth_fused_ce_loss = loss
+    want = gradients(model, inputs, n_items=torch.tensor(7))
+    assert layers[0].self_attn.ran == ["qkv", "o"]
+    assert layers[0].mlp.ran == ["mlp"]
+    assert_close(got, want, 2e-5)
+
+
+def test_unsloth_functions_go_back_when_the_last_model_lets_go(unsloth_modules):
+    home, user = unsloth_modules["unsloth.kernels.utils"], unsloth_modules["unsloth.models.llama"]
+    before, stock = everything_of(unsloth_modules), home.fast_dequantize
+    first, second = unsloth_model(unsloth_modules), unsloth_model(unsloth_modules)
+    install(first)
+    later = unsloth_model(unsloth_modules)  # gets ours, which must run Unsloth's: no kernels were put under this one
+    x = torch.randn(1, 20, WIDTH)
+    attention = later.get_base_model().model.layers[0].self_attn
+    attention.apply_qkv(attention, x)
+    assert attention.ran == ["qkv"]
+    install(second)
+    uninstall(first)
+    assert user.fast_dequantize is home.fast_dequantize is not stock
+    newcomer = ModuleType("unsloth.models.new")
+    newcomer.fast_dequantize = home.fast_dequantize
+    sys.modules["unsloth.models.new"] = newcomer
+
+    dense = torch.randn(24, 64)
+    packed, state = bnb.functional.quantize_4bit(dense, compress_statistics=True, quant_type="nf4")
+    want = bnb.functional.dequantize_4bit(packed, state)
+    assert torch.equal(home.fast_dequantize(packed, state), want)
+    assert torch.equal(home.fast_dequantize(packed.t(), state, use_global_buffer=True), want.t())
+    assert home.fast_dequantize(dense) == "stock"
+    assert home.fast_dequantize(packed, state, torch.empty_like(dense)) == "stock"
+    fp4, fp4_state = bnb.functional.quantize_4bit(dense, quant_type="fp4")
+    assert home.fast_dequantize(fp4, fp4_state) == "stock"
+
+    uninstall(second)
+    try:
+        assert newcomer.fast_dequantize is user.fast_dequantize is home.fast_dequantize is stock
+    finally:
+        del sys.modules["unsloth.models.new"]
+    assert {key: value for key, value in everything_of(unsloth_modules).items() if key in before} == before
+
+
+def test_what_the_kernels_cannot_do_in_an_unsloth_model_stays_unsloths(unsloth_modules):
+    model = unsloth_model(unsloth_modules)
+    install(model)
+    layer = model.get_base_model().model.layers[1]
+    for part in (layer.self_attn.k_proj, layer.mlp.up_proj):
+        part.lora_dropout["default"] = nn.Dropout(0.5)
+    x = torch.randn(1, 20, WIDTH)
+    with pytest.warns(UserWarning, match="stock path: LoRA dropout of 0.5"):
+        layer.self_attn.apply_qkv(layer.self_attn, x)
+    layer.mlp(x)
+    assert layer.self_attn.ran == ["qkv"]
+    assert layer.mlp.ran == ["mlp"]
+    uninstall(model)
+
+
+def test_the_fused_loss_takes_what_unsloth_hands_it(unsloth_modules):
+    model = unsloth_model(unsloth_modules)
+    with installed(model, loss_head=True):
+        loss = unsloth_modules["unsloth.models.llama"].unsloth_fused_ce_loss
+        hidden, weight, labels = torch.randn(2, 6, 8), torch.randn(11, 8), torch.randint(0, 11, (2, 6))
+        given = {"trainer": None, "hidden_states": hidden, "lm_head_weight": weight, "lm_head_bias": None}
+        logits = 5 * torch.tanh(hidden @ weight.T * 3 / 2 / 5)
+        want = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        options = {"logit_softcapping": 5.0, "logit_scale_multiply": 3.0, "logit_scale_divide": 2.0}
+        torch.testing.assert_close(loss(**given, labels=labels, **options, shift_labels=False), want)
+        assert loss(**given, labels=labels, mask=torch.ones(2, 6)) == "stock loss"
+        assert loss(**given, labels=labels, something_new=1) == "stock loss"
+
+
+@pytest.mark.filterwarnings("ignore:fastprice_kernels leaves:UserWarning")
+def test_an_unsloth_loss_out_of_reach_is_kept_with_its_reason(unsloth_modules):
+    model = unsloth_model(unsloth_modules)
+    unsloth_modules["unsloth_zoo.loss_utils"].unsloth_fused_ce_loss = lambda hidden, **options: None
+    with installed(model, loss_head=True, last_layer=True) as report:
+        assert any("unsloth_fused_ce_loss takes ['hidden', 'options']" in reason for reason in report.kept.values())
+        assert any("whose code is Unsloth's" in reason for reason in report.kept.values())
+    plain = make()
+    plain.get_base_model().model.layers[0].self_attn.apply_qkv = None
+    with installed(plain, loss_head=True) as report:
+        assert any("does not call unsloth_fused_ce_loss" in reason for reason in report.kept.values())
+
+
+def test_an_unsloth_of_another_shape_is_named_and_left_alone(unsloth_modules):
+    model = unsloth_model(unsloth_modules)
+    home, lora = (unsloth_modules[f"unsloth.kernels.{name}"] for name in ("utils", "fast_lora"))
+    home.fast_dequantize = lambda W, state: None
+    del lora.apply_lora_o
+    before = everything_of(unsloth_modules)
+    with pytest.raises(RuntimeError, match=r"Unsloth 2099.1.1: .* takes \['W', 'state'\].*apply_lora_o is gone"):
+        install(model)
+    assert everything_of(unsloth_modules) == before
+    assert not any(heads.PATCH in module.__dict__ for module in model.modules())
+
+
+@pytest.mark.slow
+def test_the_installed_unsloth_has_the_shape_that_is_replaced(tmp_path):
+    pytest.importorskip("importlib.util").find_spec("unsloth") or pytest.skip("unsloth is not installed")
+    script = """
+import sys, warnings
+from types import MethodType
+warnings.simplefilter("ignore")
+import unsloth
+import torch, peft, transformers
+from fastprice_kernels import _unsloth, install, uninstall
+import unsloth.models.llama as llama
+from unsloth.models.llama import FastLlamaModel
+names = [(m, n, vars(m)[n]) for m in list(sys.modules.values()) for n in _unsloth._FUNCTIONS
+         if getattr(m, "__name__", "").startswith("unsloth") and n in vars(m)]
+config = transformers.LlamaConfig(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+    num_attention_heads=4, num_key_value_heads=2, head_dim=8)
+model = transformers.AutoModelForCausalLM.from_config(config).float()
+targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False))
+FastLlamaModel.pre_patch()  # its forwards, on classes; its rotary embedding is made on a GPU
+layers = model.get_base_model().model.layers
+for layer in layers:  # as Unsloth's patch_peft_model does
+    layer.self_attn.apply_qkv, layer.self_attn.apply_o = llama.apply_lora_qkv, llama.apply_lora_o
+    layer.mlp.forward = MethodType(llama.apply_lora_mlp_swiglu, layer.mlp)
+x = torch.randn(2, 20, 32, requires_grad=True)
+attention, mlp = layers[0].self_attn, layers[0].mlp
+
+def results():
+    model.zero_grad()
+    x.grad = None
+    outs = [*attention.apply_qkv(attention, x.clone()), attention.apply_o(attention, x.clone())]
+    sum((each.square()).sum() for each in outs).backward()
+    return [*outs, x.grad.clone(), *(p.grad.clone() for p in attention.parameters() if p.grad is not None)]
+
+want = results()
+want_mlp = type(mlp).forward(mlp, x)
+report = install(model, loss_head=True)
+assert not report.kept, report.kept
+left = [(m.__name__, n) for m, n, stock in names if vars(m)[n] is stock]
+assert not left, left
+assert len(llama._fused_lora_modules(model)) >= len(layers), "Unsloth finds its fused attention"
+for a, b in zip(results(), want, strict=True):
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+torch.testing.assert_close(mlp(x), want_mlp, rtol=1e-4, atol=1e-5)
+uninstall(model)
+assert all(vars(m)[n] is stock for m, n, stock in names)
+assert all(torch.equal(a, b) for a, b in zip(results(), want, strict=True))
+print("\\nREPLACED", *report.replaced)
+"""
+    environment = {
+        **os.environ,
+        "UNSLOTH_ALLOW_CPU": "1",
+        "UNSLOTH_COMPILE_LOCATION": str(tmp_path / "cache"),
+        "HF_HUB_OFFLINE": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    replaced = done.stdout.split("REPLACED")[1].split()
+    for place in (
+        "kernels.utils.fast_dequantize", "kernels.fast_lora.fast_dequantize", "models.llama.apply_lora_qkv",
+        "kernels.fast_lora.apply_lora_mlp_swiglu", "models.mistral.unsloth_fused_ce_loss", "save.fast_dequantize",
+    ):  # fmt: skip
+        assert f"unsloth.{place}" in replaced
