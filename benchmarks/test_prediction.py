@@ -10,9 +10,10 @@ import pytest
 from fastprice.bench.models import seed_adapters
 from fastprice.bench.prediction import check_prediction, draw_prompts, generate_prices, sharpen
 from fastprice.decoding import QUICK, PriceDecoder
+from fastprice.dense_reading import DenseReader
 from fastprice.engines.bases import load_tokenizer
 from fastprice.methods import lora_config
-from fastprice.reading import DenseReader, StockReader
+from fastprice.stock_reading import StockReader
 
 
 @pytest.mark.parametrize("batch", [1, 8, 64])

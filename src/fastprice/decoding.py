@@ -41,7 +41,7 @@ probabilities are natural, float64 on the host.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,10 +49,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fastprice.dense import DenseDecoder
+from fastprice.dense_reading import DenseReader
 from fastprice.distribution import PriceDistribution
 from fastprice.errors import ConfigError, DataError
 from fastprice.prompts import TEXT, Form
-from fastprice.reading import Reader, Reading, reader_of
+from fastprice.reading import Reader, Reading
+from fastprice.stock_reading import StockReader
 from fastprice.trie import FloatArray, IntArray, PriceTrie
 from fastprice.writing import write_greedily
 
@@ -61,7 +64,6 @@ __all__ = ["QUICK", "PriceDecoder", "PriceTrie", "greedy_prices", "price_distrib
 QUICK = 0.125  # tolerance for point estimates
 
 _TRUNK = 16  # nodes
-_NOTHING = -700.0  # exp of it is hardly above 0
 _ENDS_APART = 0.25  # of probability: how far apart the first full-length prices are that are asked for their end
 _SURE = 0.9  # p(end) of all of them
 _PASS_TOKENS = {"cpu": 64, "cuda": 2048}  # a pass costs about as much as this many tokens more in another
@@ -93,10 +95,12 @@ class PriceDecoder:
         """
         if max_price < 1:
             raise ConfigError(f"max_price ({max_price}) must be at least 1")
-        reader = reader_of(model, PriceTrie.of(tokenizer, max_price, form), masks=masks)
-        if reader is None:
+        trie, dense = PriceTrie.of(tokenizer, max_price, form), DenseDecoder.of(model)
+        if dense is not None:
+            return cls(DenseReader(dense, trie), model.config)
+        if not masks:
             raise ConfigError("this model gives no distributions here: it takes no masks, and has no dense copy")
-        return cls(reader, model.config)
+        return cls(StockReader(model, trie), model.config)
 
     @torch.inference_mode()
     def distributions(
@@ -108,25 +112,53 @@ class PriceDecoder:
         on_batch: Callable[[int], None] | None = None,
     ) -> list[PriceDistribution]:
         """See `price_distributions`."""
-        if batch_size < 1 or not 0.0 <= tolerance < 1.0:
-            raise ConfigError(
-                f"batch_size ({batch_size}) must be at least 1, and tolerance ({tolerance}) from 0 to below 1"
-            )
-        if not prompts:
-            return []
-        if not all(len(prompt) for prompt in prompts):
-            raise DataError(
-                "a prompt without tokens has no next token to predict; start it with the tokenizer's bos token"
-            )
-        _check_window(self.config, int(max(map(len, prompts)) + self.trie.depths.max()))
+        if not 0.0 <= tolerance < 1.0:
+            raise ConfigError(f"tolerance ({tolerance}) must be from 0 to below 1")
         distributions: dict[int, PriceDistribution] = {}
-        self.reader.begin(prompts)
-        for batch in self.reader.batches(prompts, batch_size):
+        for batch in self._batches(prompts, batch_size):
             walk = _Walk(self.trie, self.reader.read([prompts[index] for index in batch]), tolerance)
             distributions.update(zip(batch, walk(), strict=True))
             if on_batch:
                 on_batch(len(distributions))
         return [distributions[index] for index in range(len(prompts))]
+
+    @torch.inference_mode()
+    def last_states(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        batch_size: int = 64,
+        on_batch: Callable[[int], None] | None = None,
+    ) -> torch.Tensor | None:
+        """What a head reads: the hidden states (N, width) of the last tokens of N prompts, after the last norm.
+
+        In the model's dtype and on its device, equal to transformers' within rounding. None where there is no dense
+        copy. Arguments and errors are those of `price_distributions`.
+        """
+        if not isinstance(self.reader, DenseReader):
+            return None
+        states, done = self.reader.decoder.embeddings.new_empty(len(prompts), len(self.reader.decoder.norm)), 0
+        for batch in self._batches(prompts, batch_size):
+            found = self.reader.last_states([prompts[index] for index in batch])
+            states[torch.tensor(batch, device=states.device)] = found
+            done += len(batch)
+            if on_batch:
+                on_batch(done)
+        return states
+
+    def _batches(self, prompts: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[int]]:
+        """Indices of prompts to read together; errors as `price_distributions` tells them."""
+        if batch_size < 1:
+            raise ConfigError(f"batch_size ({batch_size}) must be at least 1")
+        if not prompts:
+            return
+        if not all(len(prompt) for prompt in prompts):
+            raise DataError(
+                "a prompt without tokens has no next token to predict; start it with the tokenizer's bos token"
+            )
+        _check_window(self.config, int(max(map(len, prompts)) + self.trie.depths.max()))
+        self.reader.begin(prompts)
+        yield from self.reader.batches(prompts, batch_size)
 
 
 def price_distributions(
@@ -156,20 +188,20 @@ def price_distributions(
 
 @dataclass(frozen=True)
 class _Nodes:
-    """N pairs: `items` (N,) of the batch, `nodes` (N,) of the trie, `log_p` (N,) of what each stands for."""
+    """N pairs: `items` (N,) of the batch, `nodes` (N,) of the trie, `p` (N,) of what each stands for."""
 
     items: IntArray
     nodes: IntArray
-    log_p: FloatArray
+    p: FloatArray
 
-    def __getitem__(self, chosen: NDArray[np.bool_] | IntArray) -> _Nodes:
-        return _Nodes(self.items[chosen], self.nodes[chosen], self.log_p[chosen])
+    def __getitem__(self, chosen: NDArray[np.bool_] | IntArray | slice) -> _Nodes:
+        return _Nodes(self.items[chosen], self.nodes[chosen], self.p[chosen])
 
     def __add__(self, other: _Nodes) -> _Nodes:
         return _Nodes(
             np.concatenate([self.items, other.items]),
             np.concatenate([self.nodes, other.nodes]),
-            np.concatenate([self.log_p, other.log_p]),
+            np.concatenate([self.p, other.p]),
         )
 
     def __len__(self) -> int:
@@ -181,66 +213,97 @@ class _Walk:
 
     def __init__(self, trie: PriceTrie, reading: Reading, tolerance: float) -> None:
         self.trie, self.reading, self.tolerance = trie, reading, tolerance
+        self.ends_apart = min(max(_ENDS_APART, 8 * tolerance), 1.0)
 
     def __call__(self) -> list[PriceDistribution]:
-        scores = self.reading.scores
-        batch, trunk = scores.shape[:2]
-        level = _Nodes(np.arange(batch), np.zeros(batch, np.int64), np.zeros(batch))
-        found = leaves = level[np.zeros(batch, bool)]
+        after_trunk = np.exp(self.reading.scores)
+        batch, trunk = after_trunk.shape[:2]
+        level = _Nodes(np.arange(batch), np.zeros(batch, np.int64), np.ones(batch))
+        found = leaves = ends = level[:0]
         while len(level):
             if level.nodes[0] < trunk:
-                prices, children = self._expand(level, scores[level.items, level.nodes])
+                prices, children = self._expand(level, after_trunk[level.items, level.nodes])
             else:
-                prices, children = self._expand(level, self._inner(level, self._mass(batch, found, leaves, level)))
+                after, guessed = self._inner(level, self._mass(batch, found, leaves, level))
+                prices, children = self._expand(level, after)
+                ends += guessed
             found += prices
-            full = self.trie.children[children.nodes] == 0
-            in_trunk = children.nodes < trunk
-            leaves += children[full & ~in_trunk]
-            level = self._by_price(children[~full | in_trunk])
+            is_leaf = (self.trie.children[children.nodes] == 0) & (children.nodes >= trunk)
+            leaves += children[is_leaf]
+            level = self._by_price(children[~is_leaf])
         leaves = self._by_price(leaves)
-        return self._distributions(batch, found + self._ends(leaves, self._mass(batch, found)))
+        return self._distributions(batch, found + self._ends(leaves, ends, self._mass(batch, found)))
 
-    def _expand(self, parents: _Nodes, scores: FloatArray) -> tuple[_Nodes, _Nodes]:
-        """(Nodes that are prices, with p(price)), (children, with p(reaching them)); scores (N, U) after `parents`."""
+    def _expand(self, parents: _Nodes, after: FloatArray) -> tuple[_Nodes, _Nodes]:
+        """(Nodes that are prices, with p(price)), (children, with p(reaching them)); `after` (N, U) the parents."""
         trie = self.trie
-        prices = _Nodes(parents.items, parents.nodes, parents.log_p + scores[:, -1])[trie.prices[parents.nodes] > 0]
+        prices = _Nodes(parents.items, parents.nodes, parents.p * after[:, -1])
+        prices = prices[(trie.prices[parents.nodes] > 0) & (prices.p > 0)]
         counts = trie.children[parents.nodes]
         parent = np.repeat(np.arange(len(parents)), counts)
-        sibling = np.arange(len(parent)) - np.repeat(np.cumsum(counts) - counts, counts)
-        nodes = trie.first_child[parents.nodes[parent]] + sibling
-        children = _Nodes(parents.items[parent], nodes, parents.log_p[parent] + scores[parent, trie.slots[nodes]])
-        return prices[np.isfinite(prices.log_p)], children[np.isfinite(children.log_p)]
+        nodes = np.arange(len(parent)) + (trie.first_child[parents.nodes] - np.cumsum(counts) + counts)[parent]
+        children = _Nodes(parents.items[parent], nodes, parents.p[parent] * after[parent, trie.slots[nodes]])
+        return prices, children[children.p > 0]
 
-    def _inner(self, level: _Nodes, mass: FloatArray) -> FloatArray:
-        """Log probabilities (N, U) after the nodes of a level: asked, or between those of its neighbours that were."""
-        asked = self._sampled(level, np.exp(level.log_p) / mass[level.items], self.tolerance)
-        scores = np.empty((len(level), len(self.trie.alphabet)))
-        scores[asked] = self._ask(level[asked])
-        scores[~asked] = self._between(level, asked, scores[asked])
-        return scores
+    def _inner(self, level: _Nodes, mass: FloatArray) -> tuple[FloatArray, _Nodes]:
+        """Probabilities (N, U) after the nodes of a level: asked, or between those of its neighbours that were.
 
-    def _ends(self, leaves: _Nodes, found: FloatArray) -> _Nodes:
-        """p(price) of the full-length prices `leaves`: asked where it matters, else between their neighbours'."""
-        share = np.exp(leaves.log_p) / (found + self._mass(len(found), leaves))[leaves.items]
-        asked = self._sampled(leaves, share, min(max(_ENDS_APART, 8 * self.tolerance), 1.0))
-        end = np.empty((len(leaves), 1))
-        end[asked] = self._ask(leaves[asked])[:, -1:]
-        end[~asked] = self._between(leaves, asked, end[asked])
+        With them, some full-length prices, one under each of a few nodes, with p(end) after each.
+        """
+        share = level.p / mass[level.items]
+        guessed = self._sampled(level, share, self.ends_apart) & (self.trie.middle_leaf[level.nodes] > 0)
+        asked = self._sampled(level, share, self.tolerance) | guessed
+        guesses = _Nodes(level.items[guessed], self.trie.middle_leaf[level.nodes[guessed]], share[guessed])
+        answers = self._ask(level[asked] + guesses)
+        count = len(answers) - len(guesses)
+        after = self._between(level, asked, answers[:count])
+        return after, _Nodes(guesses.items, guesses.nodes, answers[count:, -1])
+
+    def _ends(self, leaves: _Nodes, ends: _Nodes, found: FloatArray) -> _Nodes:
+        """p(price) of the full-length prices `leaves`: asked where it matters, else between their neighbours'.
+
+        ends   those whose p(end) is known, in any order
+        found  probability (B,) of the prices of each item that are no leaves
+        """
+        trie = self.trie
+        share = leaves.p / (found + self._mass(len(found), leaves))[leaves.items]
+        place = leaves.items * len(trie.tokens) + leaves.nodes
+        known = np.full(len(found) * len(trie.tokens), np.nan)
+        known[ends.items * len(trie.tokens) + ends.nodes] = ends.p
+        end = known[place]
+        asked = ~np.isnan(end)
+        # Of prices of another length nothing is known by those.
+        kind = leaves.items * trie.paths.shape[1] + trie.depths[leaves.nodes]
+        kind_known = np.zeros(len(found) * trie.paths.shape[1], bool)
+        kind_known[kind[asked]] = True
+        self._ask_ends(leaves, self._sampled(leaves, share, self.ends_apart) & ~kind_known[kind], end, asked)
         # p(n) can be off by all of its share; by eight times what the asked lack, where those end almost surely.
-        ends = np.minimum(np.exp(end[:, 0]), 1.0)
+        p_end = self._between(leaves, asked, end[asked, None])[:, 0]
         least = np.ones(len(found))
-        np.minimum.at(least, leaves.items[asked], ends[asked])
+        np.minimum.at(least, leaves.items[asked], p_end[asked])
         sure = (least >= _SURE)[leaves.items]
-        unsure = np.where(sure, share * 8 * (1 - ends) >= self.tolerance, self._sampled(leaves, share, self.tolerance))
-        unsure &= ~asked
-        end[unsure] = self._ask(leaves[unsure])[:, -1:]
-        asked |= unsure
-        end[~asked] = self._between(leaves, asked, end[asked])
-        return _Nodes(leaves.items, leaves.nodes, leaves.log_p + end[:, 0])
+        matters = sure & (share * 8 * (1 - p_end) >= self.tolerance)
+        if not sure.all():
+            matters |= ~sure & self._sampled(leaves, share, self.tolerance)
+        if (matters & ~asked).any():
+            self._ask_ends(leaves, matters & ~asked, end, asked)
+            p_end = self._between(leaves, asked, end[asked, None])[:, 0]
+        return _Nodes(leaves.items, leaves.nodes, leaves.p * p_end)
+
+    def _ask_ends(self, leaves: _Nodes, wanted: NDArray[np.bool_], end: FloatArray, asked: NDArray[np.bool_]) -> None:
+        """Writes p(end) of the `wanted` leaves into `end` (N,) and marks them in `asked` (N,)."""
+        if wanted.any():
+            end[wanted] = self._ask(leaves[wanted])[:, -1]
+            asked |= wanted
+
+    def _ask(self, nodes: _Nodes) -> FloatArray:
+        """Probabilities (N, U) after nodes."""
+        probabilities: FloatArray = np.minimum(np.exp(self.reading.ask(nodes.items, nodes.nodes)), 1.0)
+        return probabilities
 
     def _by_price(self, nodes: _Nodes) -> _Nodes:
         """The same by item, then by the lowest price that begins with a node's tokens."""
-        key = nodes.items * (self.trie.lowest.max() + 1) + self.trie.lowest[nodes.nodes]
+        key = nodes.items * (self.trie.highest + 1) + self.trie.lowest[nodes.nodes]
         return nodes[np.argsort(key, kind="stable")]
 
     def _sampled(self, nodes: _Nodes, share: FloatArray, apart: float) -> NDArray[np.bool_]:
@@ -250,52 +313,52 @@ class _Walk:
         """
         if not apart or not len(nodes):
             return np.ones(len(nodes), bool)
-        first = np.flatnonzero(np.diff(nodes.items, prepend=-1))
-        which = np.repeat(np.arange(len(first)), np.diff(first, append=len(nodes)))
+        first = _firsts(nodes.items)
+        counts = np.append(first[1:], len(nodes)) - first
         upto = np.cumsum(share)
-        before = upto - share
-        begin = before[first][which]
-        sampled: NDArray[np.bool_] = np.floor((upto - begin) / apart + 0.5) > np.floor((before - begin) / apart + 0.5)
-        largest = np.flatnonzero(share == np.maximum.reduceat(share, first)[which])
-        sampled[largest[np.flatnonzero(np.diff(which[largest], prepend=-1))]] = True
+        upto -= np.repeat((upto - share)[first], counts)  # within the item
+        sampled: NDArray[np.bool_] = np.floor(upto / apart + 0.5) > np.floor((upto - share) / apart + 0.5)
+        largest = np.flatnonzero(share == np.repeat(np.maximum.reduceat(share, first), counts))
+        sampled[largest[_firsts(nodes.items[largest])]] = True
         return sampled
 
-    def _between(self, nodes: _Nodes, asked: NDArray[np.bool_], scores: FloatArray) -> FloatArray:
-        """Log probabilities after the nodes not asked, from `scores` (asked, U) after those that were, all in order.
+    def _between(self, nodes: _Nodes, asked: NDArray[np.bool_], answers: FloatArray) -> FloatArray:
+        """Probabilities (N, U) after nodes, from `answers` (asked, U) after those that were asked, all in order.
 
-        Probabilities are interpolated between the neighbours of an item, in the log of the lowest price under a node.
+        Others are interpolated between the neighbours of an item, in the log of the lowest price under a node.
         """
-        log_price = np.log(self.trie.lowest[nodes.nodes])
-        known, wanted = np.flatnonzero(asked), np.flatnonzero(~asked)
-        place = np.cumsum(asked)[wanted]  # of the asked stand before it
-        item, left, right = nodes.items[wanted], np.maximum(place - 1, 0), np.minimum(place, len(known) - 1)
-        right = np.where(nodes.items[known[right]] == item, right, left)
-        left = np.where(nodes.items[known[left]] == item, left, right)
+        known = np.flatnonzero(asked)
+        items = nodes.items[known]
+        upto = np.cumsum(asked)
+        before, after = np.maximum(upto - asked - 1, 0), np.minimum(upto - asked, len(known) - 1)  # itself if asked
+        right = np.where(items[after] == nodes.items, after, before)
+        left = np.where(items[before] == nodes.items, before, right)
+        log_price = self.trie.log_lowest[nodes.nodes]
         low, high = log_price[known[left]], log_price[known[right]]
-        weight = ((log_price[wanted] - low) / np.where(high > low, high - low, 1.0))[:, None]
-        probabilities = np.exp(scores)
-        with np.errstate(divide="ignore"):
-            between: FloatArray = np.log((1 - weight) * probabilities[left] + weight * probabilities[right])
+        weight = np.where(high > low, (log_price - low) / np.where(high > low, high - low, 1.0), 1.0)[:, None]
+        between: FloatArray = weight * answers[right] + (1 - weight) * answers[left]
         return between
 
-    def _ask(self, asked: _Nodes) -> FloatArray:
-        return self.reading.ask(asked.items, asked.nodes)
-
     def _distributions(self, batch: int, found: _Nodes) -> list[PriceDistribution]:
-        found = self._by_price(found[found.log_p > _NOTHING])
-        prices, probabilities = self.trie.prices[found.nodes].astype(np.float64), np.exp(found.log_p)
+        found = self._by_price(found[found.p > 0])
+        prices = self.trie.prices[found.nodes].astype(np.float64)
         bounds = np.searchsorted(found.items, np.arange(1, batch))
         return [
             PriceDistribution(*of_one)
-            for of_one in zip(np.split(prices, bounds), np.split(probabilities, bounds), strict=True)
+            for of_one in zip(np.split(prices, bounds), np.split(found.p, bounds), strict=True)
         ]
 
     def _mass(self, batch: int, *nodes: _Nodes) -> FloatArray:
         """Probability of all `nodes` of each item (B,), never quite 0."""
-        mass = np.zeros(batch)
-        for some in nodes:
-            mass += np.bincount(some.items, np.exp(some.log_p), batch)
+        mass = sum((np.bincount(some.items, some.p, batch) for some in nodes), np.zeros(batch))
         return np.maximum(mass, np.finfo(float).tiny)
+
+
+def _firsts(items: IntArray) -> IntArray:
+    """Where the first of each run of equal `items` (N,) stands."""
+    begins = np.ones(len(items), bool)
+    np.not_equal(items[1:], items[:-1], out=begins[1:])
+    return np.flatnonzero(begins)
 
 
 def _check_window(config: Any, tokens: int) -> None:

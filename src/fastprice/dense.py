@@ -32,12 +32,10 @@ from fastprice.decoders import plain_model
 
 __all__ = ["DenseDecoder", "Queries", "Tokens", "dense_bytes", "free_bytes"]
 
-Cache = list[tuple[Tensor, Tensor]]  # keys and values of each layer: (B, C, K, d)
-
 _CLASSES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 _ROPES = ("default", "linear", "llama3", "yarn")  # a position's angle depends on nothing else
 _SHARE = 0.5  # of free memory
-_LOGITS = 2**25  # elements upcast to fp32 at once: 128 MiB
+_LOGITS = {"cpu": 2**18, "cuda": 2**25}  # elements upcast to fp32 at once: what caches hold, and 128 MiB
 _ROUNDING = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 2e-1}  # of logits, whose spread is about 1 to 5
 _PROJECTIONS = (
     "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
@@ -67,37 +65,42 @@ class Queries:
     """Where the tokens that ask in a pass, or in its last layer, stand in the grid (rows, Q) of their attention.
 
     rows    of the cache: a slice of R rows
-    width   Q, queries of each row
     places  (N,) where each token stands in the flat grid; None: token i at place i, and N = R * Q
     mask    (R or 1, 1, Q, columns used): what each sees, in the model's dtype, to be added to the scores
     """
 
     rows: slice
-    width: int
     places: Tensor | None
     mask: Tensor
 
 
 @dataclass(frozen=True)
 class _Linear:
+    """Weights are (K, N), as few tokens times them are faster by up to a quarter than times (N, K) on a CPU."""
+
     weight: Tensor
     bias: Tensor | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+        return torch.mm(x, self.weight) if self.bias is None else torch.addmm(self.bias, x, self.weight)
+
+    def add_to(self, x: Tensor, y: Tensor) -> None:
+        """x += self(y)"""
+        x.addmm_(y, self.weight)
+        if self.bias is not None:
+            x.add_(self.bias)
 
     def part(self, start: int, end: int | None = None) -> _Linear:
         """Output features `start` to `end` alone."""
-        return _Linear(self.weight[start:end], None if self.bias is None else self.bias[start:end])
+        return _Linear(self.weight[:, start:end], None if self.bias is None else self.bias[start:end])
 
 
 @dataclass(frozen=True)
 class _Layer:
-    """qkv and gate_up have the weights of the norm before them in theirs."""
+    """qkv and gate_up have the weights of the norm before them in theirs; queries and keys are interleaved."""
 
     qkv: _Linear
-    queries_norm: Tensor | None  # (d,), Qwen 3
-    keys_norm: Tensor | None
+    norms: Tensor | None  # (H + K, d) of queries and keys, Qwen 3
     out: _Linear
     gate_up: _Linear
     down: _Linear
@@ -114,11 +117,11 @@ class DenseDecoder:
         self.epsilon = config.rms_norm_eps
         self.embeddings: Tensor = plain.model.embed_tokens.weight.detach()
         self.head_width = plain.model.layers[0].self_attn.head_dim
-        self.layers = [_layer(layer) for layer in plain.model.layers]
+        self.layers = [_layer(layer, self.head_width) for layer in plain.model.layers]
         self.norm: Tensor = plain.model.norm.weight.detach()
-        self.head = _dense(plain.lm_head)
+        self.head = _transposed(_dense(plain.lm_head))
         self._rotary = plain.model.rotary_emb
-        self._angles(256)
+        self._table = torch.empty(0)
 
     @classmethod
     def of(cls, model: Any) -> DenseDecoder | None:
@@ -149,20 +152,14 @@ class DenseDecoder:
     def dtype(self) -> torch.dtype:
         return self.embeddings.dtype
 
-    def new_cache(self, rows: int, columns: int) -> Cache:
+    def new_cache(self, rows: int, columns: int) -> Tensor:
         """Room for keys and values of `rows` items of `columns` tokens. Zeros: what a mask hides must be finite."""
-        shape = (rows, columns, self.key_heads, self.head_width)
-        return [
-            (
-                torch.zeros(shape, dtype=self.dtype, device=self.device),
-                torch.zeros(shape, dtype=self.dtype, device=self.device),
-            )
-            for _ in self.layers
-        ]
+        shape = (len(self.layers), rows, columns, 2, self.key_heads, self.head_width)
+        return torch.zeros(shape, dtype=self.dtype, device=self.device)
 
     def __call__(
         self,
-        cache: Cache,
+        cache: Tensor,
         tokens: Tokens,
         queries: Queries,
         read: Tensor | None = None,
@@ -175,57 +172,60 @@ class DenseDecoder:
         last     as `queries`, for the last layer, in which only those of `read` ask
         """
         x = F.embedding(tokens.ids, self.embeddings)
-        cos, sin = (table[tokens.positions, None] for table in self._angles(tokens.span))
-        q_width = self.heads * self.head_width
-        for layer, (keys, values) in zip(self.layers, cache, strict=True):
+        turn = self._angles(tokens.span)[tokens.positions, None]
+        q_width, width = self.heads * self.head_width, (self.heads + self.key_heads) * self.head_width
+        cells = cache.flatten(1, 2).flatten(2)  # (layers, B * C, 2 * K * d)
+        for layer, room, stored in zip(self.layers, cache.unbind(0), cells.unbind(0), strict=True):
             normed = self._normed(x)
             if layer is self.layers[-1] and read is not None and last is not None:
-                self._store(layer, keys, values, layer.qkv.part(q_width)(normed), tokens, cos, sin)
-                asks = layer.qkv.part(0, q_width)(normed[read])
-                x, queries, cos, sin = x[read], last, cos[read], sin[read]
+                made = layer.qkv.part(q_width)(normed)
+                self._turn(made[:, : width - q_width], turn, layer.norms, self.heads)
+                asks, x, queries = layer.qkv.part(0, q_width)(normed[read]), x[read], last
+                self._turn(asks, turn[read], layer.norms, 0)
             else:
-                projected = layer.qkv(normed)
-                asks = projected[:, :q_width]
-                self._store(layer, keys, values, projected[:, q_width:], tokens, cos, sin)
-            asks = asks.unflatten(1, (self.heads, self.head_width))
-            if layer.queries_norm is not None:
-                asks = self._normed(asks) * layer.queries_norm
-            x = x + layer.out(self._attend(_turned(asks, cos, sin), keys, values, queries, layer.scaling))
+                made = layer.qkv(normed)
+                self._turn(made[:, :width], turn, layer.norms, 0)
+                asks, made = made[:, :q_width], made[:, q_width:]
+            stored.index_copy_(0, tokens.cells, made if tokens.sources is None else made[tokens.sources])
+            layer.out.add_to(x, self._attend(asks.unflatten(1, (self.heads, -1)), room, queries, layer.scaling))
             gate, up = layer.gate_up(self._normed(x)).chunk(2, dim=-1)
-            x = x + layer.down(layer.activation(gate) * up)
-        return self._normed(x) * self.norm
+            layer.down.add_to(x, layer.activation(gate).mul_(up))
+        return F.rms_norm(x, x.shape[-1:], self.norm, self.epsilon)
 
     def log_probabilities(self, hidden: Tensor, alphabet: Tensor) -> Tensor:
         """Log probabilities (N, U) of the tokens `alphabet` (U,) after hidden states (N, D): fp32, of the whole V."""
-        parts = []
-        for part in hidden.split(max(1, _LOGITS // len(self.head.weight))):
-            logits = self.head(part).float()
-            parts.append(logits[:, alphabet] - logits.logsumexp(-1, keepdim=True))
+        rows = max(1, _LOGITS["cuda" if hidden.is_cuda else "cpu"] // self.head.weight.shape[1])
+        parts = [self.head(part).float().log_softmax(-1)[:, alphabet] for part in hidden.split(rows)]
         return torch.cat(parts)
 
-    def _store(
-        self, layer: _Layer, keys: Tensor, values: Tensor, projected: Tensor, tokens: Tokens, cos: Tensor, sin: Tensor
-    ) -> None:
-        new = projected.unflatten(1, (2, self.key_heads, self.head_width))
-        new_keys = new[:, 0] if layer.keys_norm is None else self._normed(new[:, 0]) * layer.keys_norm
-        for room, made in ((keys, _turned(new_keys, cos, sin)), (values, new[:, 1])):
-            copies = made if tokens.sources is None else made[tokens.sources]
-            room.flatten(0, 1).index_copy_(0, tokens.cells, copies)
+    def _turn(self, x: Tensor, turn: Tensor, norms: Tensor | None, first: int) -> None:
+        """Norms and turns queries or keys, in place: x (T, h * d), of both those from the `first` head on.
 
-    def _attend(self, asks: Tensor, keys: Tensor, values: Tensor, queries: Queries, scaling: float) -> Tensor:
-        """asks (N, H, d) over the cache: (N, H * d)."""
-        columns = queries.mask.shape[-1]
-        keys, values = keys[queries.rows, :columns], values[queries.rows, :columns]
+        Numbers that turn together are neighbours, so that turning is one product of complex numbers, by (T, 1, d / 2).
+        """
+        heads = x.unflatten(1, (-1, self.head_width))
+        if norms is not None:
+            heads.copy_(self._normed(heads).mul_(norms[first : first + heads.shape[1]]))
+        if x.dtype == torch.float32:
+            torch.view_as_complex(heads.unflatten(2, (-1, 2))).mul_(turn)
+        else:
+            turned = torch.view_as_complex(heads.float().unflatten(2, (-1, 2))).mul_(turn)
+            heads.copy_(torch.view_as_real(turned).flatten(2))
+
+    def _attend(self, asks: Tensor, room: Tensor, queries: Queries, scaling: float) -> Tensor:
+        """asks (N, H, d) over the cache of a layer (B, C, 2, K, d): (N, H * d)."""
+        width, columns = queries.mask.shape[2:]
+        keys, values = room[queries.rows, :columns].permute(2, 0, 3, 1, 4)  # (R, K, C, d)
         grid = asks
         if queries.places is not None:
-            grid = asks.new_zeros(len(keys) * queries.width, *asks.shape[1:]).index_copy_(0, queries.places, asks)
+            grid = asks.new_zeros(len(keys) * width, *asks.shape[1:]).index_copy_(0, queries.places, asks)
         shared = self.heads // self.key_heads
         if shared > 1 and keys.is_cuda:  # masked, CUDA's fused kernels take no fewer key heads than heads
-            keys, values = keys.repeat_interleave(shared, 2), values.repeat_interleave(shared, 2)
+            keys, values = keys.repeat_interleave(shared, 1), values.repeat_interleave(shared, 1)
         out = F.scaled_dot_product_attention(
-            grid.unflatten(0, (len(keys), queries.width)).transpose(1, 2),
-            keys.transpose(1, 2),
-            values.transpose(1, 2),
+            grid.unflatten(0, (len(keys), width)).transpose(1, 2),
+            keys,
+            values,
             attn_mask=queries.mask,
             scale=scaling,
             enable_gqa=shared > 1 and not keys.is_cuda,
@@ -235,17 +235,14 @@ class DenseDecoder:
 
     def _normed(self, x: Tensor) -> Tensor:
         """x over its root mean square, in fp32; the weights of a layer's norms are in its projections."""
-        fp32 = x.float()
-        return (fp32 * fp32.square().mean(-1, keepdim=True).add_(self.epsilon).rsqrt_()).to(x.dtype)
+        return F.rms_norm(x, x.shape[-1:], None, self.epsilon)
 
-    def _angles(self, positions: int) -> tuple[Tensor, Tensor]:
-        """cos and signed sin (P, d) of at least the first `positions` positions, from the model's own frequencies."""
-        if not hasattr(self, "_table") or len(self._table[0]) < positions:
+    def _angles(self, positions: int) -> Tensor:
+        """How far (P, d / 2) the first `positions` positions at least turn, as complex numbers of the model's size."""
+        if len(self._table) < positions:
             some = torch.arange(2 ** (positions - 1).bit_length(), device=self.device, dtype=torch.float32)
             angles = some[:, None] * self._rotary.inv_freq.float().to(self.device)
-            scale = self._rotary.attention_scaling
-            cos, sin = (angles.cos() * scale).to(self.dtype), (angles.sin() * scale).to(self.dtype)
-            self._table: tuple[Tensor, Tensor] = (torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1))
+            self._table = torch.polar(torch.full_like(angles, self._rotary.attention_scaling), angles)
         return self._table
 
     def _difference(self, model: Any) -> float:
@@ -254,7 +251,7 @@ class DenseDecoder:
         places = torch.arange(8, device=self.device)
         mask = torch.full((8, 8), torch.finfo(self.dtype).min, dtype=self.dtype, device=self.device).triu(1)
         tokens = Tokens(ids, places, 8, places)
-        hidden = self(self.new_cache(1, 8), tokens, Queries(slice(0, 1), 8, None, mask[None, None]))
+        hidden = self(self.new_cache(1, 8), tokens, Queries(slice(0, 1), None, mask[None, None]))
         ours, theirs = self.head(hidden).float(), model(input_ids=ids[None], use_cache=False).logits[0].float()
         if torch.equal(ours.isnan(), theirs.isnan()):
             ours, theirs = ours.nan_to_num(), theirs.nan_to_num()
@@ -334,31 +331,53 @@ def _dense(linear: Any) -> _Linear:
     return _Linear(dequantize_4bit(linear.weight.data, state).to(dtype), bias)
 
 
-def _stacked(norm: Any, *linears: Any) -> _Linear:
-    """Several linear layers as one, with the weights of the norm before them."""
-    parts = [_dense(linear) for linear in linears]
-    weight = torch.cat([part.weight for part in parts])
-    biases = [part.bias if part.bias is not None else weight.new_zeros(len(part.weight)) for part in parts]
-    biased = any(part.bias is not None for part in parts)
-    return _Linear((weight.float() * norm.weight.float()).to(weight.dtype), torch.cat(biases) if biased else None)
+def _transposed(linear: _Linear) -> _Linear:
+    """Weights (N, K) as (K, N), not copied."""
+    return _Linear(linear.weight.t(), linear.bias)
 
 
-def _layer(layer: Any) -> _Layer:
+def _stacked(*linears: _Linear) -> _Linear:
+    """Several layers (N, K) as one (K, N)."""
+    weight = torch.cat([each.weight.t() for each in linears], dim=1).contiguous()
+    if all(each.bias is None for each in linears):
+        return _Linear(weight)
+    biases = [each.weight.new_zeros(len(each.weight)) if each.bias is None else each.bias for each in linears]
+    return _Linear(weight, torch.cat(biases))
+
+
+def _after(norm: Any, linear: Any) -> _Linear:
+    """A linear layer with the weights of the norm before it."""
+    dense = _dense(linear)
+    return _Linear((dense.weight.float() * norm.weight.float()).to(dense.weight.dtype), dense.bias)
+
+
+def _layer(layer: Any, head_width: int) -> _Layer:
     attention, mlp = layer.self_attn, layer.mlp
-    queries_norm, keys_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
+
+    def interleaved(x: Tensor) -> Tensor:
+        """x (h * d, ...): numbers that turn together, i and i + d / 2 of a head, as neighbours 2 i and 2 i + 1."""
+        pairs: Tensor = x.unflatten(0, (-1, 2, head_width // 2)).transpose(1, 2).flatten(0, 2)
+        return pairs
+
+    queries, keys, values = (
+        _after(layer.input_layernorm, linear) for linear in (attention.q_proj, attention.k_proj, attention.v_proj)
+    )
+    queries, keys = (
+        _Linear(interleaved(each.weight), None if each.bias is None else interleaved(each.bias))
+        for each in (queries, keys)
+    )
+    norms = None
+    if getattr(attention, "q_norm", None) is not None:
+        of_each = ((attention.q_norm, queries), (attention.k_norm, keys))
+        norms = torch.cat(
+            [interleaved(norm.weight.detach()).expand(len(each.weight) // head_width, -1) for norm, each in of_each]
+        )
     return _Layer(
-        qkv=_stacked(layer.input_layernorm, attention.q_proj, attention.k_proj, attention.v_proj),
-        queries_norm=None if queries_norm is None else queries_norm.weight.detach(),
-        keys_norm=None if keys_norm is None else keys_norm.weight.detach(),
-        out=_dense(attention.o_proj),
-        gate_up=_stacked(layer.post_attention_layernorm, mlp.gate_proj, mlp.up_proj),
-        down=_dense(mlp.down_proj),
+        qkv=_stacked(queries, keys, values),
+        norms=norms,
+        out=_stacked(_dense(attention.o_proj)),
+        gate_up=_stacked(*(_after(layer.post_attention_layernorm, linear) for linear in (mlp.gate_proj, mlp.up_proj))),
+        down=_stacked(_dense(mlp.down_proj)),
         scaling=attention.scaling,
         activation=mlp.act_fn,
     )
-
-
-def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions: x (T, heads, d), cos and signed sin (T, 1, d)."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.addcmul(x * cos, torch.cat((second, first), dim=-1), sin)

@@ -188,15 +188,27 @@ class PricePredictor:
         self._engine.for_prediction(self._model)
         ids = [prompt.ids for prompt in prompts]
         if self._head is not None and output != "text":
-            from fastprice.heads import head_distributions
-
-            return head_distributions(self._model, self._head, ids, batch_size=self.batch_size, on_batch=on_batch)
+            return self._read_head(self._head, ids, on_batch)
         return self._price_decoder().distributions(
             ids,
             tolerance=QUICK if tolerance is None else tolerance,
             batch_size=self.batch_size,
             on_batch=on_batch,
         )
+
+    def _read_head(
+        self, head: PriceHead, prompts: Sequence[Sequence[int]], on_batch: Callable[[int], None] | None
+    ) -> list[PriceDistribution]:
+        """Through the dense copy of the weights where there is one."""
+        import torch
+
+        from fastprice.heads import head_distributions
+
+        states = self._price_decoder().last_states(prompts, batch_size=self.batch_size, on_batch=on_batch)
+        if states is None:
+            return head_distributions(self._model, head, prompts, batch_size=self.batch_size, on_batch=on_batch)
+        with torch.inference_mode():
+            return head.distributions(head(states))
 
     def guesses(self, distributions: Iterable[PriceDistribution], loss: str = "mae") -> NDArray[np.float64]:
         """The best guess of each distribution for `loss`, in dollars; `fallback_price_` for an empty distribution."""

@@ -24,7 +24,9 @@ class PriceTrie:
     Nodes are in breadth-first order and the children of a node are neighbours: `first_child[n]` to
     `first_child[n] + children[n]`. `slots` (M,) says where a node's token stands in `alphabet` (U,), whose last entry
     is the token that ends a price. `paths` (M, D + 1) holds a node's ancestors by depth and itself, then -1. `prices`
-    (M,) is 0 where the tokens so far are no price, and `lowest` (M,) the lowest price at or under a node.
+    (M,) is 0 where the tokens so far are no price, and `lowest` (M,) the lowest price at or under a node, `log_lowest`
+    its natural logarithm, `highest` the highest price. `middle_leaf`
+    (M,) is the middle one of the children of a node that have no children, 0 where there is none.
     """
 
     tokens: IntArray
@@ -34,8 +36,11 @@ class PriceTrie:
     paths: IntArray
     prices: IntArray
     lowest: IntArray
+    log_lowest: FloatArray
+    highest: int
     first_child: IntArray
     children: IntArray
+    middle_leaf: IntArray
 
     @classmethod
     def of(cls, tokenizer: Any, max_price: int, form: Form = TEXT) -> PriceTrie:
@@ -62,6 +67,13 @@ class PriceTrie:
         for index in np.flatnonzero(prices):
             line = paths[index, : depths[index] + 1]
             lowest[line] = np.minimum(lowest[line], prices[index])
+        first_child = 1 + np.searchsorted(parents, np.arange(len(nodes)))
+        children = np.bincount(parents, minlength=len(nodes))
+        middle_leaf = np.zeros(len(nodes), np.int64)
+        for index, (first, count) in enumerate(zip(first_child, children, strict=True)):
+            leaves = first + np.flatnonzero(children[first : first + count] == 0)
+            if len(leaves):
+                middle_leaf[index] = leaves[len(leaves) // 2]
         return cls(
             tokens=tokens,
             slots=np.searchsorted(alphabet, tokens),
@@ -70,8 +82,11 @@ class PriceTrie:
             paths=paths,
             prices=prices,
             lowest=lowest,
-            first_child=1 + np.searchsorted(parents, np.arange(len(nodes))),
-            children=np.bincount(parents, minlength=len(nodes)),
+            log_lowest=np.log(lowest),
+            highest=max_price,
+            first_child=first_child,
+            children=children,
+            middle_leaf=middle_leaf,
         )
 
     def within(self, count: int) -> int:

@@ -25,11 +25,13 @@ from transformers import (
 )
 
 import fastprice.dense
-import fastprice.reading
+import fastprice.dense_reading
 from fastprice.bench.models import model_config, random_nf4_model, seed_adapters
+from fastprice.decoding import PriceDecoder
 from fastprice.dense import DenseDecoder, dense_bytes
+from fastprice.dense_reading import DenseReader
 from fastprice.methods import lora_config
-from fastprice.reading import DenseReader, StockReader, reader_of
+from fastprice.stock_reading import StockReader
 from fastprice.trie import PriceTrie
 
 ROPE = {
@@ -103,11 +105,11 @@ def test_it_steps_aside() -> None:
     visited = model.model.layers[1].register_forward_pre_hook(lambda module, inputs: None)
     assert DenseDecoder.of(model) is None
     visited.remove()
-    assert isinstance(reader_of(model, PriceTrie.of(single_digits(), 9)), DenseReader)
+    assert isinstance(PriceDecoder.of(model, single_digits(), max_price=9).reader, DenseReader)
     model.lm_head.register_forward_hook(lambda module, inputs, output: 2 * output)
     with pytest.warns(UserWarning, match=r"disagree by .* in their logits"):
-        reader = reader_of(model, PriceTrie.of(single_digits(), 9))
-    assert isinstance(reader, StockReader)
+        decoder = PriceDecoder.of(model, single_digits(), max_price=9)
+    assert isinstance(decoder.reader, StockReader)
 
 
 def test_a_variant_of_lora_is_left_to_peft() -> None:
@@ -138,8 +140,8 @@ def test_shared_beginnings_and_any_grouping_give_what_transformers_gives(
     """Prompts over two tokens: many begin alike, some are equal or begin another."""
     decoder = DenseDecoder(MODEL)
     with torch.inference_mode(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fastprice.reading, "_WIDE", wide)
-        patch.setattr(fastprice.reading, "_ROOM", 1)
+        patch.setattr(fastprice.dense_reading, "_WIDE", wide)
+        patch.setattr(fastprice.dense_reading, "_ROOM", 1)
         stock, dense = StockReader(MODEL, TRIE), DenseReader(decoder, TRIE)
         dense.pass_tokens, dense.trunk = pass_tokens, TRIE.within(trunk)
         stock.begin(prompts)
@@ -155,6 +157,27 @@ def test_shared_beginnings_and_any_grouping_give_what_transformers_gives(
                 np.testing.assert_allclose(ours.ask(*asked.T), theirs.ask(*asked.T), atol=1e-4)
 
 
+@settings(max_examples=10, deadline=None)
+@given(
+    prompts=st.lists(st.lists(st.integers(3, 4), min_size=1, max_size=12), max_size=9),
+    pass_tokens=st.integers(4, 60),
+)
+def test_last_states_equal_those_of_transformers(prompts: list[list[int]], pass_tokens: int) -> None:
+    decoder = PriceDecoder(DenseReader(DenseDecoder(MODEL), TRIE), MODEL.config)
+    decoder.reader.pass_tokens = pass_tokens
+    told: list[int] = []
+    states = decoder.last_states(prompts, batch_size=4, on_batch=told.append)
+    assert told[-1:] == [len(prompts)][: len(prompts)]
+    assert states.shape == (len(prompts), SIZES["hidden_size"])
+    for prompt, state in zip(prompts, states, strict=True):
+        theirs = MODEL.model(input_ids=torch.tensor([prompt]), use_cache=False).last_hidden_state[0, -1]
+        torch.testing.assert_close(state, theirs.detach(), atol=1e-5, rtol=1e-4)
+
+
+def test_without_a_dense_copy_there_are_no_last_states() -> None:
+    assert PriceDecoder(StockReader(MODEL, TRIE), MODEL.config).last_states([[3]]) is None
+
+
 def test_what_is_not_a_number_stays_in_its_batch() -> None:
     decoder = DenseDecoder(MODEL)
     reader = DenseReader(decoder, TRIE)
@@ -165,4 +188,8 @@ def test_what_is_not_a_number_stays_in_its_batch() -> None:
         decoder.embeddings = embeddings * torch.nan
         assert np.isneginf(reader.read([[3, 4, 5, 3, 4, 5]]).scores).all()
         decoder.embeddings = embeddings
-        np.testing.assert_array_equal(reader.read([[3, 4, 5]]).scores, good)
+        np.testing.assert_allclose(reader.read([[3, 4, 5]]).scores, good, atol=1e-5)
+        decoder.embeddings = embeddings * torch.nan
+        assert reader.last_states([[3, 4, 5, 3]]).isnan().all()
+        decoder.embeddings = embeddings
+        np.testing.assert_allclose(reader.read([[3, 4, 5, 3]]).scores, reader.read([[3, 4, 5, 3]]).scores, atol=1e-5)

@@ -12,7 +12,7 @@ from fastprice.bench.cases import draw_rows
 from fastprice.bench.models import seed_adapters
 from fastprice.bench.timing import Stopwatch, interleave, ratios, spread_of
 from fastprice.prompts import HEAD, IGNORE
-from fastprice.reading import StockReader
+from fastprice.stock_reading import StockReader
 
 if TYPE_CHECKING:
     from fastprice.decoding import PriceDecoder
@@ -137,8 +137,10 @@ def _error(found: Sequence[Any], exact: Sequence[Any]) -> float:
 
 
 @torch.inference_mode()
-def generate_prices(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], batch: int) -> list[float | None]:
-    """What people write: pad each batch on the left, generate greedily, search for a number."""
+def generate_prices(
+    model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], batch: int, most: int = _ANSWER_TOKENS
+) -> list[float | None]:
+    """What people write: pad each batch on the left, generate at most `most` tokens greedily, search for a number."""
     prices: list[float | None] = []
     for start in range(0, len(prompts), batch):
         chunk = prompts[start : start + batch]
@@ -149,7 +151,7 @@ def generate_prices(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]]
         written = model.generate(
             input_ids=ids,
             attention_mask=mask,
-            max_new_tokens=_ANSWER_TOKENS,
+            max_new_tokens=most,
             do_sample=False,
             use_cache=True,
             pad_token_id=pad,

@@ -1,0 +1,146 @@
+"""How long a price takes: the distribution beside `generate` and a regular expression, on one CPU thread.
+
+    OMP_NUM_THREADS=1 python scripts/time_prediction.py RUN --data FILE --text '*' --price price --group category name
+    OMP_NUM_THREADS=1 python scripts/time_prediction.py RUN --catalogue 4000
+
+RUN is a folder that `fastprice train` or `PriceEstimator.save` wrote; the texts are the test items of the data that it
+was trained on, drawn as training drew them. Times are processor time in milliseconds an item, each way in turns in one
+process, medians of at least three rounds, after one that is not counted:
+
+    as they come   `generate` in batches of rows as they come, greedy, at most eight tokens, then a regular expression
+    sorted         the same on rows sorted by length
+    merged         the same on weights of 32 bits with the adapters merged into them, a plain transformers model
+    ours           distributions as a point estimate takes them (fastprice.decoding.QUICK)
+    1e-4           distributions as `predict_distribution` gives them
+    a call each    as `ours`, a call for each item: nothing is sorted, no beginning is shared
+
+and ratios to `ours`. Getting ready (the dense copy, the trie) is told below. Before anything is timed the merged
+model's logits and the distributions are held against the model's own; on a difference the script stops.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastprice import PriceEstimator
+from fastprice.bench.prediction import check_prediction, generate_prices
+from fastprice.bench.timing import interleave, spread_of
+from fastprice.cli.options import saved_estimator_folder
+from fastprice.config import read_config
+from fastprice.decoders import plain_model
+from fastprice.decoding import QUICK, PriceDecoder
+from fastprice.errors import BaseModelError
+from fastprice.pipeline import prepare_items
+from fastprice.stock_reading import StockReader
+
+ITEMS = {64: 384, 8: 128, 1: 48}  # by batch
+ANSWER_TOKENS = 8
+COLUMNS = ("as they come", "sorted", "merged", "ours", "1e-4", "a call each")
+
+
+def main() -> None:
+    options = _options()
+    estimator = PriceEstimator.load(saved_estimator_folder(options.run))
+    model, tokenizer = estimator.model, estimator.tokenizer
+    prepared = prepare_items(read_config(None, _settings(options)))
+    prompts = [list(prompt.ids) for prompt in estimator.prompts(prepared.split.test[: max(ITEMS.values())])]
+    began = time.process_time()
+    decoder = PriceDecoder.of(model, tokenizer, max_price=max(1, round(estimator.ceiling_price_)), form=estimator.form)
+    ready = time.process_time() - began
+    error, off = check_prediction(decoder, StockReader(model, decoder.trie), prompts[:4])
+    if error > 1e-2 or off > QUICK:
+        raise BaseModelError(f"{options.run}: the distributions are off by {error:.1%}, their medians by {off:.1%}")
+    plain = merged(model)
+    ids = torch.tensor(prompts[:1])
+    with torch.inference_mode():
+        difference = float((plain(input_ids=ids).logits - model(input_ids=ids).logits).abs().max())
+    if difference > 1e-2:
+        raise BaseModelError(f"{options.run}: the merged weights are off by {difference:.2g} in their logits")
+    print(f"{np.mean([len(prompt) for prompt in prompts]):.0f} tokens a prompt; ready in {ready * 1e3:.0f} ms\n")
+    print("| batch | items | " + " | ".join(COLUMNS) + " | times as fast |")
+    print("|---:|---:|" + "---:|" * len(COLUMNS) + "---|")
+    for batch in options.batches:
+        row(model, plain, tokenizer, decoder, prompts[: ITEMS[batch]], batch)
+
+
+def row(model: Any, plain: Any, tokenizer: Any, decoder: PriceDecoder, prompts: list[list[int]], batch: int) -> None:
+    """Measures and prints a row of the table."""
+    by_length = sorted(prompts, key=len)
+    ways = {
+        "as they come": lambda: generate_prices(model, tokenizer, prompts, batch, ANSWER_TOKENS),
+        "sorted": lambda: generate_prices(model, tokenizer, by_length, batch, ANSWER_TOKENS),
+        "merged": lambda: generate_prices(plain, tokenizer, by_length, batch, ANSWER_TOKENS),
+        "ours": lambda: decoder.distributions(prompts, tolerance=QUICK, batch_size=batch),
+        "1e-4": lambda: decoder.distributions(prompts, tolerance=1e-4, batch_size=batch),
+    }
+    if batch == 1:
+        ways["a call each"] = lambda: [decoder.distributions([prompt], tolerance=QUICK) for prompt in prompts]
+    samples = interleave(ways, "cpu", seconds=0.0, warmup=1, least=3, clock=time.process_time)
+    each = {name: 1e3 * spread_of(seconds).p50 / len(prompts) for name, seconds in samples.items()}
+    times = ", ".join(f"{each[name] / each['ours']:.1f}" for name in COLUMNS[:3])
+    cells = (f"{each[name]:.2f}" if name in each else "" for name in COLUMNS)
+    print(f"| {batch} | {len(prompts)} | " + " | ".join(cells) + f" | {times} |", flush=True)
+
+
+def merged(model: Any) -> Any:
+    """A plain transformers model in fp32 whose weights are those of `model` and its adapters."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    source = plain_model(model)
+    weights = {}
+    for name, module in source.named_modules():
+        if hasattr(module, "base_layer"):
+            base = module.base_layer.weight
+            state = getattr(base, "quant_state", None)
+            dense = base.detach().float() if state is None else dequantize_4bit(base.data, state).float()
+            deltas = [module.get_delta_weight(adapter).detach().float() for adapter in module.active_adapters]
+            weights[f"{name}.weight"] = sum(deltas, dense)
+    for name, value in source.state_dict().items():
+        if "lora_" not in name and "base_layer" not in name:
+            weights[name] = value
+    numbers = source.config.to_dict()
+    numbers.pop("quantization_config", None)
+    plain = type(source)(type(source.config).from_dict(numbers)).float().eval()
+    plain.load_state_dict(weights)
+    return plain
+
+
+def _settings(options: argparse.Namespace) -> dict[str, Any]:
+    if options.catalogue is not None:
+        data = {"data.catalogue": options.catalogue}
+    else:
+        data = {
+            "data.file": options.data,
+            "data.text": options.text,
+            "data.price": options.price,
+            "data.group": options.group,
+            "data.limit": options.limit,
+        }
+    settings = {**data, "split.test": options.test, "seed": options.seed, "out": str(options.run)}
+    return {key: value for key, value in settings.items() if value is not None}
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Milliseconds a price takes; see the script's docstring.")
+    parser.add_argument("run", type=Path, help="folder of a saved estimator")
+    of_data = parser.add_mutually_exclusive_group(required=True)
+    of_data.add_argument("--data", help="JSONL(.gz), CSV or Parquet file")
+    of_data.add_argument("--catalogue", type=int, help="so many items of the synthetic catalogue instead")
+    parser.add_argument("--text", nargs="+", default=["*"], help="text columns, or '*'")
+    parser.add_argument("--price", default="price")
+    parser.add_argument("--group", nargs="+", default=[])
+    parser.add_argument("--limit", type=int, help="use only so many items, drawn with the seed")
+    parser.add_argument("--test", type=float, help="share of the items that are test items, as in training")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batches", type=int, nargs="+", choices=sorted(ITEMS), default=sorted(ITEMS, reverse=True))
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
