@@ -7,10 +7,10 @@ then, C at a time,
     z = softcap(scale * (H W^T + bias))    loss = sum logsumexp(z) - z[label]    G = d loss / d (H W^T)
     dH = G W                               dW += G^T H                           dbias += sum G
 
-with G written over the logits by one kernel that reads them twice (once for the maximum and the sum, once for the
-gradient). Gradients are made in the forward, when the chunk's logits are there; the backward only multiplies them by
-what arrives, in place. They stay those of the *sum* until then, so that fp16 does not lose them to a division by the
-number of tokens. Gradients of gradients are not supported, and a second backward through one graph raises.
+with G written over the logits by one kernel (softmax_rows.py). Gradients are made in the forward, when the chunk's
+logits are there; the backward only multiplies them by what arrives, in place. They stay those of the *sum* until then,
+so that fp16 does not lose them to a division by the number of tokens. Gradients of gradients are not supported, and a
+second backward through one graph raises.
 
 Sources: Liger Kernel's fused linear cross-entropy (Hsu et al. 2024: chunks, gradients in the forward), Cut
 Cross-Entropy (Wijmans et al. 2024: no logits in memory; its filtering of small gradients is not used here).
@@ -36,12 +36,10 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastprice_kernels._compile import CompileCase
+from fastprice_kernels.softmax_rows import softmax_rows, softmax_rows_cpu
 
 __all__ = [
     "LossStatistics",
@@ -52,8 +50,6 @@ __all__ = [
     "shifted_labels",
 ]
 
-_BLOCK = 4096
-_WARPS = 8
 _SHARE, _SPARSE_SHARE, _SPARSE = 0.045, 0.01, 0.05
 _FEWEST_ROWS = 8
 
@@ -65,148 +61,6 @@ class LossStatistics(NamedTuple):
     labelled: Tensor
     correct: Tensor
     entropy: Tensor
-
-
-@triton.jit
-def _softmax_rows_kernel(
-    logits_ptr: tl.tensor,
-    labels_ptr: tl.tensor,
-    statistics_ptr: tl.tensor,
-    vocabulary: tl.tensor,
-    row_stride: tl.tensor,
-    ignore_index: tl.tensor,
-    scale: tl.tensor,
-    softcap: tl.tensor,
-    CAPPED: tl.constexpr,
-    GRADIENT: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCKS: tl.constexpr,
-) -> None:
-    """One program takes one row: statistics (loss, correct, entropy), and the gradient over the logits if GRADIENT.
-
-    BLOCKS, of BLOCK columns, is a constant because the interpreter takes no other bound of a loop under numpy 2.4 and
-    later; a model has one vocabulary.
-    """
-    row = tl.program_id(0).to(tl.int64)
-    at_row = logits_ptr + row * row_stride
-    label = tl.load(labels_ptr + row)
-    valid = label != ignore_index
-    lanes = tl.arange(0, BLOCK)
-
-    top = tl.full((), float("-inf"), tl.float32)
-    best = tl.full((), 0, tl.int32)
-    total = tl.zeros((BLOCK,), tl.float32)
-    weighted = tl.zeros((BLOCK,), tl.float32)
-    for block in range(BLOCKS):
-        start = block * BLOCK
-        columns = start + lanes
-        inside = columns < vocabulary
-        z = tl.load(at_row + columns, mask=inside, other=0.0).to(tl.float32) * scale
-        if CAPPED:
-            z = softcap * (2.0 * tl.sigmoid(2.0 * z / softcap) - 1.0)
-        value = z
-        z = tl.where(inside, z, float("-inf"))
-        block_top, block_best = tl.max(z, axis=0, return_indices=True, return_indices_tie_break_left=True)
-        best = tl.where(block_top > top, start + block_best, best)
-        above = tl.maximum(top, block_top)
-        shrink = tl.exp(top - above)
-        e = tl.exp(z - above)
-        total = total * shrink + e
-        weighted = weighted * shrink + e * value
-        top = above
-    denominator = tl.sum(total, axis=0)
-    lse = top + tl.log(denominator)
-
-    # A label outside the vocabulary would read another row: its loss is NaN instead.
-    known = valid & (label >= 0) & (label < vocabulary)
-    z_label = tl.load(at_row + label, mask=known, other=float("nan")).to(tl.float32) * scale
-    if CAPPED:
-        z_label = softcap * (2.0 * tl.sigmoid(2.0 * z_label / softcap) - 1.0)
-    loss = tl.where(valid, lse - z_label, 0.0)
-    entropy = tl.where(valid, lse - tl.sum(weighted, axis=0) / denominator, 0.0)
-    tl.store(statistics_ptr + row * 3, loss)
-    tl.store(statistics_ptr + row * 3 + 1, tl.where(valid & (best == label), 1.0, 0.0))
-    tl.store(statistics_ptr + row * 3 + 2, entropy)
-
-    if GRADIENT:
-        for block in range(BLOCKS):
-            columns = block * BLOCK + lanes
-            z = tl.load(at_row + columns, mask=columns < vocabulary, other=0.0).to(tl.float32) * scale
-            slope = scale
-            if CAPPED:
-                bent = 2.0 * tl.sigmoid(2.0 * z / softcap) - 1.0
-                slope = scale * (1.0 - bent * bent)
-                z = softcap * bent
-            g = (tl.exp(z - lse) - tl.where(columns == label, 1.0, 0.0)) * slope
-            g = tl.where(valid, g, 0.0)
-            tl.store(at_row + columns, g.to(logits_ptr.dtype.element_ty), mask=columns < vocabulary)
-
-
-def _launch(
-    logits: Tensor,
-    labels: Tensor,
-    statistics: Tensor,
-    ignore_index: int,
-    softcap: float | None,
-    scale: float,
-    gradient: bool,
-) -> None:
-    """Fills `statistics` (C, 3) for the rows of `logits` (C, V), which hold the gradient afterwards if `gradient`."""
-    if logits.shape[0]:
-        _softmax_rows_kernel[(logits.shape[0],)](
-            logits,
-            labels,
-            statistics,
-            logits.shape[1],
-            logits.stride(0),
-            ignore_index,
-            float(scale),
-            1.0 if softcap is None else float(softcap),
-            CAPPED=softcap is not None,
-            GRADIENT=gradient,
-            BLOCK=_BLOCK,
-            BLOCKS=triton.cdiv(logits.shape[1], _BLOCK),
-            num_warps=_WARPS,
-        )
-
-
-def _softmax_rows(
-    logits: Tensor,
-    labels: Tensor,
-    statistics: Tensor,
-    ignore_index: int,
-    softcap: float | None,
-    scale: float,
-    gradient: bool,
-) -> None:
-    """What `_launch` does, on a CPU. Beside the logits it needs 4 bytes each for 16-bit ones, and 4 with a cap."""
-    z = logits if logits.dtype == torch.float64 else logits.float()
-    z.mul_(scale)
-    slope = None
-    if softcap is not None:
-        z.div_(softcap).tanh_()
-        slope = z.square().neg_().add_(1) if gradient else None
-        z.mul_(softcap)
-    valid = labels != ignore_index
-    column = labels.where(valid, 0)[:, None]
-    top, best = z.max(1)
-    z.sub_(top[:, None])
-    at_label = z.gather(1, column)[:, 0]
-    total = z.exp_().sum(1)
-    z.div_(total[:, None])
-    statistics[:, 0] = total.log() - at_label
-    statistics[:, 1] = best == labels
-    statistics[:, 2] = 0
-    for block in z.split(-(-z.shape[1] // 16), 1):  # entr makes a tensor of its input's size
-        statistics[:, 2] += torch.special.entr(block).sum(1)
-    statistics.masked_fill_(~valid[:, None], 0)
-    if gradient:
-        z.scatter_add_(1, column, z.new_full((), -1.0).expand_as(column))
-        if slope is not None:
-            z.mul_(slope)
-        z.mul_(scale).masked_fill_(~valid[:, None], 0)
-        if z is not logits:
-            logits.copy_(z)
 
 
 def _chunk_rows(
@@ -255,7 +109,7 @@ def _in_chunks(
     labels = labels[positions]
     room = hidden.new_empty(min(chunk, count), vocabulary)
     statistics = torch.empty(count, 3, dtype=wide, device=hidden.device)
-    run = _softmax_rows if on_cpu else _launch
+    run = softmax_rows_cpu if on_cpu else softmax_rows
     for start in range(0, count, chunk):
         part = slice(start, min(start + chunk, count))
         h = hidden[positions[part]]
@@ -530,29 +384,3 @@ def _check(
     for name, part in (("the head's weight", weight), ("labels", labels), ("bias", bias)):
         if part is not None and part.device != hidden.device:
             raise ValueError(f"{name}: on {part.device}, hidden is on {hidden.device}")
-
-
-def compile_cases() -> list[CompileCase]:
-    """The kernel with and without gradient and cap."""
-    return [
-        CompileCase(
-            name=f"completion_cross_entropy/{dtype}{'/capped' if capped else ''}{'' if gradient else '/loss only'}",
-            fn=_softmax_rows_kernel,
-            signature={
-                "logits_ptr": f"*{dtype}",
-                "labels_ptr": "*i64",
-                "statistics_ptr": "*fp32",
-                "vocabulary": "i32",
-                "row_stride": "i32",
-                "ignore_index": "i32",
-                "scale": "fp32",
-                "softcap": "fp32",
-            },
-            constexprs={"CAPPED": capped, "GRADIENT": gradient, "BLOCK": _BLOCK, "BLOCKS": 32},
-            aligned=("logits_ptr", "labels_ptr", "statistics_ptr", "vocabulary", "row_stride"),
-            num_warps=_WARPS,
-        )
-        for dtype in ("bf16", "fp16", "fp32")
-        for capped in (False, True)
-        for gradient in (True, False)
-    ]

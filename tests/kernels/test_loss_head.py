@@ -17,6 +17,7 @@ from fastprice_kernels.loss_head import (
     completion_cross_entropy_with_statistics,
     labelled_positions,
 )
+from fastprice_kernels.softmax_rows import softmax_rows, softmax_rows_cpu
 
 # Relative to the largest entry. 16 bits: logits are rounded once, their gradient once, the product once.
 BANDS = {torch.float64: 1e-13, torch.float32: 3e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -288,8 +289,8 @@ def test_kernel_agrees_with_the_cpu_path(rows, vocabulary, gradient, softcap, dt
     wide = torch.full((rows, vocabulary + 3), float("nan"), dtype=dtype)
     got, want = wide[:, :vocabulary].copy_(logits), logits.clone()
     statistics = [torch.full((rows, 3), float("nan")) for _ in range(2)]
-    loss_head._launch(got, labels, statistics[0], -100, softcap, 0.5, gradient)
-    loss_head._softmax_rows(want, labels, statistics[1], -100, softcap, 0.5, gradient)
+    softmax_rows(got, labels, statistics[0], -100, softcap, 0.5, gradient)
+    softmax_rows_cpu(want, labels, statistics[1], -100, softcap, 0.5, gradient)
     torch.testing.assert_close(statistics[0], statistics[1], rtol=1e-5, atol=1e-5)
     assert wide[:, vocabulary:].isnan().all()
     if gradient:
@@ -301,7 +302,7 @@ def test_kernel_agrees_with_the_cpu_path(rows, vocabulary, gradient, softcap, dt
 @pytest.mark.interpreter
 def test_kernel_makes_a_label_outside_the_vocabulary_a_nan():
     statistics = torch.zeros(2, 3)
-    loss_head._launch(torch.zeros(2, 5), torch.tensor([5, -1]), statistics, -100, None, 1.0, True)
+    softmax_rows(torch.zeros(2, 5), torch.tensor([5, -1]), statistics, -100, None, 1.0, True)
     assert statistics[:, 0].isnan().all()
 
 
@@ -367,7 +368,7 @@ def test_peak_memory_at_full_size(labelled, share, width, monkeypatch):
 
     As on CUDA: there the kernel works in place, so it is left out, and a logit needs no bytes beside its own.
     """
-    monkeypatch.setattr(loss_head, "_softmax_rows", lambda *arguments: None)
+    monkeypatch.setattr(loss_head, "softmax_rows_cpu", lambda *arguments: None)
     chunk_rows = loss_head._chunk_rows
     monkeypatch.setattr(loss_head, "_chunk_rows", lambda *a: chunk_rows(*a[:5], 0, a[6]))
     with FakeTensorMode():
