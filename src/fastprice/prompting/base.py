@@ -60,7 +60,8 @@ def priced(train: Sequence[Item], least: int, name: str) -> list[Item]:
     """`train` as a list, of at least `least` items, each with a price; DataError says what is missing."""
     if len(train) < least:
         raise DataError(
-            f"{name} needs {least} priced items to show the model, and has only {len(train)} to choose from"
+            f"{name} needs {least} or more priced items to show the model, and was given {len(train)}: "
+            "give it training items"
         )
     for item in train:
         price_of(item)
