@@ -111,7 +111,7 @@ def _train(config: RunConfig, run: str, prepared: Prepared) -> Readings:
             estimator.distributions(estimator.prompts(items), output=shown)
             for items in (split.validation, split.test)
         )  # fmt: skip
-        calibration = calibrate(known, _prices(split.validation))
+        calibration = calibrate(known, _prices(split.validation), ceiling=estimator.ceiling_price_)
         found.bounds[f"{kind}, {SUMMARIES['mae']}"] = np.array(
             [calibration.interval(each, COVERAGE) for each in unseen]
         )

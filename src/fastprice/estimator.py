@@ -26,6 +26,7 @@ from fastprice.targets import draw_items, price_of, training_items
 if TYPE_CHECKING:
     from fastprice.engines import Engine, Loaded
     from fastprice.guards import TrainingEvent
+    from fastprice.heads import PriceHead
     from fastprice.memory import Plan
     from fastprice.methods import Method
     from fastprice.objective import Objective
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 __all__ = ["PriceEstimator"]
 
 CALIBRATION_ITEMS = 1000  # validation items; their own luck moves a coverage of 90 % by less than 1 % (one sigma)
+STANDARD_ITEMS = 512  # training items by whose hidden states a head's are scaled; a deviation is known to 3 % from them
 UNTRAINED_CEILING = 999.0  # dollars: the largest price that a base model is asked about before it has seen any
 # Room for the question, "Price is $" and the answer beside a text of max_tokens.
 _WRAPPER_TOKENS = 64
@@ -179,7 +181,7 @@ class PriceEstimator(PricePredictor, RegressorMixin, BaseEstimator):  # type: ig
         self.fallback_price_, self.ceiling_price_ = float(np.median(prices)), max(prices)
         self._decoder = None
         rows = encode_rows(self._tokenizer, items, self.max_tokens, self.form)
-        objective = self._objective(prices)
+        objective = self._objective(items)
         self.cut_ = sum(row.cut > 0 for row in rows)
         watched = draw_items(validation_items, self.validation_items, self.seed)
         truths = np.array([price_of(item) for item in watched])
@@ -342,19 +344,11 @@ class PriceEstimator(PricePredictor, RegressorMixin, BaseEstimator):  # type: ig
         else:
             self._model.save_pretrained(folder / ADAPTER)
 
-    def _objective(self, prices: list[float]) -> Objective | None:
-        """What is added to the text's cross-entropy; makes the head, started from the training prices."""
+    def _objective(self, items: list[Item]) -> Objective | None:
+        """What is added to the text's cross-entropy; makes the head."""
         from fastprice.objective import Objective
 
-        self._head = None
-        if self.output == "head":
-            from fastprice.heads import make_head
-
-            low, high = min(prices), max(prices)
-            if low == high:
-                low, high = low / 2, high * 2
-            self._head = make_head(self.head, self._width, low, high).to(self._model.device)
-            self._head.start_from(prices)
+        self._head = self._new_head(items) if self.output == "head" else None
         number = None
         if self.text_loss != "ce":
             from fastprice.decoding import PriceTrie
@@ -366,6 +360,24 @@ class PriceEstimator(PricePredictor, RegressorMixin, BaseEstimator):  # type: ig
             return None
         return Objective(self._head, self.head_weight, number, self.text_loss_weight)
 
+    def _new_head(self, items: list[Item]) -> PriceHead:
+        """A head started from the prices of the training items, and from what the untrained model makes of some."""
+        import torch
+
+        from fastprice.heads import make_head, prompt_states
+
+        prices = [price_of(item) for item in items]
+        low, high = min(prices), max(prices)
+        if low == high:
+            low, high = low / 2, high * 2
+        head = make_head(self.head, self._width, low, high).to(self._model.device)
+        head.start_from(prices)
+        self._engine.for_prediction(self._model)
+        prompts = [prompt.ids for prompt in self.prompts(draw_items(items, STANDARD_ITEMS, self.seed))]
+        batches = prompt_states(self._model, prompts, batch_size=self.batch_size)
+        head.standardise(torch.cat([states for _, states in batches]))
+        return head
+
     def _calibrated(self, items: list[Item]) -> Calibration | None:
         """How far the intervals of the trained model must be widened, from at most `CALIBRATION_ITEMS` of `items`."""
         if not self.reads_distributions:
@@ -376,7 +388,7 @@ class PriceEstimator(PricePredictor, RegressorMixin, BaseEstimator):  # type: ig
             for item, distribution in zip(drawn, self.distributions(self.prompts(drawn)), strict=True)
             if not distribution.is_empty
         ]
-        return calibrate(*zip(*scored, strict=True)) if scored else None
+        return calibrate(*zip(*scored, strict=True), ceiling=self.ceiling_price_) if scored else None
 
     def __sklearn_is_fitted__(self) -> bool:
         return hasattr(self, "_model") and not np.isnan(self.fallback_price_)

@@ -11,8 +11,9 @@ right: the histogram loss HL-Gauss (Imani and White, "Improving Regression Perfo
 `QuantileHead`: B quantiles of the log price, ascending by construction, under the pinball loss (Koenker and Bassett,
 "Regression Quantiles", 1978). That loss is some twenty times smaller than the other's; `head_weight` makes up for it.
 
-Both start as the distribution of the training prices, whatever the text: weights 0, biases from the prices. Products
-run in fp32. Both give `PriceDistribution`s, so that estimates, intervals and calibration are those of text.
+Both start as the distribution of the training prices, whatever the text: weights 0, biases from the prices. Both see
+states that are centred and scaled (`PriceHead.standardise`). Products run in fp32. Both give `PriceDistribution`s, so
+that estimates, intervals and calibration are those of text.
 
 Legend: N texts, B bins or quantiles, D width of the model, T tokens. Prices are dollars.
 """
@@ -21,7 +22,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from fastprice.decoders import decoder_of
 from fastprice.distribution import PriceDistribution
 from fastprice.errors import BaseModelError, ConfigError, nearest_name
 
-__all__ = ["HEADS", "HistogramHead", "PriceHead", "QuantileHead", "head_distributions", "make_head"]
+__all__ = ["HEADS", "HistogramHead", "PriceHead", "QuantileHead", "head_distributions", "make_head", "prompt_states"]
 
 FloatArray = NDArray[np.float64]
 
@@ -43,10 +44,12 @@ BINS = 128
 QUANTILES = 64
 _SIGMA = 0.75  # of the target, in bins
 _POINTS = 8  # prices a bin is spread over: half of a bin's width would be an error of 1 to 3 %
+_FLOOR = 1e-2  # of the states' root mean square: the smallest standard deviation that is scaled to 1
 
 
 class PriceHead(nn.Module):
-    """A linear layer from hidden states (N, D) to B outputs, and what they mean for prices from `low` to `high`.
+    """A linear layer from standardised hidden states (N, D) to B outputs, and what they mean for prices from `low` to
+    `high`.
 
     Raises ConfigError for a range that is none.
     """
@@ -61,12 +64,31 @@ class PriceHead(nn.Module):
         self.linear = nn.Linear(width, outputs, dtype=torch.float32)
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
+        self.mean: Tensor
+        self.deviation: Tensor
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("deviation", torch.ones(width))
 
     def forward(self, hidden_ND: Tensor) -> Tensor:
         """Outputs (N, B) in fp32, whatever the dtype of the hidden states; autocast is off."""
         with torch.autocast(hidden_ND.device.type, enabled=False):
-            outputs: Tensor = self.linear(hidden_ND.to(self.linear.weight.dtype))
+            states = (hidden_ND.to(self.linear.weight.dtype) - self.mean) / self.deviation
+            outputs: Tensor = self.linear(states)
         return outputs
+
+    def standardise(self, hidden_ND: Tensor) -> None:
+        """From now on, what each of the D features is over these states is subtracted and divided out: its mean and its
+        standard deviation.
+
+        The states of prompts that all end alike have much in common: without this, the weights that tell them apart
+        are hundreds of steps away (docs/LOG.md). A feature that moves less than `_FLOOR` times the root mean square of
+        all states is scaled by that instead: what it does is rounding, in 16 bits, and no more than rounding may be
+        blown up to the size of the others.
+        """
+        states = hidden_ND.double()
+        floor = _FLOOR * states.square().mean().sqrt()
+        self.mean.copy_(states.mean(0))
+        self.deviation.copy_(states.std(0, correction=0).clamp(min=floor))
 
     @abstractmethod
     def start_from(self, prices: ArrayLike) -> None:
@@ -167,12 +189,26 @@ class QuantileHead(PriceHead):
         return torch.maximum(shares * short, (shares - 1) * short).mean(-1)
 
     def distributions(self, outputs_NB: Tensor) -> list[PriceDistribution]:
+        """Between two quantiles the mass is spread evenly over log prices. Beyond the outermost ones it falls
+        exponentially, at the rate that accounts for the outermost step as well, up to `low` and `high`, which have the
+        rest. All of it lies on as many prices as a histogram's, of equal mass: on the quantiles alone, a calibration
+        could only choose among 32 coverages.
+        """
         logs = self.quantiles(outputs_NB.detach().double()).cpu().numpy()
+        shares = (np.arange(QUANTILES) + 0.5) / QUANTILES
+        levels = (np.arange(BINS * _POINTS) + 0.5) / (BINS * _POINTS)
+        # How many of a tail's scale a level lies beyond the outermost quantile; 0 between them.
+        below, above = np.minimum(np.log(levels / shares[0]), 0), np.maximum(-np.log((1 - levels) / shares[0]), 0)
+        step = math.log(shares[1] / shares[0])  # an exponential's outermost step, in its scale
         found = []
         for row in logs:
-            known = row[np.isfinite(row)]
-            prices, counts = np.unique(np.clip(np.exp(known), self.low, self.high), return_counts=True)
-            found.append(PriceDistribution(prices, counts / QUANTILES))
+            if not np.isfinite(row).all():
+                found.append(PriceDistribution(np.empty(0), np.empty(0)))
+                continue
+            ends = (row[1] - row[0]) / step * below + (row[-1] - row[-2]) / step * above
+            spread = np.exp(np.clip(np.interp(levels, shares, row) + ends, math.log(self.low), math.log(self.high)))
+            prices, counts = np.unique(spread.clip(self.low, self.high), return_counts=True)
+            found.append(PriceDistribution(prices, counts / len(levels)))
         return found
 
 
@@ -187,6 +223,25 @@ def make_head(kind: str, width: int, low: float, high: float) -> PriceHead:
 
 
 @torch.inference_mode()
+def prompt_states(
+    model: Any, prompts: Sequence[Sequence[int]], *, batch_size: int = 64
+) -> Iterator[tuple[list[int], Tensor]]:
+    """The decoder's last hidden state at the last token of each prompt (token ids, at least one), batch by batch:
+    which prompts, and their states (N, D).
+
+    Prompts are sorted by length and padded on the right, where causal attention lets nothing see the padding.
+    """
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    decoder = decoder_of(model)
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        ids = nn.utils.rnn.pad_sequence([torch.tensor(prompts[index]) for index in batch], batch_first=True)
+        last = torch.tensor([len(prompts[index]) - 1 for index in batch])
+        hidden = decoder(input_ids=ids.to(model.device), use_cache=False).last_hidden_state
+        yield batch, hidden[torch.arange(len(batch)), last]
+
+
+@torch.inference_mode()
 def head_distributions(
     model: Any,
     head: PriceHead,
@@ -197,20 +252,11 @@ def head_distributions(
 ) -> list[PriceDistribution]:
     """p(price | prompt) by `head`, for each prompt (token ids, at least one): one forward pass of the decoder.
 
-    Prompts are sorted by length and padded on the right, where causal attention lets nothing see the padding;
     `on_batch` is told how many are done.
     """
-    found: list[PriceDistribution | None] = [None] * len(prompts)
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    decoder = decoder_of(model)
-    for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
-        ids = nn.utils.rnn.pad_sequence([torch.tensor(prompts[index]) for index in batch], batch_first=True)
-        last = torch.tensor([len(prompts[index]) - 1 for index in batch])
-        hidden = decoder(input_ids=ids.to(model.device), use_cache=False).last_hidden_state
-        read = hidden[torch.arange(len(batch)), last]
-        for index, distribution in zip(batch, head.distributions(head(read)), strict=True):
-            found[index] = distribution
+    found: dict[int, PriceDistribution] = {}
+    for batch, states in prompt_states(model, prompts, batch_size=batch_size):
+        found |= zip(batch, head.distributions(head(states)), strict=True)
         if on_batch:
-            on_batch(start + len(batch))
-    return [each for each in found if each is not None]
+            on_batch(len(found))
+    return [found[index] for index in range(len(prompts))]

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from sklearn.base import clone
 
 from fastprice import BaseModelError, ConfigError, Item, PriceEstimator
 from fastprice.catalogue import make_catalogue
+from fastprice.heads import prompt_states
 
 SMALL = {"max_tokens": 96, "pack_tokens": 256, "validation_items": 24, "learning_rate": 5e-3}
 THINGS = {
@@ -29,7 +31,7 @@ def three_price_items(count: int) -> list[Item]:
 
 @pytest.fixture(scope="module")
 def with_head() -> PriceEstimator:
-    estimator = PriceEstimator(**SMALL, output="head", epochs=4.0, evaluations=2)
+    estimator = PriceEstimator(**{**SMALL, "validation_items": 30}, output="head", epochs=4.0, evaluations=2)
     return estimator.fit(three_price_items(180), three_price_items(30))
 
 
@@ -61,6 +63,15 @@ def test_one_model_gives_the_head_the_text_and_greedy_text(with_head: PriceEstim
 
 def test_the_head_is_no_part_of_the_model_between_trainings(with_head: PriceEstimator) -> None:
     assert not any("price_head" in name for name, _ in with_head._model.named_parameters())
+
+
+def test_the_head_sees_states_standardised_by_the_untrained_model(with_head: PriceEstimator) -> None:
+    untrained = PriceEstimator(**SMALL).prepare()
+    prompts = [prompt.ids for prompt in untrained.prompts(three_price_items(180))]
+    states = torch.cat([each for _, each in prompt_states(untrained.model, prompts)])
+    assert with_head._head is not None
+    torch.testing.assert_close(with_head._head.mean, states.mean(0), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(with_head._head.deviation, states.std(0, correction=0), rtol=1e-3, atol=1e-4)
 
 
 def test_saved_and_loaded_the_head_says_the_same(with_head: PriceEstimator, tmp_path: Path) -> None:

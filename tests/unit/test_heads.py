@@ -8,9 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from fastprice.distribution import PriceDistribution
 from fastprice.errors import BaseModelError, ConfigError
 from fastprice.heads import BINS, HEADS, HistogramHead, PriceHead, QuantileHead, make_head
+from fastprice.intervals import calibrate
 
 WIDTH, LOW, HIGH = 24, 2.0, 900.0
 PRICES = np.random.default_rng(0).lognormal(4.2, 1.0, 400).clip(LOW, HIGH)
@@ -104,8 +107,80 @@ def test_a_sure_head_is_finer_than_a_bin() -> None:
 
 
 @pytest.mark.parametrize("kind", HEADS)
+def test_a_head_learns_the_same_from_states_that_hardly_differ(kind: str) -> None:
+    """Large in common, small in what tells items apart, as the states of prompts that end alike: no step is lost."""
+    random = torch.Generator().manual_seed(0)
+    apart = torch.randn(64, WIDTH, generator=random)
+    prices = (apart[:, 0] + 4).exp().clamp(LOW, HIGH)
+    guesses = []
+    for states in (apart, 3.0 + 0.05 * apart):
+        head = make_head(kind, WIDTH, LOW, HIGH)
+        head.start_from(prices.numpy())
+        head.standardise(states)
+        optimizer = torch.optim.Adam(head.parameters(), lr=1e-2)
+        for _ in range(40):
+            optimizer.zero_grad()
+            head.loss(head(states), prices).mean().backward()
+            optimizer.step()
+        guesses.append([each.median() for each in head.distributions(head(states))])
+    np.testing.assert_allclose(guesses[1], guesses[0], rtol=0.01)
+    constant = np.abs(prices.numpy() - np.median(prices.numpy())).mean()
+    assert np.abs(prices.numpy() - guesses[1]).mean() < 0.8 * constant
+
+
+def test_a_feature_that_never_moves_is_not_blown_up() -> None:
+    head = make_head("histogram", 3, LOW, HIGH)
+    states = torch.tensor([[1.0, 5.0, -1.0], [1.0, 5.0 + 2**-12, 1.0]])
+    head.standardise(states)
+    floor = 0.01 * states.square().mean().sqrt().item()
+    torch.testing.assert_close(head.mean, states.mean(0))
+    torch.testing.assert_close(head.deviation, torch.tensor([floor, floor, 1.0]))
+    torch.nn.init.ones_(head.linear.weight)
+    assert torch.isfinite(head(states)).all()
+
+
+@pytest.mark.parametrize("spread", [0.6, 0.8, 1.0, 2.0])
+def test_calibrated_intervals_of_quantiles_hold_what_they_claim(spread: float) -> None:
+    """Heads that know each item's distribution but for its spread, which they take to be `spread` times the true one:
+    where the interval at 90 % ends between two quantiles, it must not reach out to the next."""
+    head = make_head("quantile", WIDTH, 1.0, 5000.0)
+    assert isinstance(head, QuantileHead)
+    random = np.random.default_rng(7)
+
+    def draw(count: int) -> tuple[list[PriceDistribution], np.ndarray]:
+        centres, deviations = random.uniform(3.5, 5.5, (count, 1)), random.uniform(0.3, 0.6, (count, 1))
+        logs = centres + deviations * random.standard_normal((count, 1))
+        normal = torch.special.ndtri(head.shares.double()).numpy()
+        quantiles = centres + spread * deviations * normal
+        outputs = np.concatenate([quantiles[:, :1], np.log(np.expm1(np.diff(quantiles)))], axis=1)
+        return head.distributions(torch.from_numpy(outputs)), np.exp(logs[:, 0])
+
+    unseen, truths = draw(1500)
+    held = []
+    for _ in range(4):
+        calibration = calibrate(*draw(500))
+        bounds = np.array([calibration.interval(each, 0.9) for each in unseen])
+        held.append(((bounds[:, 0] <= truths) & (truths <= bounds[:, 1])).mean())
+    error = math.sqrt(0.9 * 0.1 * (1 / 2000 + 1 / 1500))
+    assert abs(np.mean(held) - 0.9) < 3 * error
+
+
+def test_quantiles_beyond_the_outermost_stay_within_the_prices_known() -> None:
+    head = make_head("quantile", WIDTH, LOW, HIGH)
+    steps = torch.full((1, 64), math.log(math.expm1(0.04)))
+    steps[0, 0] = math.log(HIGH) - 2.5
+    (found,) = head.distributions(steps)
+    assert LOW <= found.quantile(0) < found.quantile(0.5) < found.quantile(1) == pytest.approx(HIGH)
+    assert found.probabilities.sum() == pytest.approx(1.0)
+    outermost = math.exp(steps[0, 0])
+    assert found.quantile(0) < 0.95 * outermost
+    assert found.cdf(outermost) == pytest.approx(0.5 / 64, abs=1 / 1024)
+
+
+@pytest.mark.parametrize("kind", HEADS)
 def test_saved_weights_come_back_and_damaged_ones_are_told(kind: str, tmp_path: Path) -> None:
     head, file = shaken(kind).float(), tmp_path / "head.safetensors"
+    head.standardise(torch.randn(9, WIDTH))
     head.save(file)
     again = make_head(width=WIDTH, **head.settings())
     again.restore(file)
@@ -113,6 +188,9 @@ def test_saved_weights_come_back_and_damaged_ones_are_told(kind: str, tmp_path: 
     torch.testing.assert_close(again(hidden), head(hidden), rtol=0, atol=0)
     with pytest.raises(BaseModelError, match=r"head\.safetensors"):
         make_head(kind, WIDTH + 1, LOW, HIGH).restore(file)
+    save_file({name: each for name, each in head.state_dict().items() if name != "mean"}, tmp_path / "no_mean")
+    with pytest.raises(BaseModelError, match=r"no_mean: no weights for this head .*mean"):
+        again.restore(tmp_path / "no_mean")
     file.write_bytes(file.read_bytes()[:50])
     with pytest.raises(BaseModelError, match=r"head\.safetensors"):
         again.restore(file)

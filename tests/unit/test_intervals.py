@@ -107,8 +107,9 @@ def test_intervals_are_nested_in_coverage_and_hold_the_median(
 
 
 def test_saved_and_read_back_it_is_the_same() -> None:
-    calibration = calibrate(*draw_items(3, 30, 0.5))
-    assert Calibration.from_dict(json.loads(json.dumps(calibration.as_dict()))) == calibration
+    for ceiling in (None, 700.0):
+        calibration = calibrate(*draw_items(3, 30, 0.5), ceiling=ceiling)
+        assert Calibration.from_dict(json.loads(json.dumps(calibration.as_dict()))) == calibration
 
 
 def test_too_few_items_say_how_many_are_needed() -> None:
@@ -127,6 +128,16 @@ def test_prices_outside_all_that_the_model_knows_are_reached() -> None:
     assert (low, high) == (pytest.approx(100 / 3), pytest.approx(300))
 
 
+def test_intervals_are_cut_at_the_largest_price_known() -> None:
+    one = PriceDistribution(np.array([100.0]), np.array([1.0]))
+    truths = [50.0] * 4 + [100.0] + [300.0] * 4
+    assert calibrate([one] * 9, [20.0, *truths[1:]], ceiling=250.0).interval(one, 0.9)[1] == 300.0
+    low, high = calibrate([one] * 9, [20.0] + [50.0] * 8, ceiling=250.0).interval(one, 0.9)
+    assert (low, high) == (pytest.approx(20.0), 250.0)
+    dearer = PriceDistribution(np.array([400.0]), np.array([1.0]))
+    assert calibrate([one] * 9, truths, ceiling=250.0).interval(dearer, 0.5) == (pytest.approx(400 / 3), 300.0)
+
+
 def test_an_empty_distribution_has_no_interval_and_calibrates_nothing() -> None:
     empty = PriceDistribution(np.empty(0), np.empty(0))
     assert np.isnan(calibrate(*draw_items(3, 30, 0.5)).interval(empty)).all()
@@ -140,7 +151,16 @@ def test_unusable_truths_are_refused(truths: list[float]) -> None:
         calibrate(draw_items(3, 1, 0.5)[0], truths)
 
 
-@pytest.mark.parametrize("saved", [{}, {"scores": None}, {"scores": []}, {"scores": [2, 1]}, {"scores": ["x"]}, []])
+@pytest.mark.parametrize(
+    "saved",
+    [
+        *({"scores": scores, "highest": None} for scores in (None, [], [2, 1], ["x"])),
+        *({"scores": [0.5], "highest": highest} for highest in (0.0, math.inf, math.nan, "x")),
+        {},
+        {"scores": [0.5]},
+        [],
+    ],
+)
 def test_a_damaged_calibration_is_refused(saved: object) -> None:
     with pytest.raises(DataError):
         Calibration.from_dict(saved)  # type: ignore[arg-type]

@@ -74,7 +74,8 @@ class PromptedEstimator:
             for item, distribution in zip(validation, answers.distributions, strict=True)
             if not distribution.is_empty
         ]
-        self.calibration_ = calibrate([each for each, _ in scored], [price for _, price in scored])
+        ceiling = self.estimator.ceiling_price_
+        self.calibration_ = calibrate([each for each, _ in scored], [price for _, price in scored], ceiling=ceiling)
         return self
 
     def ask(
