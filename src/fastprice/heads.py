@@ -44,6 +44,16 @@ BINS = 128
 QUANTILES = 64
 _SIGMA = 0.75  # of the target, in bins
 _POINTS = 8  # prices a bin is spread over: half of a bin's width would be an error of 1 to 3 %
+# A quantile head's quantiles; the shares of its mass below the ends of the cells it is spread over, and below their
+# middles; how many outermost steps of an exponential tail, which is ln 3 times its scale, these lie beyond them.
+_SHARES = (np.arange(QUANTILES) + 0.5) / QUANTILES
+_TAIL = _SHARES[0] * np.exp(-np.arange(32, 0, -1) / 4)
+_ENDS = np.concatenate(
+    [[0.0], _TAIL, np.linspace(_SHARES[0], _SHARES[-1], (QUANTILES - 1) * _POINTS + 1), 1 - _TAIL[::-1], [1.0]]
+)
+_LEVELS, _MASSES = (_ENDS[1:] + _ENDS[:-1]) / 2, np.diff(_ENDS)
+_BELOW = np.minimum(np.log(_LEVELS / _SHARES[0]) / math.log(3), 0.0)
+_ABOVE = np.maximum(-np.log((1 - _LEVELS) / _SHARES[0]) / math.log(3), 0.0)
 _FLOOR = 1e-2  # of the states' root mean square: the smallest standard deviation that is scaled to 1
 
 
@@ -167,12 +177,11 @@ class QuantileHead(PriceHead):
 
     def __init__(self, width: int, low: float, high: float) -> None:
         super().__init__(width, QUANTILES, low, high)
-        shares = (torch.arange(QUANTILES, dtype=torch.float64) + 0.5) / QUANTILES
-        self.register_buffer("shares", shares.float(), persistent=False)
+        self.register_buffer("shares", torch.from_numpy(_SHARES).float(), persistent=False)
 
     def start_from(self, prices: ArrayLike) -> None:
         assert isinstance(self.shares, Tensor)
-        logs = np.quantile(np.log(np.asarray(prices, dtype=np.float64)), self.shares.double().cpu().numpy())
+        logs = np.quantile(np.log(np.asarray(prices, dtype=np.float64)), _SHARES)
         steps = np.maximum(np.diff(logs), 1e-3)
         bias = np.concatenate([logs[:1], np.log(np.expm1(steps))])  # softplus of it is the step
         with torch.no_grad():
@@ -191,24 +200,20 @@ class QuantileHead(PriceHead):
     def distributions(self, outputs_NB: Tensor) -> list[PriceDistribution]:
         """Between two quantiles the mass is spread evenly over log prices. Beyond the outermost ones it falls
         exponentially, at the rate that accounts for the outermost step as well, up to `low` and `high`, which have the
-        rest. All of it lies on as many prices as a histogram's, of equal mass: on the quantiles alone, a calibration
-        could only choose among 32 coverages.
+        rest. All of it lies on prices `_POINTS` to a step and as close in the tails: on the quantiles alone, a
+        calibration could only choose among 32 coverages.
         """
         logs = self.quantiles(outputs_NB.detach().double()).cpu().numpy()
-        shares = (np.arange(QUANTILES) + 0.5) / QUANTILES
-        levels = (np.arange(BINS * _POINTS) + 0.5) / (BINS * _POINTS)
-        # How many of a tail's scale a level lies beyond the outermost quantile; 0 between them.
-        below, above = np.minimum(np.log(levels / shares[0]), 0), np.maximum(-np.log((1 - levels) / shares[0]), 0)
-        step = math.log(shares[1] / shares[0])  # an exponential's outermost step, in its scale
         found = []
         for row in logs:
             if not np.isfinite(row).all():
                 found.append(PriceDistribution(np.empty(0), np.empty(0)))
                 continue
-            ends = (row[1] - row[0]) / step * below + (row[-1] - row[-2]) / step * above
-            spread = np.exp(np.clip(np.interp(levels, shares, row) + ends, math.log(self.low), math.log(self.high)))
-            prices, counts = np.unique(spread.clip(self.low, self.high), return_counts=True)
-            found.append(PriceDistribution(prices, counts / len(levels)))
+            ends = (row[1] - row[0]) * _BELOW + (row[-1] - row[-2]) * _ABOVE
+            spread = np.interp(_LEVELS, _SHARES, row) + ends
+            within = np.exp(spread.clip(math.log(self.low), math.log(self.high))).clip(self.low, self.high)
+            prices, which = np.unique(within, return_inverse=True)
+            found.append(PriceDistribution(prices, np.bincount(which, weights=_MASSES)))
         return found
 
 

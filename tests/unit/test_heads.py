@@ -139,7 +139,7 @@ def test_a_feature_that_never_moves_is_not_blown_up() -> None:
     assert torch.isfinite(head(states)).all()
 
 
-@pytest.mark.parametrize("spread", [0.6, 0.8, 1.0, 2.0])
+@pytest.mark.parametrize("spread", [0.5, 0.8, 1.0, 2.0])
 def test_calibrated_intervals_of_quantiles_hold_what_they_claim(spread: float) -> None:
     """Heads that know each item's distribution but for its spread, which they take to be `spread` times the true one:
     where the interval at 90 % ends between two quantiles, it must not reach out to the next."""
@@ -174,7 +174,7 @@ def test_quantiles_beyond_the_outermost_stay_within_the_prices_known() -> None:
     assert found.probabilities.sum() == pytest.approx(1.0)
     outermost = math.exp(steps[0, 0])
     assert found.quantile(0) < 0.95 * outermost
-    assert found.cdf(outermost) == pytest.approx(0.5 / 64, abs=1 / 1024)
+    assert found.cdf(outermost) == pytest.approx(0.5 / 64, abs=1 / 1000)
 
 
 @pytest.mark.parametrize("kind", HEADS)

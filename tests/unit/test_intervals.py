@@ -135,7 +135,7 @@ def test_intervals_are_cut_at_the_largest_price_known() -> None:
     low, high = calibrate([one] * 9, [20.0] + [50.0] * 8, ceiling=250.0).interval(one, 0.9)
     assert (low, high) == (pytest.approx(20.0), 250.0)
     dearer = PriceDistribution(np.array([400.0]), np.array([1.0]))
-    assert calibrate([one] * 9, truths, ceiling=250.0).interval(dearer, 0.5) == (pytest.approx(400 / 3), 300.0)
+    assert calibrate([one] * 9, truths, ceiling=250.0).interval(dearer, 0.5) == (pytest.approx(200.0), 300.0)
 
 
 def test_an_empty_distribution_has_no_interval_and_calibrates_nothing() -> None:
