@@ -212,8 +212,8 @@ class QuantileHead(PriceHead):
             ends = (row[1] - row[0]) * _BELOW + (row[-1] - row[-2]) * _ABOVE
             spread = np.interp(_LEVELS, _SHARES, row) + ends
             within = np.exp(spread.clip(math.log(self.low), math.log(self.high))).clip(self.low, self.high)
-            prices, which = np.unique(within, return_inverse=True)
-            found.append(PriceDistribution(prices, np.bincount(which, weights=_MASSES)))
+            prices, first = np.unique(within, return_index=True)  # ascending already; equal where they were clipped
+            found.append(PriceDistribution(prices, np.add.reduceat(_MASSES, first)))
         return found
 
 
