@@ -47,9 +47,9 @@ _POINTS = 8  # prices a bin is spread over: half of a bin's width would be an er
 # A quantile head's quantiles; the shares of its mass below the ends of the cells it is spread over, and below their
 # middles; how many outermost steps of an exponential tail, which is ln 3 times its scale, these lie beyond them.
 _SHARES = (np.arange(QUANTILES) + 0.5) / QUANTILES
-_TAIL = _SHARES[0] * np.exp(-np.arange(32, 0, -1) / 4)
+_TAIL = _SHARES[0] * np.exp(-np.arange(64, 0, -1) / 8)
 _ENDS = np.concatenate(
-    [[0.0], _TAIL, np.linspace(_SHARES[0], _SHARES[-1], (QUANTILES - 1) * _POINTS + 1), 1 - _TAIL[::-1], [1.0]]
+    [[0.0], _TAIL, np.linspace(_SHARES[0], _SHARES[-1], (QUANTILES - 1) * 16 + 1), 1 - _TAIL[::-1], [1.0]]
 )
 _LEVELS, _MASSES = (_ENDS[1:] + _ENDS[:-1]) / 2, np.diff(_ENDS)
 _BELOW = np.minimum(np.log(_LEVELS / _SHARES[0]) / math.log(3), 0.0)
@@ -200,7 +200,7 @@ class QuantileHead(PriceHead):
     def distributions(self, outputs_NB: Tensor) -> list[PriceDistribution]:
         """Between two quantiles the mass is spread evenly over log prices. Beyond the outermost ones it falls
         exponentially, at the rate that accounts for the outermost step as well, up to `low` and `high`, which have the
-        rest. All of it lies on prices `_POINTS` to a step and as close in the tails: on the quantiles alone, a
+        rest. All of it lies on prices 16 to a step and as close in the tails: on the quantiles alone, a
         calibration could only choose among 32 coverages.
         """
         logs = self.quantiles(outputs_NB.detach().double()).cpu().numpy()
