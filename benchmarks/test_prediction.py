@@ -36,5 +36,5 @@ def test_distribution_against_generate(batch: int, model: Any, ratio: Any) -> No
     ratio(
         lambda: decoder.distributions(prompts, tolerance=QUICK, batch_size=batch),
         lambda: generate_prices(tuned, tokenizer, prompts, batch),
-        at_least={1: 2.0, 8: 1.0, 64: 1.0}[batch],
+        at_least={1: 3.0, 8: 1.6, 64: 1.8}[batch],
     )

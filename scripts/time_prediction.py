@@ -12,6 +12,7 @@ process, medians of at least three rounds, after one that is not counted:
     merged         the same on weights of 32 bits with the adapters merged into them, a plain transformers model
     ours           distributions as a point estimate takes them (fastprice.decoding.QUICK)
     1e-4           distributions as `predict_distribution` gives them
+    head           distributions of a head (128 bins): what it was trained to say does not change its time
     a call each    as `ours`, a call for each item: nothing is sorted, no beginning is shared
 
 and ratios to `ours`. Getting ready (the dense copy, the trie) is told below. Before anything is timed the merged
@@ -35,13 +36,15 @@ from fastprice.cli.options import saved_estimator_folder
 from fastprice.config import read_config
 from fastprice.decoders import plain_model
 from fastprice.decoding import QUICK, PriceDecoder
+from fastprice.dense_reading import DenseReader
 from fastprice.errors import BaseModelError
+from fastprice.heads import make_head
 from fastprice.pipeline import prepare_items
 from fastprice.stock_reading import StockReader
 
 ITEMS = {64: 384, 8: 128, 1: 48}  # by batch
 ANSWER_TOKENS = 8
-COLUMNS = ("as they come", "sorted", "merged", "ours", "1e-4", "a call each")
+COLUMNS = ("as they come", "sorted", "merged", "ours", "1e-4", "head", "a call each")
 
 
 def main() -> None:
@@ -53,6 +56,8 @@ def main() -> None:
     began = time.process_time()
     decoder = PriceDecoder.of(model, tokenizer, max_price=max(1, round(estimator.ceiling_price_)), form=estimator.form)
     ready = time.process_time() - began
+    if not isinstance(decoder.reader, DenseReader):
+        raise BaseModelError(f"{options.run}: there is no dense copy of this model, so nothing to compare")
     error, off = check_prediction(decoder, StockReader(model, decoder.trie), prompts[:4])
     if error > 1e-2 or off > QUICK:
         raise BaseModelError(f"{options.run}: the distributions are off by {error:.1%}, their medians by {off:.1%}")
@@ -79,6 +84,13 @@ def row(model: Any, plain: Any, tokenizer: Any, decoder: PriceDecoder, prompts: 
         "ours": lambda: decoder.distributions(prompts, tolerance=QUICK, batch_size=batch),
         "1e-4": lambda: decoder.distributions(prompts, tolerance=1e-4, batch_size=batch),
     }
+    head = make_head("histogram", model.config.hidden_size, 1.0, 1000.0)
+
+    @torch.inference_mode()
+    def read_head() -> None:
+        head.distributions(head(decoder.last_states(prompts, batch_size=batch)))
+
+    ways["head"] = read_head
     if batch == 1:
         ways["a call each"] = lambda: [decoder.distributions([prompt], tolerance=QUICK) for prompt in prompts]
     samples = interleave(ways, "cpu", seconds=0.0, warmup=1, least=3, clock=time.process_time)

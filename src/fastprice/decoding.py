@@ -12,8 +12,9 @@ of prompts takes a few forward passes over it:
 0. The tokens that all prompts begin with (the question) are computed once, for all batches.
 1. trunk: the rest of each prompt, with the first levels of the trie after it: as many whole levels as fit in 16 nodes
    (all nine first digits cost less than a pass to find out which of them matter).
-2. inner nodes below the trunk (the pairs of digits), one pass a level; none where a price is one token.
-3. ends: full-length prices, which no further token extends within `max_price`, one or two passes.
+2. inner nodes below the trunk (the pairs of digits), one pass a level, and with them a few full-length prices, which no
+   further token extends within `max_price`: the middle one under each of some nodes. None where a price is one token.
+3. ends: full-length prices that p(end) is still wanted of, one or two passes, or none.
 
 How a model is asked, and what its passes hold, is in `fastprice.reading`; here is what is asked. Of each level a
 systematic sample: the nodes of an item stand in order of price, and one is asked in every stretch of `tolerance` of the
@@ -21,16 +22,18 @@ probability of writing a price's digits (so every node with that share is); so i
 that was not asked lies between what follows its neighbours that were, in the log of price. No price under a node not
 asked can be off by `tolerance`; the cumulative distribution is off by far less, because a sample has no side to err on.
 Full-length prices, the widest level by far, need only p(end), which a trained model is sure of: a coarser sample is
-asked first, and where all of it end with 0.9 or more, only those whose share times 8 (1 - p(end)) is `tolerance` after
-it, which is an estimate of how far off they are and no bound. `tolerance=0` asks everything: p(n) exactly. The default
-is for distributions to keep; estimates and intervals need far less (`QUICK`).
+asked first, with the inner nodes where there are such, and where all of it end with 0.9 or more, only those are asked
+whose share times 8 (1 - p(end)) is `tolerance`, which is an estimate of how far off they are and no bound.
+`tolerance=0` asks everything: p(n) exactly. The default is for distributions to keep; estimates and intervals need far
+less (`QUICK`).
 
-What QUICK costs in accuracy. On 64 unseen items each of two nano models, tuned on real pc_parts and on the synthetic
-catalogue, against every price scored: the cumulative distribution is off by at most 0.3 and 1.6 % at its worst price on
-average, 0.9 and 3.4 % at most; the mean errors of the five estimates differ by at most $0.4 (errors of $27 to $149).
-Mean error of the median $27.07 and $109.61 (exact: $27.05 and $109.31). At 1e-4 no price was off
-by more than 1.1e-4. The rule before, every node with a share of 2 % and else the mean after its siblings, asked three
-times as many and was off by up to 12 % at the median.
+What QUICK costs in accuracy, on 800 unseen items each of two nano models tuned for one or two epochs, whose
+distributions are broad, against every price scored. The cumulative distribution is off at its worst price by 2.1 %
+(pc_parts) and 1.3 % (synthetic catalogue) on average, 10.6 and 6.1 % at most; the median moves by $5.6 and $1.8. Mean
+errors, exact and with QUICK: median $88.50 and $90.00, $102.88 and $102.52; mean $91.80 and $94.56, $104.14 and
+$104.72; log-mean $88.40 and $89.92, $103.32 and $102.96. A coarser tolerance of 0.25 asks a third less (8.0 nodes an
+item beside the trunk for 11.7, and 9.7 for 13.8) and is off by 2.5 and 1.4 % on average, 9.4 and 6.4 % at most; QUICK
+stays, since mean errors of pc_parts still move by up to 1.5 % there (best window; by 1.0 % the mean's).
 
 That was measured once; each run of the prediction benchmark holds the median to QUICK
 (`fastprice.bench.prediction.check_prediction`). What it costs in time is in docs/LOG.md beside `generate`.

@@ -3,7 +3,10 @@
 A tuned model comes out of training as NF4 weights with adapters beside them, in modules made for everything. Each pass
 then dequantises every weight, casts to the adapter's dtype and back, and adds two thin products to each wide one. Here
 w + s B A is computed once, q, k and v are one product and so are gate and up, and of the last layer only what is read
-is computed: keys and values of every token, all else of the tokens whose next token is wanted.
+is computed: keys and values of every token, all else of the tokens whose next token is wanted. Small models on a CPU
+spend as much on starting operations as on small products, so there are few: the numbers of a head that turn together
+stand side by side, so that all queries and keys turn in one product of complex numbers, in place; keys and values are
+stored by one copy; a residual sum is part of the product before it.
 
 What it costs. The copy takes `dense_bytes` (two bytes a weight in 16 bits, four on a CPU), beside a 4-bit base four to
 eight times smaller, so it is made only where it fits into `_SHARE` of the memory that is free; never of weights that

@@ -294,6 +294,23 @@ def test_a_sure_model_is_asked_little_and_no_prompt_twice() -> None:
         assert distribution.prices[distribution.probabilities > 1e-6].min() >= 100
 
 
+def test_ends_of_a_sure_model_are_asked_with_the_nodes_before_them() -> None:
+    tokenizer = single_digits()
+    decoder = PriceDecoder.of(Sure(llama(tokenizer)), tokenizer)
+    asked: list[Any] = []
+    read = decoder.reader.read
+
+    def counted(some: Any) -> Any:
+        reading = read(some)
+        ask = reading.ask
+        reading.ask = lambda items, nodes: (asked.append(decoder.trie.depths[nodes]), ask(items, nodes))[1]
+        return reading
+
+    decoder.reader.read = counted  # type: ignore[method-assign]
+    decoder.distributions(prompts_of([20] * 6), tolerance=QUICK)
+    assert [set(depths.tolist()) for depths in asked] == [{2, 3}]
+
+
 def test_of_prices_written_as_one_token_only_the_likeliest_are_asked_for_their_end() -> None:
     tokenizer = whole_numbers()
     model = Sure(llama(tokenizer))
@@ -342,6 +359,8 @@ def test_the_trie_spells_every_price_as_the_tokenizer_does() -> None:
         assert spelt == {price: tokenizer(str(price), add_special_tokens=False)["input_ids"] for price in PRICES}
         for at, (first, count) in enumerate(zip(trie.first_child, trie.children, strict=True)):
             assert all(trie.paths[child, trie.depths[at]] == at for child in range(first, first + count))
+            leaves = [child for child in range(first, first + count) if not trie.children[child]]
+            assert trie.middle_leaf[at] == (leaves[len(leaves) // 2] if leaves else 0)
 
 
 def no_eos() -> PreTrainedTokenizerFast:
