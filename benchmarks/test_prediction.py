@@ -6,27 +6,37 @@ import copy
 from typing import Any
 
 import pytest
+import torch
 
 from fastprice.bench.models import seed_adapters
 from fastprice.bench.prediction import check_prediction, draw_prompts, generate_prices, sharpen
 from fastprice.decoding import QUICK, PriceDecoder
 from fastprice.dense_reading import DenseReader
 from fastprice.engines.bases import load_tokenizer
+from fastprice.heads import make_head, prompt_states
 from fastprice.methods import lora_config
 from fastprice.stock_reading import StockReader
 
+BATCHES = pytest.mark.parametrize("batch", [1, 8, 64])
 
-@pytest.mark.parametrize("batch", [1, 8, 64])
-def test_distribution_against_generate(batch: int, model: Any, ratio: Any) -> None:
-    """As it comes out of training: NF4 with adapters beside it, rows as they come, four tokens an answer."""
+
+@pytest.fixture(scope="module")
+def tuned(model: Any) -> Any:
+    """As it comes out of training: NF4 with adapters beside it."""
     from peft import get_peft_model
 
-    tokenizer = load_tokenizer("nano")
-    tuned = copy.deepcopy(model)
-    tuned.set_attn_implementation("sdpa")
-    sharpen(tuned)
-    tuned = get_peft_model(tuned, lora_config(rank=16, alpha=32.0, dropout=0.0)).eval()
+    copied = copy.deepcopy(model)
+    copied.set_attn_implementation("sdpa")
+    sharpen(copied)
+    tuned = get_peft_model(copied, lora_config(rank=16, alpha=32.0, dropout=0.0)).eval()
     seed_adapters(tuned)
+    return tuned
+
+
+@BATCHES
+def test_distribution_against_generate(batch: int, tuned: Any, ratio: Any) -> None:
+    """Rows as they come, four tokens an answer."""
+    tokenizer = load_tokenizer("nano")
     prompts = draw_prompts(tokenizer, max(8, batch), tuned.config.vocab_size)[: max(4, batch)]
     decoder = PriceDecoder.of(tuned, tokenizer)
     assert isinstance(decoder.reader, DenseReader)
@@ -37,4 +47,28 @@ def test_distribution_against_generate(batch: int, model: Any, ratio: Any) -> No
         lambda: decoder.distributions(prompts, tolerance=QUICK, batch_size=batch),
         lambda: generate_prices(tuned, tokenizer, prompts, batch),
         at_least={1: 3.0, 8: 1.6, 64: 1.8}[batch],
+    )
+
+
+@BATCHES
+def test_head_against_generate(batch: int, tuned: Any, ratio: Any) -> None:
+    """The same, read off a head: one pass over the prompts and nothing after them."""
+    tokenizer = load_tokenizer("nano")
+    prompts = draw_prompts(tokenizer, max(8, batch), tuned.config.vocab_size)[: max(4, batch)]
+    decoder = PriceDecoder.of(tuned, tokenizer)
+    head = make_head("histogram", tuned.config.hidden_size, 1.0, 1000.0)
+
+    def read() -> Any:
+        states = decoder.last_states(prompts, batch_size=batch)
+        assert states is not None
+        return head.distributions(head(states))
+
+    ((order, states),) = prompt_states(tuned, prompts)
+    found = decoder.last_states(prompts)
+    assert found is not None
+    torch.testing.assert_close(found[order], states, rtol=1e-3, atol=1e-3)
+    ratio(
+        read,
+        lambda: generate_prices(tuned, tokenizer, prompts, batch),
+        at_least={1: 5.0, 8: 2.0, 64: 2.0}[batch],
     )
