@@ -273,6 +273,7 @@ import unsloth.models.llama as llama
 from unsloth.models.llama import FastLlamaModel
 names = [(m, n, vars(m)[n]) for m in list(sys.modules.values()) for n in _unsloth._FUNCTIONS
          if getattr(m, "__name__", "").startswith("unsloth") and n in vars(m)]
+torch.manual_seed(0)
 config = transformers.LlamaConfig(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
     num_attention_heads=4, num_key_value_heads=2, head_dim=8)
 model = transformers.AutoModelForCausalLM.from_config(config).float()
@@ -300,8 +301,8 @@ assert not report.kept, report.kept
 left = [(m.__name__, n) for m, n, stock in names if vars(m)[n] is stock]
 assert not left, left
 assert len(llama._fused_lora_modules(model)) >= len(layers), "Unsloth finds its fused attention"
-for a, b in zip(results(), want, strict=True):
-    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+for a, b in zip(results(), want, strict=True):  # sums of large terms: rounding goes by the largest
+    assert (a - b).abs().max() <= 1e-5 * b.abs().max(), (a - b).abs().max()
 torch.testing.assert_close(mlp(x), want_mlp, rtol=1e-4, atol=1e-5)
 uninstall(model)
 assert all(vars(m)[n] is stock for m, n, stock in names)
