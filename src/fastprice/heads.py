@@ -44,16 +44,12 @@ BINS = 128
 QUANTILES = 64
 _SIGMA = 0.75  # of the target, in bins
 _POINTS = 8  # prices a bin is spread over: half of a bin's width would be an error of 1 to 3 %
-# A quantile head's quantiles; the shares of its mass below the ends of the cells it is spread over, and below their
-# middles; how many outermost steps of an exponential tail, which is ln 3 times its scale, these lie beyond them.
+# A quantile head's quantiles, and where its mass lies in shares of it: between the outermost ones in cells, 16 to a
+# step, and what is beyond them on them.
 _SHARES = (np.arange(QUANTILES) + 0.5) / QUANTILES
-_TAIL = _SHARES[0] * np.exp(-np.arange(64, 0, -1) / 8)
-_ENDS = np.concatenate(
-    [[0.0], _TAIL, np.linspace(_SHARES[0], _SHARES[-1], (QUANTILES - 1) * 16 + 1), 1 - _TAIL[::-1], [1.0]]
-)
-_LEVELS, _MASSES = (_ENDS[1:] + _ENDS[:-1]) / 2, np.diff(_ENDS)
-_BELOW = np.minimum(np.log(_LEVELS / _SHARES[0]) / math.log(3), 0.0)
-_ABOVE = np.maximum(-np.log((1 - _LEVELS) / _SHARES[0]) / math.log(3), 0.0)
+_CELLS = np.linspace(_SHARES[0], _SHARES[-1], (QUANTILES - 1) * 16 + 1)
+_LEVELS = np.concatenate([_SHARES[:1], (_CELLS[1:] + _CELLS[:-1]) / 2, _SHARES[-1:]])
+_MASSES = np.diff(np.concatenate([[0.0], _CELLS, [1.0]]))
 _FLOOR = 1e-2  # of the states' root mean square: the smallest standard deviation that is scaled to 1
 
 
@@ -198,10 +194,9 @@ class QuantileHead(PriceHead):
         return torch.maximum(shares * short, (shares - 1) * short).mean(-1)
 
     def distributions(self, outputs_NB: Tensor) -> list[PriceDistribution]:
-        """Between two quantiles the mass is spread evenly over log prices. Beyond the outermost ones it falls
-        exponentially, at the rate that accounts for the outermost step as well, up to `low` and `high`, which have the
-        rest. All of it lies on prices 16 to a step and as close in the tails: on the quantiles alone, a
-        calibration could only choose among 32 coverages.
+        """Between two quantiles the mass is spread evenly over log prices, 16 of them to a step: on the quantiles
+        alone, a calibration could only choose among 32 coverages. The 1 in 64 that lies beyond the outermost ones is on
+        them: how far it reaches nobody was trained to say, and a calibration measures it (fastprice.intervals).
         """
         logs = self.quantiles(outputs_NB.detach().double()).cpu().numpy()
         found = []
@@ -209,8 +204,7 @@ class QuantileHead(PriceHead):
             if not np.isfinite(row).all():
                 found.append(PriceDistribution(np.empty(0), np.empty(0)))
                 continue
-            ends = (row[1] - row[0]) * _BELOW + (row[-1] - row[-2]) * _ABOVE
-            spread = np.interp(_LEVELS, _SHARES, row) + ends
+            spread = np.interp(_LEVELS, _SHARES, row)
             within = np.exp(spread.clip(math.log(self.low), math.log(self.high))).clip(self.low, self.high)
             prices, first = np.unique(within, return_index=True)  # ascending already; equal where they were clipped
             found.append(PriceDistribution(prices, np.add.reduceat(_MASSES, first)))

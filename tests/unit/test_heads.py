@@ -173,8 +173,8 @@ def test_quantiles_beyond_the_outermost_stay_within_the_prices_known() -> None:
     assert LOW <= found.quantile(0) < found.quantile(0.5) < found.quantile(1) == pytest.approx(HIGH)
     assert found.probabilities.sum() == pytest.approx(1.0)
     outermost = math.exp(steps[0, 0])
-    assert found.quantile(0) < 0.95 * outermost
-    assert found.cdf(outermost) == pytest.approx(0.5 / 64, abs=1 / 1000)
+    assert found.quantile(0) == pytest.approx(outermost)
+    assert found.cdf(outermost * 1.0001) == pytest.approx(0.5 / 64)
 
 
 @pytest.mark.parametrize("kind", HEADS)
