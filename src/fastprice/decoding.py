@@ -65,11 +65,8 @@ __all__ = ["QUICK", "PriceDecoder", "PriceTrie", "greedy_prices", "price_distrib
 
 QUICK = 0.0625  # tolerance for point estimates
 
-_TRUNK = 16  # nodes
 _ENDS_APART = 0.25  # of probability: how far apart the first full-length prices are that are asked for their end
 _SURE = 0.9  # p(end) of all of them
-_PASS_TOKENS = {"cpu": 64, "cuda": 2048}  # a pass costs about as much as this many tokens more in another
-_LOGITS = 2**25  # elements upcast to fp32 at once: 128 MiB
 _ANSWER_TOKENS = 8  # "$" is in the prompt; seven digits and an end
 
 

@@ -22,12 +22,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastprice.dense import DenseDecoder, Queries, Tokens
-from fastprice.reading import Prompts, Reading, common_length, on_host
+from fastprice.reading import TRUNK, Prompts, Reading, common_length, on_host
 from fastprice.trie import FloatArray, IntArray, PriceTrie
 
 __all__ = ["DenseReader"]
 
-_TRUNK = 16  # nodes
 # Tokens of a pass: on a CPU what its caches hold of them, a few hundred numbers each.
 _PASS_TOKENS = {"cpu": 512, "cuda": 2**15}
 _WIDE = 64  # nodes of an item in one pass
@@ -41,7 +40,7 @@ class DenseReader:
         self.decoder, self.trie = decoder, trie
         self.device = decoder.device
         self.pass_tokens = _PASS_TOKENS["cuda" if self.device.type == "cuda" else "cpu"]
-        self.trunk = trie.within(_TRUNK)
+        self.trunk = trie.within(TRUNK)
         self.alphabet = torch.from_numpy(trie.alphabet).to(self.device)
         self.lines = np.maximum(trie.paths, 0)  # a node and its ancestors; the root again where there are no more
         self.is_leaf = trie.children == 0

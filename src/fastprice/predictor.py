@@ -107,7 +107,7 @@ class PricePredictor:
         output  None: what the estimator was made for; "text": what its digits say, also where it has a head
 
         Within about 1e-4 of each exact probability; `predict` and `predict_interval` walk fewer (fastprice.decoding).
-        `on_batch` is told how many texts are done. Raises ConfigError on the unsloth engine: load with engine="peft".
+        `on_batch` is told how many texts are done. Raises ConfigError where there are none (`reads_distributions`).
         """
         return self.distributions(self.prompts(texts), tolerance=1e-4, output=output, on_batch=on_batch)
 

@@ -18,17 +18,18 @@ from torch import Tensor
 
 from fastprice.trie import FloatArray, IntArray, PriceTrie
 
-__all__ = ["Prompts", "Reader", "Reading", "common_length", "on_host"]
+__all__ = ["TRUNK", "Prompts", "Reader", "Reading", "common_length", "on_host"]
 
 Prompts = Sequence[Sequence[int]]
+
+TRUNK = 16  # nodes of the trie at most, in whole levels, that are computed with every prompt
 
 
 class Reading(Protocol):
     """The prompts of a batch, computed."""
 
-    scores: (
-        FloatArray  # (B, trunk, U): log probabilities after the first nodes of the trie, as many as the reader likes
-    )
+    # (B, trunk, U): log probabilities after the first nodes of the trie, as many levels as fit in `TRUNK`
+    scores: FloatArray
 
     def ask(self, items: IntArray, nodes: IntArray) -> FloatArray:
         """Log probabilities (N, U) of the trie's tokens and the end after nodes (N,) of items (N,)."""

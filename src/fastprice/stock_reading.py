@@ -20,14 +20,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import DynamicCache
 
-from fastprice.reading import Prompts, Reading, common_length, on_host
+from fastprice.reading import TRUNK, Prompts, Reading, common_length, on_host
 from fastprice.trie import FloatArray, IntArray, PriceTrie
 
 __all__ = ["StockReader"]
 
 Cache = list[tuple[Tensor, Tensor]]  # keys and values of each layer, as transformers shapes them
 
-_TRUNK = 16  # nodes
 _LOGITS = 2**25  # elements upcast to fp32 at once: 128 MiB
 _PASS_TOKENS = {"cpu": 64, "cuda": 2048}  # a pass costs about as much as this many tokens more in another
 
@@ -41,7 +40,7 @@ class StockReader:
         self.as_bool = model.config._attn_implementation == "sdpa"
         self.alphabet = torch.from_numpy(trie.alphabet).to(self.device)
         self.pass_tokens = _PASS_TOKENS["cuda" if self.device.type == "cuda" else "cpu"]
-        self.trunk = trie.within(_TRUNK)
+        self.trunk = trie.within(TRUNK)
         trunk = np.arange(self.trunk)
         self.sees_trunk = trie.paths[:, trie.depths[trunk]] == trunk  # (M, trunk)
         self.start: list[int] = []

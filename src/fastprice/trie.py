@@ -25,8 +25,8 @@ class PriceTrie:
     `first_child[n] + children[n]`. `slots` (M,) says where a node's token stands in `alphabet` (U,), whose last entry
     is the token that ends a price. `paths` (M, D + 1) holds a node's ancestors by depth and itself, then -1. `prices`
     (M,) is 0 where the tokens so far are no price, and `lowest` (M,) the lowest price at or under a node, `log_lowest`
-    its natural logarithm, `highest` the highest price. `middle_leaf`
-    (M,) is the middle one of the children of a node that have no children, 0 where there is none.
+    its natural logarithm, `highest` the highest price. `middle_leaf` (M,) is the middle one of the children of a node
+    that have no children, 0 where there is none.
     """
 
     tokens: IntArray

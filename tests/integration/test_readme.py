@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 import re
 from pathlib import Path
 
 import pytest
-
-from fastprice.catalogue import make_catalogue
+from tests.product_files import write_products
 
 README = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
 
@@ -16,12 +14,7 @@ README = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding=
 def test_the_ten_lines_of_python_run_as_they_stand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     monkeypatch.chdir(tmp_path)
-    with open("products.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["sku", "title", "description", "price"])
-        for item in make_catalogue(120, seed=21):
-            title, _, rest = item.text.partition("\n")
-            writer.writerow([item.group, title, rest, item.price])
+    write_products(seed=21)
     names: dict[str, object] = {"texts": ["a lamp", "a bicycle"]}
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
-from fastprice.catalogue import make_catalogue
+from tests.product_files import write_products
 
 Run = Callable[..., tuple[int, str, str]]
 GUIDE = (Path(__file__).resolve().parents[2] / "docs" / "prompting.md").read_text(encoding="utf-8")
@@ -19,12 +17,7 @@ def test_the_guides_python_and_its_command_run(
     fastprice: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with open("products.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["sku", "title", "description", "price"])
-        for item in make_catalogue(120, seed=6):
-            title, _, rest = item.text.partition("\n")
-            writer.writerow([item.group, title, rest, item.price])
+    write_products(seed=6)
     asking, reading = re.findall(r"```python\n(.*?)```", GUIDE, flags=re.DOTALL)
     exec(compile(asking, "docs/prompting.md", "exec"), {})
     assert "examples shown" in capsys.readouterr().out

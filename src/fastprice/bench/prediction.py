@@ -13,6 +13,7 @@ from fastprice.bench.models import seed_adapters
 from fastprice.bench.timing import Stopwatch, interleave, ratios, spread_of
 from fastprice.prompts import HEAD, IGNORE
 from fastprice.stock_reading import StockReader
+from fastprice.writing import write_greedily
 
 if TYPE_CHECKING:
     from fastprice.decoding import PriceDecoder
@@ -136,28 +137,14 @@ def _error(found: Sequence[Any], exact: Sequence[Any]) -> float:
     return worst
 
 
-@torch.inference_mode()
 def generate_prices(
     model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], batch: int, most: int = _ANSWER_TOKENS
 ) -> list[float | None]:
     """What people write: pad each batch on the left, generate at most `most` tokens greedily, search for a number."""
     prices: list[float | None] = []
     for start in range(0, len(prompts), batch):
-        chunk = prompts[start : start + batch]
-        width = max(map(len, chunk))
-        pad = tokenizer.pad_token_id
-        ids = torch.tensor([[pad] * (width - len(ids)) + list(ids) for ids in chunk], device=model.device)
-        mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in chunk], device=model.device)
-        written = model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            max_new_tokens=most,
-            do_sample=False,
-            use_cache=True,
-            pad_token_id=pad,
-            eos_token_id=tokenizer.eos_token_id,
-        )
-        for text in tokenizer.batch_decode(written[:, width:], skip_special_tokens=True):
+        written = write_greedily(model, tokenizer, prompts[start : start + batch], most=most)
+        for text in tokenizer.batch_decode(written, skip_special_tokens=True):
             found = _PRICE.search(text)
             prices.append(float(found[0]) if found else None)
     return prices
