@@ -10,7 +10,7 @@ import torch
 from fastprice.memory.checkpointing import keeping
 from fastprice.streaming import stream
 from fastprice.streaming.boundary import PretendBoundary
-from fastprice_kernels.install import installed
+from fastprice_kernels import installed
 
 
 @pytest.mark.parametrize("ours", [False, True], ids=["stock", "kernels"])

@@ -16,7 +16,7 @@ from fastprice.memory.checkpointing import keeping
 from fastprice.streaming import spread, stream
 from fastprice.streaming.boundary import PretendBoundary
 from fastprice.streaming.host import decoder_layers, frozen_linears
-from fastprice_kernels.install import installed
+from fastprice_kernels import installed
 
 KERNELS = {"stock": None, "kernels": {}, "kernels, keep_dense": {"keep_dense": True}}
 KERNELS["kernels, loss head"] = {"loss_head": True, "last_layer": True}

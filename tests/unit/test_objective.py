@@ -18,7 +18,7 @@ from fastprice.losses import NumberLoss, expected_cost
 from fastprice.objective import TARGETS, Objective
 from fastprice.packing import PackCollator, pack_rows
 from fastprice.prompts import IGNORE, encode_rows
-from fastprice_kernels.install import installed
+from fastprice_kernels import installed
 
 TOKENIZER = load_tokenizer("nano")
 ITEMS = make_catalogue(9, seed=4)

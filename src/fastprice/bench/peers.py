@@ -228,7 +228,7 @@ def _watched_training(probe: Probe, training: Any, settings: dict[str, Any]) -> 
 @contextmanager
 def _told_what_is_installed(settings: dict[str, Any]) -> Iterator[None]:
     """Keeps what the kernels' `install` says it replaced, so that no row claims kernels that stayed out."""
-    module: Any = import_module("fastprice_kernels.install")  # the package exports a function of that name
+    module: Any = import_module("fastprice_kernels.patching.install")  # the package exports a function of that name
     original = module.install
 
     def install(*arguments: Any, **options: Any) -> Any:
