@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastprice.bench.timing import interleave, ratios
+from fastprice.benchmarking.timing import interleave, ratios
 
 BASELINE = Path(__file__).parent / "baseline.json"
 # Ratios of unlike work differ between processors by this much (caches, vector units) without any change of code.
@@ -32,7 +32,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.fixture(scope="session")
 def model() -> Any:
     """A model of the nano's shape with random NF4 weights, in fp32 on the CPU."""
-    from fastprice.bench.models import model_config, random_nf4_model
+    from fastprice.benchmarking.models import model_config, random_nf4_model
 
     return random_nf4_model(model_config("nano"), "cpu", torch.float32)
 

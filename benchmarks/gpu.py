@@ -19,8 +19,8 @@ for folder in (ROOT / "kernels", ROOT / "src"):
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the suite; returns 0 when it came to its end, whatever single rows say."""
-    from fastprice.bench.report import short_table
-    from fastprice.bench.suite import STAGES, Plan, run_suite
+    from fastprice.benchmarking.report import short_table
+    from fastprice.benchmarking.suite import STAGES, Plan, run_suite
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter

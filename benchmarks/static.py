@@ -23,7 +23,7 @@ STATIC = Path(__file__).parent / "static.json"
 
 def main(arguments: list[str] | None = None) -> int:
     """Builds, prints and compares; returns the exit status."""
-    from fastprice.bench.static import drift, read_static, write_static
+    from fastprice.benchmarking.static import drift, read_static, write_static
     from fastprice_kernels.codegen.report import main as report
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks.static", description=__doc__)

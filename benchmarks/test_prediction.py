@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from fastprice.bench.models import seed_adapters
-from fastprice.bench.prediction import check_prediction, draw_prompts, generate_prices, sharpen
-from fastprice.decoding import QUICK, PriceDecoder
-from fastprice.dense_reading import DenseReader
-from fastprice.engines.bases import load_tokenizer
-from fastprice.heads import make_head, prompt_states
-from fastprice.methods import lora_config
-from fastprice.stock_reading import StockReader
+from fastprice.benchmarking.models import seed_adapters
+from fastprice.benchmarking.prediction import check_prediction, draw_prompts, generate_prices, sharpen
+from fastprice.inference.price_decoder import QUICK, PriceDecoder
+from fastprice.inference.price_heads import make_head, prompt_states
+from fastprice.inference.scorers.merged import DenseReader
+from fastprice.inference.scorers.stock import StockReader
+from fastprice.models.adapters import lora_config
+from fastprice.models.base_models import load_tokenizer
 
 BATCHES = pytest.mark.parametrize("batch", [1, 8, 64])
 

@@ -1,4 +1,4 @@
-"""Training on packs, and the loss at labelled positions alone, against what everyone does."""
+"""Training on packs, and the loss at labeled positions alone, against what everyone does."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from fastprice.attention import PACKED_ATTENTION, register_packed_attention
-from fastprice.bench.cases import draw_rows
-from fastprice.packing import PackCollator
-from fastprice.prompts import IGNORE, TrainingRow
+from fastprice.benchmarking.cases import draw_rows
+from fastprice.models.packed_attention import PACKED_ATTENTION, register_packed_attention
+from fastprice.prompts.packing import PackCollator
+from fastprice.prompts.template import IGNORE, TrainingRow
 
 
 def _padded(rows: list[TrainingRow]) -> dict[str, torch.Tensor]:

@@ -7,7 +7,7 @@ the same settings and seed, and read in every way it can be:
 
     greedy text         what the model writes when each next token is the likeliest (unreadable answers: the median of
                         the training prices, and counted)
-    text, LOSS          the estimate of the distribution over whole dollars for that loss (fastprice.distribution)
+    text, LOSS          the estimate of the distribution over whole dollars for that loss (fastprice.inference.price_distribution)
     head, LOSS          the same of the head's distribution (runs with output=head)
 
 All rows are of the same unseen items. Differences are to the greedy text of the first run named, in dollars of absolute
@@ -36,10 +36,10 @@ from numpy.typing import NDArray
 from fastprice import Item, PriceEstimator, score
 from fastprice.config import RunConfig, read_config
 from fastprice.errors import ConfigError
-from fastprice.guards import Progress
-from fastprice.intervals import calibrate
-from fastprice.metrics import paired_difference
-from fastprice.pipeline import Prepared, prepare_items
+from fastprice.evaluation.metrics import paired_difference
+from fastprice.inference.conformal import calibrate
+from fastprice.run import Prepared, prepare_items
+from fastprice.training.callbacks import Progress
 
 FloatArray = NDArray[np.float64]
 

@@ -40,10 +40,10 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from fastprice.catalogue import Offer, offers
-from fastprice.catalogue.draw import pick, shuffled, weighted
-from fastprice.catalogue.goods import CATEGORIES, Number
-from fastprice.prompts import HEAD, TAIL
+from fastprice.data.synthetic import Offer, offers
+from fastprice.data.synthetic.draw import pick, shuffled, weighted
+from fastprice.data.synthetic.goods import CATEGORIES, Number
+from fastprice.prompts.template import HEAD, TAIL
 
 PAD, BOS, EOS = "<|pad|>", "<|bos|>", "<|eos|>"
 VOCABULARY = 2048
@@ -426,7 +426,7 @@ in its demo and its tests, so that the whole path (4-bit load, LoRA, training, d
 knows nothing of the world: accuracy comes from a real base model.
 
 ## What it read
-Documents made by `scripts/make_nano.py` from the synthetic catalogue `fastprice.catalogue` (catalogue seeds from
+Documents made by `scripts/make_nano.py` from the synthetic catalogue `fastprice.data.synthetic` (catalogue seeds from
 {first_seed:,} on; small seeds are left for fine-tuning and tests), all of them price-free: the sign "$" is never
 followed by a digit, and no answer is an amount of money.
 

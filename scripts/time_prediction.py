@@ -10,7 +10,7 @@ process, medians of at least three rounds, after one that is not counted:
     as they come   `generate` in batches of rows as they come, greedy, at most eight tokens, then a regular expression
     sorted         the same on rows sorted by length
     merged         the same on weights of 32 bits with the adapters merged into them, a plain transformers model
-    ours           distributions as a point estimate takes them (fastprice.decoding.QUICK)
+    ours           distributions as a point estimate takes them (fastprice.inference.price_decoder.QUICK)
     1e-4           distributions as `predict_distribution` gives them
     head           distributions of a head (128 bins): what it was trained to say does not change its time
     a call each    as `ours`, a call for each item: nothing is sorted, no beginning is shared
@@ -30,17 +30,17 @@ import numpy as np
 import torch
 
 from fastprice import PriceEstimator
-from fastprice.bench.prediction import check_prediction, generate_prices
-from fastprice.bench.timing import interleave, spread_of
+from fastprice.benchmarking.prediction import check_prediction, generate_prices
+from fastprice.benchmarking.timing import interleave, spread_of
 from fastprice.cli.options import saved_estimator_folder
 from fastprice.config import read_config
-from fastprice.decoders import plain_model
-from fastprice.decoding import QUICK, PriceDecoder
-from fastprice.dense_reading import DenseReader
 from fastprice.errors import BaseModelError
-from fastprice.heads import make_head
-from fastprice.pipeline import prepare_items
-from fastprice.stock_reading import StockReader
+from fastprice.inference.price_decoder import QUICK, PriceDecoder
+from fastprice.inference.price_heads import make_head
+from fastprice.inference.scorers.merged import DenseReader
+from fastprice.inference.scorers.stock import StockReader
+from fastprice.models.parts import plain_model
+from fastprice.run import prepare_items
 
 ITEMS = {64: 384, 8: 128, 1: 48}  # by batch
 ANSWER_TOKENS = 8

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 
-from fastprice.catalogue import make_catalogue
+from fastprice.data.synthetic import make_catalogue
 
 
 def write_products(seed: int, count: int = 120) -> None:

@@ -19,30 +19,30 @@ from fastprice.errors import (
 )
 
 if TYPE_CHECKING:
-    from fastprice.cleaning import clean_items
+    from fastprice.data.cleaning import clean_items
+    from fastprice.data.items import Item, Items, load_items
+    from fastprice.data.money import parse_price
+    from fastprice.data.splitting import split_items
     from fastprice.estimator import PriceEstimator
-    from fastprice.items import Item, Items, load_items
+    from fastprice.evaluation.metrics import Scores, score
     from fastprice.memory import MemoryEstimate, estimate_memory
-    from fastprice.metrics import Scores, score
-    from fastprice.money import parse_price
     from fastprice.prompting import PromptedEstimator
-    from fastprice.splitting import split_items
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "Item": "items",
-    "Items": "items",
+    "Item": "data.items",
+    "Items": "data.items",
     "MemoryEstimate": "memory",
     "PriceEstimator": "estimator",
     "PromptedEstimator": "prompting",
-    "Scores": "metrics",
-    "clean_items": "cleaning",
+    "Scores": "evaluation.metrics",
+    "clean_items": "data.cleaning",
     "estimate_memory": "memory",
-    "load_items": "items",
-    "parse_price": "money",
-    "score": "metrics",
-    "split_items": "splitting",
+    "load_items": "data.items",
+    "parse_price": "data.money",
+    "score": "evaluation.metrics",
+    "split_items": "data.splitting",
 }
 
 __all__ = [

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from fastprice.errors import ConfigError, nearest_name
 from fastprice.memory import parse_bytes
-from fastprice.memory.levels import check_keep
+from fastprice.memory.recompute_levels import check_keep
 
 __all__ = ["CleanConfig", "DataConfig", "ModelConfig", "RunConfig", "SplitConfig", "TrainConfig", "read_config"]
 

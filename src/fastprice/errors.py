@@ -5,7 +5,7 @@
     ├── ConfigError             a setting: unknown key, impossible value, invalid YAML (every error at once)
     ├── BaseModelError          a base model or a saved estimator that cannot be found, read or trained
     ├── MissingDependencyError  an optional package or device that the request needs
-    ├── TrainingError           training that started and cannot go on (loss not finite, no labelled token)
+    ├── TrainingError           training that started and cannot go on (loss not finite, no labeled token)
     ├── StreamingError          weights that could not be brought from the host to the device
     └── NotFittedError          prediction before `fit` or `load`
 

@@ -11,27 +11,27 @@ import numpy as np
 from numpy.typing import ArrayLike
 from sklearn.base import BaseEstimator, RegressorMixin
 
-from fastprice.engines import choose_engine
+from fastprice.data.inputs import draw_items, price_of, training_items
+from fastprice.data.items import Item
 from fastprice.errors import BaseModelError, ConfigError, DataError, NotFittedError
-from fastprice.intervals import Calibration, calibrate
-from fastprice.items import Item
+from fastprice.inference.conformal import Calibration, calibrate
+from fastprice.inference.predictor import PricePredictor
 from fastprice.memory import parse_bytes
-from fastprice.memory.levels import check_keep
-from fastprice.methods import TEXT_LOSSES, check_method, suggested_learning_rate
-from fastprice.predictor import PricePredictor
-from fastprice.prompts import encode_rows
-from fastprice.storage import ADAPTER, HEAD, MANIFEST, MODEL, read_manifest, write_folder
-from fastprice.targets import draw_items, price_of, training_items
+from fastprice.memory.recompute_levels import check_keep
+from fastprice.models.adapters import TEXT_LOSSES, check_method, suggested_learning_rate
+from fastprice.models.engine import choose_engine
+from fastprice.models.saved_folder import ADAPTER, HEAD, MANIFEST, MODEL, read_manifest, write_folder
+from fastprice.prompts.template import encode_rows
 
 if TYPE_CHECKING:
-    from fastprice.engines import Engine, Loaded
-    from fastprice.guards import TrainingEvent
-    from fastprice.heads import PriceHead
+    from fastprice.inference.price_heads import PriceHead
     from fastprice.memory import Plan
-    from fastprice.methods import Method
-    from fastprice.objective import Objective
-    from fastprice.streaming import Streaming
-    from fastprice.training import TrainingResult
+    from fastprice.models.adapters import Method
+    from fastprice.models.engine import Engine, Loaded
+    from fastprice.offload import Streaming
+    from fastprice.training.auxiliary_losses import Objective
+    from fastprice.training.callbacks import TrainingEvent
+    from fastprice.training.train import TrainingResult
 
 __all__ = ["PriceEstimator"]
 
@@ -49,21 +49,21 @@ class PriceEstimator(PricePredictor, RegressorMixin, BaseEstimator):  # type: ig
     method         "qlora": NF4 base, LoRA adapters; "lora": 16-bit base (fp32 on a CPU); "full": every weight trains
     engine         "auto", "peft" or "unsloth" (CUDA)
     output         "text": the price as digits; "json": as an object held to {"price": number}; "head": digits too, and
-                   beside them a head that gives the distribution in one pass (fastprice.heads), which `predict` reads
+                   beside them a head that gives the distribution in one pass (fastprice.inference.price_heads), which `predict` reads
     head           "histogram" (bins of log price) or "quantile"; head_weight: of its loss beside the text's
     text_loss      "ce": cross-entropy alone; "number", "number_mse", "wasserstein": and with it, times
-                   text_loss_weight, a loss that knows which numbers are near each other (fastprice.losses)
+                   text_loss_weight, a loss that knows which numbers are near each other (fastprice.training.number_losses)
     kernels        "auto": fastprice_kernels under the model while it trains on CUDA; "on" or "off" anywhere
-    graphs         "on": steps replayed as CUDA graphs once a replay agreed with the eager step (fastprice.graphs);
+    graphs         "on": steps replayed as CUDA graphs once a replay agreed with the eager step (fastprice.training.cuda_graphs);
                    "auto": where that is possible and pays; "off"
     keep           what each layer keeps for its backward pass: "all", "costly" (cheap things are computed again),
                    "input" (its forward pass is done again), "host" (so too, from its input on the host); counts from
                    the first layer on ("12 input, 20 costly"); or "auto": what fits the GPU, on a CPU everything
     rank, alpha    of the adapters; alpha None is 2 x rank; dropout on their input
-    learning_rate  peak; None is a width-dependent default (`fastprice.methods.suggested_learning_rate`)
+    learning_rate  peak; None is a width-dependent default (`fastprice.models.adapters.suggested_learning_rate`)
     epochs         passes over the training items
     max_tokens     longest text in tokens; longer ones lose their end
-    pack_tokens    tokens of a micro-batch; accumulation: micro-batches an optimiser step
+    pack_tokens    tokens of a micro-batch; accumulation: micro-batches an optimizer step
     evaluations    how often the validation error in dollars is taken; the best of them is kept
     validation_items  at most this many validation items are used for it (drawn from `seed`)
     batch_size     prompts predicted at once
@@ -73,7 +73,7 @@ class PriceEstimator(PricePredictor, RegressorMixin, BaseEstimator):  # type: ig
 
     After `fit`: `fallback_price_` (median training price, for a text that gives no price any probability),
     `ceiling_price_` (largest training price, and the largest that is estimated), `training_`
-    (fastprice.training.TrainingResult), `cut_` (training texts that were shortened), `calibration_` (of intervals),
+    (fastprice.training.train.TrainingResult), `cut_` (training texts that were shortened), `calibration_` (of intervals),
     `plan_` (fastprice.memory.Plan, with `max_memory`).
     Follows scikit-learn: `get_params`, `set_params`, `clone`, `cross_val_score(estimator, items)`.
     """
@@ -167,11 +167,11 @@ class PriceEstimator(PricePredictor, RegressorMixin, BaseEstimator):  # type: ig
 
         train       Items with prices; or texts, with their prices as second argument (scikit-learn's `fit(X, y)`)
         validation  Items with prices, or None: the last weights are kept
-        on_event    called with every logged fastprice.guards.TrainingEvent
+        on_event    called with every logged fastprice.training.callbacks.TrainingEvent
 
         Raises DataError for items without a price, ConfigError, BaseModelError, TrainingError.
         """
-        from fastprice.training import train as run_training
+        from fastprice.training.train import train as run_training
 
         items, validation_items = training_items(train, validation)
         prices = [price_of(item) for item in items]
@@ -276,7 +276,7 @@ class PriceEstimator(PricePredictor, RegressorMixin, BaseEstimator):  # type: ig
                 said = str(error).strip().splitlines()[0]
                 raise BaseModelError(f"the adapter in {source} cannot be put on {estimator.base!r}: {said}") from error
         if head is not None:
-            from fastprice.heads import make_head
+            from fastprice.inference.price_heads import make_head
 
             try:
                 estimator._head = make_head(width=estimator._width, **head)
@@ -319,8 +319,8 @@ class PriceEstimator(PricePredictor, RegressorMixin, BaseEstimator):  # type: ig
         max_tokens = self.max_tokens + _WRAPPER_TOKENS
         if self.max_memory is None:
             return engine.load_base(self.base, method=method, max_tokens=max_tokens)
-        from fastprice.streaming.planned import load_planned
-        from fastprice.training import uses_kernels
+        from fastprice.offload.planned_loading import load_planned
+        from fastprice.training.train import uses_kernels
 
         planned = load_planned(
             self.base,
@@ -346,13 +346,13 @@ class PriceEstimator(PricePredictor, RegressorMixin, BaseEstimator):  # type: ig
 
     def _objective(self, items: list[Item]) -> Objective | None:
         """What is added to the text's cross-entropy; makes the head."""
-        from fastprice.objective import Objective
+        from fastprice.training.auxiliary_losses import Objective
 
         self._head = self._new_head(items) if self.output == "head" else None
         number = None
         if self.text_loss != "ce":
-            from fastprice.decoding import PriceTrie
-            from fastprice.losses import NumberLoss
+            from fastprice.inference.price_decoder import PriceTrie
+            from fastprice.training.number_losses import NumberLoss
 
             trie = PriceTrie.of(self._tokenizer, max(1, round(self.ceiling_price_)), self.form)
             number = NumberLoss(self.text_loss, trie, self._tokenizer)
@@ -364,7 +364,7 @@ class PriceEstimator(PricePredictor, RegressorMixin, BaseEstimator):  # type: ig
         """A head started from the prices of the training items, and from what the untrained model makes of some."""
         import torch
 
-        from fastprice.heads import make_head, prompt_states
+        from fastprice.inference.price_heads import make_head, prompt_states
 
         prices = [price_of(item) for item in items]
         low, high = min(prices), max(prices)
@@ -375,7 +375,7 @@ class PriceEstimator(PricePredictor, RegressorMixin, BaseEstimator):  # type: ig
         self._engine.for_prediction(self._model)
         prompts = [prompt.ids for prompt in self.prompts(draw_items(items, STANDARD_ITEMS, self.seed))]
         batches = prompt_states(self._model, prompts, batch_size=self.batch_size)
-        head.standardise(torch.cat([states for _, states in batches]))
+        head.standardize(torch.cat([states for _, states in batches]))
         return head
 
     def _calibrated(self, items: list[Item]) -> Calibration | None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastprice import attention
+from fastprice.models import packed_attention as attention
 
 pytestmark = [
     pytest.mark.gpu,

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from fastprice.memory.checkpointing import keeping
-from fastprice.memory.levels import LEVELS
+from fastprice.memory.activation_checkpointing import keeping
+from fastprice.memory.recompute_levels import LEVELS
 
 pytestmark = [
     pytest.mark.gpu,
@@ -24,7 +24,7 @@ def make() -> Any:
     from peft import get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from fastprice.methods import lora_config
+    from fastprice.models.adapters import lora_config
 
     torch.manual_seed(0)
     config = AutoConfig.for_model(

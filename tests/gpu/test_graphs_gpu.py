@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastprice.attention import PACKED_ATTENTION, register_packed_attention, varlen_works
-from fastprice.graphs import BANDS, CudaCapture, GraphedStep, hindrance
-from fastprice.packing import PackCollator, StaticShape, pack_rows
-from fastprice.prompts import IGNORE, TrainingRow
+from fastprice.models.packed_attention import PACKED_ATTENTION, register_packed_attention, varlen_works
+from fastprice.prompts.packing import PackCollator, StaticShape, pack_rows
+from fastprice.prompts.template import IGNORE, TrainingRow
+from fastprice.training.cuda_graphs import BANDS, CudaCapture, GraphedStep, hindrance
 from fastprice_kernels import install
 
 pytestmark = [
@@ -93,14 +93,14 @@ def test_replays_train_as_eager_steps_do(nf4: bool, checkpointing: bool) -> None
     (eager, eager_step), (model, step) = (model_and_step(nf4=nf4, checkpointing=checkpointing) for _ in range(2))
     assert hindrance(model, "peft", kernels=True, dtype=torch.bfloat16, processes=1) is None
     graphed = GraphedStep(step, trained(model), band=BAND)
-    optimisers = [torch.optim.AdamW(trained(each).values(), lr=1e-3) for each in (eager, model)]
+    optimizers = [torch.optim.AdamW(trained(each).values(), lr=1e-3) for each in (eager, model)]
     losses = []
     for _ in range(4):
         for batch in batches():
             losses.append((graphed(batch), eager_step(batch)))
-            for optimiser in optimisers:
-                optimiser.step()
-                optimiser.zero_grad()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
     assert graphed.state == "trusted", graphed.trouble
     for got, want in losses:
         torch.testing.assert_close(got, want, rtol=BAND, atol=BAND)

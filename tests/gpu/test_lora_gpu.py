@@ -126,13 +126,13 @@ def test_loss_head(vocabulary: int, chunk: int | None, options: dict[str, float]
         assert_near(grad / other.abs().max(), (other / other.abs().max()).double(), BANDS[dtype])
 
 
-@pytest.mark.parametrize(("labelled", "share"), [(1.0, 0.05), (0.02, 0.012)])
-def test_peak_memory_of_the_loss_head(labelled: float, share: float) -> None:
-    """4,096 x 128,256 in bf16, D = 4,096: the result dH counts where every token is labelled."""
+@pytest.mark.parametrize(("labeled", "share"), [(1.0, 0.05), (0.02, 0.012)])
+def test_peak_memory_of_the_loss_head(labeled: float, share: float) -> None:
+    """4,096 x 128,256 in bf16, D = 4,096: the result dH counts where every token is labeled."""
     hidden = draw(1, 4096, 4096, seed=1, dtype=torch.bfloat16).requires_grad_()
     weight = draw(128256, 4096, seed=2, dtype=torch.bfloat16)
     labels = torch.randint(0, 128256, (1, 4096), device="cuda")
-    labels[torch.rand(1, 4096, device="cuda") >= labelled] = -100
+    labels[torch.rand(1, 4096, device="cuda") >= labeled] = -100
     small = completion_cross_entropy(hidden[:, :64], weight, labels[:, :64].clamp(min=0))  # kernels and workspaces
     small.backward()
     hidden.grad = None
@@ -141,7 +141,7 @@ def test_peak_memory_of_the_loss_head(labelled: float, share: float) -> None:
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     completion_cross_entropy(hidden, weight, labels).backward()
-    excess = torch.cuda.max_memory_allocated() - before - (hidden.nbytes if labelled < 0.5 else 0)
+    excess = torch.cuda.max_memory_allocated() - before - (hidden.nbytes if labeled < 0.5 else 0)
     assert excess <= share * 4096 * 128256 * 2
 
 

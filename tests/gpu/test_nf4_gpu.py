@@ -35,7 +35,7 @@ def bitsandbytes_functional() -> Any:
     return pytest.importorskip("bitsandbytes.functional")
 
 
-def quantised(
+def quantized(
     shape: tuple[int, int], dtype: torch.dtype, blocksize: int = 64, nested: bool = True
 ) -> tuple[Tensor, Any]:
     torch.manual_seed(shape[0] + shape[1])
@@ -56,7 +56,7 @@ def poisoned(shape: tuple[int, int], extra: int, dtype: torch.dtype) -> tuple[Te
 def test_every_layer_equals_bitsandbytes(shape: tuple[int, int], nested: bool) -> None:
     F = bitsandbytes_functional()
     for dtype in DTYPES:
-        packed, state = quantised(shape, dtype, nested=nested)
+        packed, state = quantized(shape, dtype, nested=nested)
         _, out = poisoned(shape, 0, dtype)
         dequantize_nf4(packed, state, out=out)
         assert torch.equal(out, F.dequantize_4bit(packed, state)), dtype
@@ -67,7 +67,7 @@ def test_every_layer_equals_bitsandbytes(shape: tuple[int, int], nested: bool) -
 def test_rows_apart_equal_rows_together(shape: tuple[int, int], extra: int) -> None:
     for dtype in DTYPES:
         for nested in (True, False):
-            packed, state = quantised(shape, dtype, nested=nested)
+            packed, state = quantized(shape, dtype, nested=nested)
             buffer, out = poisoned(shape, extra, dtype)
             dequantize_nf4(packed, state, out=out)
             assert torch.equal(out, dequantize_nf4(packed, state))
@@ -78,7 +78,7 @@ def test_rows_apart_equal_rows_together(shape: tuple[int, int], extra: int) -> N
 def test_counts_that_fill_no_block_equal_the_cpu(shape: tuple[int, int]) -> None:
     for dtype in DTYPES:
         for nested in (True, False):
-            packed, state = quantised(shape, dtype, nested=nested)
+            packed, state = quantized(shape, dtype, nested=nested)
             w = dequantize_nf4(packed, state)
             state.to("cpu")
             assert torch.equal(w.cpu(), dequantize_nf4(packed.cpu(), state))
@@ -89,14 +89,14 @@ def test_every_block_size_equals_bitsandbytes(blocksize: int) -> None:
     F = bitsandbytes_functional()
     for dtype in DTYPES:
         for nested in (True, False):
-            packed, state = quantised((1000, 1032), dtype, blocksize, nested)
+            packed, state = quantized((1000, 1032), dtype, blocksize, nested)
             assert torch.equal(dequantize_nf4(packed, state), F.dequantize_4bit(packed, state))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_byte_under_every_scale_equals_the_cpu(dtype: torch.dtype) -> None:
     """256 blocks that hold every byte each, under the 256 codes of a nested scale."""
-    _, state = quantised((256, 512), dtype, blocksize=512)
+    _, state = quantized((256, 512), dtype, blocksize=512)
     packed = torch.arange(256, dtype=torch.uint8).repeat(256).view(-1, 1)
     state.absmax = torch.arange(256, dtype=torch.uint8, device="cuda")
     w = dequantize_nf4(packed.cuda(), state)
@@ -113,7 +113,7 @@ def test_more_than_2_31_elements(extra: int) -> None:
     need = rows * columns // 2 + rows * (columns + extra) * 2
     if torch.cuda.mem_get_info()[0] < need * 1.2:
         pytest.skip(f"needs {need * 1.2 / 2**30:.0f} GiB of free GPU memory")
-    tail, state = quantised((64, columns), torch.bfloat16)
+    tail, state = quantized((64, columns), torch.bfloat16)
     packed = torch.zeros(rows * columns // 2, 1, device="cuda", dtype=torch.uint8)
     packed[-tail.numel() :] = tail
     expected = dequantize_nf4(tail, state)
@@ -130,7 +130,7 @@ def test_more_than_2_31_elements(extra: int) -> None:
 
 
 def test_one_launch() -> None:
-    packed, state = quantised((1024, 1024), torch.bfloat16)
+    packed, state = quantized((1024, 1024), torch.bfloat16)
     out = torch.empty(1024, 1024, device="cuda", dtype=torch.bfloat16)
     dequantize_nf4(packed, state, out=out)
     activities = [torch.profiler.ProfilerActivity.CUDA]
@@ -143,7 +143,7 @@ def test_one_launch() -> None:
 
 
 def test_opcheck_and_torch_compile() -> None:
-    packed, state = quantised((64, 128), torch.bfloat16)
+    packed, state = quantized((64, 128), torch.bfloat16)
     s = read_state(packed, state)
     arguments = (packed, s.code, s.absmax, s.code2, s.absmax2, s.offset, s.blocksize, s.blocksize2)
     out = torch.empty(64, 128, device="cuda", dtype=torch.bfloat16)
@@ -157,7 +157,7 @@ def test_opcheck_and_torch_compile() -> None:
 def test_the_small_product_equals_the_weight_times_x(rows: int, shape: tuple[int, int]) -> None:
     for dtype in (torch.float16, torch.bfloat16):
         for nested in (True, False):
-            packed, state = quantised(shape, dtype, nested=nested)
+            packed, state = quantized(shape, dtype, nested=nested)
             x = torch.randn(rows, shape[1], device="cuda", dtype=dtype)
             bias = torch.randn(shape[0], device="cuda", dtype=dtype)
             w = dequantize_nf4(packed, state).double()
@@ -172,7 +172,7 @@ def test_the_small_product_equals_the_weight_times_x(rows: int, shape: tuple[int
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_small_product_by_any_backend(dtype: torch.dtype) -> None:
-    packed, state = quantised((512, 2048), dtype)
+    packed, state = quantized((512, 2048), dtype)
     x = torch.randn(4, 2048, device="cuda", dtype=dtype)
     expected = x.double() @ dequantize_nf4(packed, state).double().t()
     for backend in ("auto", "triton", "bitsandbytes"):

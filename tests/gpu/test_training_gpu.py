@@ -27,7 +27,7 @@ pytestmark = [
 PROGRAM = """
 import json, sys
 from fastprice import PriceEstimator
-from fastprice.catalogue import make_catalogue
+from fastprice.data.synthetic import make_catalogue
 
 options = json.loads(sys.argv[1])
 estimator = PriceEstimator("nano", epochs=2.0, max_tokens=96, pack_tokens=1024, evaluations=2, **options)

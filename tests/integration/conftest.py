@@ -9,7 +9,7 @@ from tests.two_prices import two_price_items
 
 if TYPE_CHECKING:
     from fastprice import PriceEstimator
-    from fastprice.guards import TrainingEvent
+    from fastprice.training.callbacks import TrainingEvent
 
 
 @pytest.fixture(scope="session")

@@ -31,7 +31,7 @@ def refused(outcome: tuple[int, str, str], *parts: str) -> None:
         assert part in said, said
 
 
-def test_a_missing_file_names_its_neighbour(fastprice: Run, products: Path, tmp_path: Path) -> None:
+def test_a_missing_file_names_its_neighbor(fastprice: Run, products: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     outcome = fastprice("train", "--data", tmp_path / "product.csv", "--text", "title", "--price", "cost", "--out", out)
     refused(outcome, "product.csv", "products.csv")

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import yaml
+from tests.paths import DOCS
 
 from fastprice.config import RunConfig
 from fastprice.memory import estimate_memory, parse_bytes
@@ -58,7 +59,7 @@ def test_the_plot_shows_the_step_and_its_file_is_checked(fastprice: Run, tmp_pat
 
 def test_the_moments_of_a_step_hold_its_peak() -> None:
     estimate = estimate_memory("Llama-3.2-1B", tokens=2048, recompute=4)
-    assert [name for name, _ in estimate.step] == ["forward", "loss head", "backward", "optimiser"]
+    assert [name for name, _ in estimate.step] == ["forward", "loss head", "backward", "optimizer"]
     assert max(sum(parts.values()) for _, parts in estimate.step) == estimate.peak_bytes
     assert dict(estimate.step)[estimate.moment] == estimate.breakdown
 
@@ -68,7 +69,7 @@ def test_the_table_of_all_models_and_sizes_is_the_one_in_the_guide(fastprice: Ru
     assert status == 0
     for part in ("Llama-3.1-8B", "Qwen2.5-0.5B", "80 GiB"):
         assert part in said
-    guide = Path(__file__).resolve().parents[2] / "docs" / "fit.md"
+    guide = DOCS / "fit.md"
     assert said.strip() in guide.read_text(encoding="utf-8"), "paste what `fastprice plan --all` prints"
 
 

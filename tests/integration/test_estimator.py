@@ -15,7 +15,7 @@ from sklearn.utils.validation import check_is_fitted
 from tests.two_prices import CHEAP, DEAR, two_price_items
 
 from fastprice import BaseModelError, ConfigError, DataError, Item, NotFittedError, PriceEstimator
-from fastprice.catalogue import make_catalogue
+from fastprice.data.synthetic import make_catalogue
 
 SMALL = {"epochs": 1.0, "max_tokens": 96, "pack_tokens": 1024, "evaluations": 2, "validation_items": 24}
 
@@ -91,9 +91,9 @@ def test_any_text_gets_a_finite_price(fitted: PriceEstimator, text: str) -> None
 
 
 def test_any_number_of_texts_streams_through(fitted: PriceEstimator, monkeypatch: pytest.MonkeyPatch) -> None:
-    import fastprice.predictor
+    import fastprice.inference.predictor
 
-    monkeypatch.setattr(fastprice.predictor, "CHUNK", 3)
+    monkeypatch.setattr(fastprice.inference.predictor, "CHUNK", 3)
     texts, taken, told = [f"{CHEAP}, lot {n}" for n in range(8)], [], []
     stream = fitted.iter_distributions(
         (taken.append(text) or text for text in texts), tolerance=1e-4, on_batch=told.append
@@ -214,7 +214,7 @@ def test_an_engine_whose_models_take_no_masks_reads_distributions_off_a_dense_co
 def test_without_masks_and_without_a_copy_the_price_is_the_greedy_text_and_one_warning_says_so(
     fitted: PriceEstimator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fastprice.dense import DenseDecoder
+    from fastprice.inference.scorers.merged_decoder import DenseDecoder
 
     texts = [item.text for item in two_price_items(6)]
     monkeypatch.setattr(fitted._engine, "takes_masks", False, raising=False)

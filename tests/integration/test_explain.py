@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastprice import ConfigError, Item, PriceEstimator
-from fastprice.explain import Explanation, explain, spans_of
+from fastprice.inference.explain import Explanation, explain, spans_of
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -66,7 +66,7 @@ class Counting:
     asked = 0
 
     def prompts(self, texts: list[str]) -> list[object]:
-        from fastprice.prompts import Prompt
+        from fastprice.prompts.template import Prompt
 
         return [Prompt([len(text)], max(0, len(text.split()) - 100)) for text in texts]
 
@@ -104,16 +104,16 @@ def test_any_text_is_explained_and_drawn(fitted: PriceEstimator, text: str, tmp_
     assert explanation.plot(tmp_path / "p.svg").stat().st_size > 1000
 
 
-def test_it_is_readable_without_colour_and_coloured_with(keyword: PriceEstimator) -> None:
+def test_it_is_readable_without_color_and_colored_with(keyword: PriceEstimator) -> None:
     import io
 
     from rich.console import Console
 
     explanation = keyword.explain("golden lamp")
-    for colour in (None, "standard"):
+    for color in (None, "standard"):
         out = io.StringIO()
-        Console(file=out, force_terminal=colour is not None, color_system=colour, width=100).print(explanation)
-        assert ("\x1b[1;32m" in out.getvalue()) == (colour is not None)
+        Console(file=out, force_terminal=color is not None, color_system=color, width=100).print(explanation)
+        assert ("\x1b[1;32m" in out.getvalue()) == (color is not None)
         assert "+$" in out.getvalue()
         assert "%" in out.getvalue()
     assert "golden" in explanation.to_html()

@@ -12,8 +12,8 @@ import torch
 from sklearn.base import clone
 
 from fastprice import BaseModelError, ConfigError, Item, PriceEstimator
-from fastprice.catalogue import make_catalogue
-from fastprice.heads import prompt_states
+from fastprice.data.synthetic import make_catalogue
+from fastprice.inference.price_heads import prompt_states
 
 SMALL = {"max_tokens": 96, "pack_tokens": 256, "validation_items": 24, "learning_rate": 5e-3}
 THINGS = {
@@ -65,7 +65,7 @@ def test_the_head_is_no_part_of_the_model_between_trainings(with_head: PriceEsti
     assert not any("price_head" in name for name, _ in with_head._model.named_parameters())
 
 
-def test_the_head_sees_states_standardised_by_the_untrained_model(with_head: PriceEstimator) -> None:
+def test_the_head_sees_states_standardized_by_the_untrained_model(with_head: PriceEstimator) -> None:
     untrained = PriceEstimator(**SMALL).prepare()
     prompts = [prompt.ids for prompt in untrained.prompts(three_price_items(180))]
     states = torch.cat([each for _, each in prompt_states(untrained.model, prompts)])

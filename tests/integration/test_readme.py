@@ -6,9 +6,10 @@ import re
 from pathlib import Path
 
 import pytest
+from tests.paths import ROOT
 from tests.product_files import write_products
 
-README = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_ten_lines_of_python_run_as_they_stand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

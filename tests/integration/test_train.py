@@ -10,7 +10,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from fastprice.catalogue import make_catalogue
+from fastprice.data.synthetic import make_catalogue
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -39,7 +39,7 @@ def trained(products: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from rich.console import Console
 
     from fastprice.config import read_config
-    from fastprice.pipeline import run
+    from fastprice.run import run
 
     out = tmp_path_factory.mktemp("runs") / "first"
     config = read_config(

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tests.two_prices import CHEAP, DEAR
 
 from fastprice import PriceEstimator
-from fastprice.prompts import HEAD, TAIL
+from fastprice.prompts.template import HEAD, TAIL
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -127,7 +127,7 @@ def test_a_file_that_was_stopped_goes_on_with_a_real_model(
     fitted: PriceEstimator, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Twice the same command, the first one stopped after a part; and once undisturbed."""
-    from fastprice.predictions import Progress, chunks, predict_file
+    from fastprice.inference.batch import Progress, chunks, predict_file
 
     monkeypatch.setattr(chunks, "CHUNK_ROWS", 16)
     path = tmp_path / "a.csv"

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fastprice import PriceEstimator
-from fastprice.catalogue import make_catalogue
+from fastprice.data.synthetic import make_catalogue
 
 
 def losses(**settings: object) -> list[float]:

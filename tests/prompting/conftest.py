@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from fastprice import PriceEstimator, split_items
-from fastprice.catalogue import make_catalogue
-from fastprice.splitting import Split
+from fastprice.data.splitting import Split
+from fastprice.data.synthetic import make_catalogue
 
 
 @pytest.fixture(scope="session")

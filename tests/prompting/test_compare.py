@@ -15,15 +15,15 @@ import pytest
 from rich.console import Console
 
 from fastprice import ConfigError, Item, PriceEstimator
-from fastprice.catalogue import make_catalogue
 from fastprice.config import read_config
-from fastprice.metrics import score
-from fastprice.pipeline import prepare_items, run
+from fastprice.data.splitting import Split
+from fastprice.data.synthetic import make_catalogue
+from fastprice.evaluation.metrics import score
 from fastprice.prompting import choose_strategy
-from fastprice.prompting.comparison import Comparison, Entry, compare_strategies
+from fastprice.prompting.compare import Comparison, Entry, compare_strategies
 from fastprice.prompting.few_shot import FewShot
 from fastprice.prompting.retrieval import Retrieval
-from fastprice.splitting import Split
+from fastprice.run import prepare_items, run
 
 Run = Callable[..., tuple[int, str, str]]
 COLUMNS = ("--text", "text", "--price", "price", "--group", "sku")

@@ -7,10 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tests.paths import DOCS
 from tests.product_files import write_products
 
 Run = Callable[..., tuple[int, str, str]]
-GUIDE = (Path(__file__).resolve().parents[2] / "docs" / "prompting.md").read_text(encoding="utf-8")
+GUIDE = (DOCS / "prompting.md").read_text(encoding="utf-8")
 
 
 def test_the_guides_python_and_its_command_run(

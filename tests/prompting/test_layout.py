@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import BloomConfig
 
-from fastprice.engines.bases import load_config, load_tokenizer
+from fastprice.data.items import Item
 from fastprice.errors import ConfigError
-from fastprice.items import Item
+from fastprice.models.base_models import load_config, load_tokenizer
 from fastprice.prompting.layout import ANSWER, LEAST, Layout, context_window, plain
-from fastprice.prompts import HEAD, TAIL, encode_prompt
+from fastprice.prompts.template import HEAD, TAIL, encode_prompt
 
 TOKENIZER = load_tokenizer("nano")
 WIDE = Layout(TOKENIZER, max_tokens=100, window=None)
@@ -53,7 +53,7 @@ def test_alone_the_item_is_asked_as_in_training() -> None:
 
 
 def test_an_estimator_that_answers_in_json_is_shown_examples_in_json() -> None:
-    from fastprice.prompts import JSON, encode_prompt
+    from fastprice.prompts.template import JSON, encode_prompt
 
     layout = Layout(TOKENIZER, max_tokens=100, window=None, form=JSON)
     assert layout.price_prompt("a lamp").prompt.ids == encode_prompt(TOKENIZER, "a lamp", 100, JSON).ids
@@ -136,7 +136,7 @@ def test_an_item_that_cannot_fit_is_refused_with_the_remedy() -> None:
         layout.price_prompt("word " * 100)
 
 
-def test_long_texts_are_cut_and_counted_before_they_are_tokenised() -> None:
+def test_long_texts_are_cut_and_counted_before_they_are_tokenized() -> None:
     laid_out = WIDE.price_prompt("word " * 100_000, examples=[Item("other " * 100_000, 3.0)])
     assert laid_out.prompt.cut > 0
     assert len(laid_out.prompt.ids) < 230

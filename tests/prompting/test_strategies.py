@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 
 from fastprice import ConfigError, DataError, Item, MissingDependencyError, PriceEstimator, PromptedEstimator
+from fastprice.data.splitting import Split
 from fastprice.prompting import Strategy, choose_strategy, generation, tools
 from fastprice.prompting.chaining import read_facts
 from fastprice.prompting.few_shot import FewShot
 from fastprice.prompting.generation import Written
 from fastprice.prompting.layout import layout_of
-from fastprice.prompting.retrieval import EmbeddingIndex, Neighbours, Retrieval, sentence_encoder
-from fastprice.prompts import HEAD, TAIL
-from fastprice.splitting import Split
+from fastprice.prompting.retrieval import EmbeddingIndex, Neighbors, Retrieval, sentence_encoder
+from fastprice.prompts.template import HEAD, TAIL
 
 ALL = ["zero-shot", "few-shot:3", "retrieval:3", "chaining", "tools"]
 
@@ -123,7 +123,7 @@ def test_retrieval_never_shows_the_item_its_copies_its_near_copies_or_its_group(
     nano: PriceEstimator, index: EmbeddingIndex | None
 ) -> None:
     strategy = Retrieval(6, index=index).fit(TRAIN)
-    prices = [each.price for each in strategy.neighbours.of(QUERY)]
+    prices = [each.price for each in strategy.neighbors.of(QUERY)]
     assert not {101.0, 102.0, 103.0, 104.0} & set(prices)
     assert {60.0, 200.0} <= set(prices)
     (prompt,) = prompts_of(strategy, nano, [QUERY])
@@ -132,13 +132,13 @@ def test_retrieval_never_shows_the_item_its_copies_its_near_copies_or_its_group(
 
 
 def test_without_a_group_only_the_text_decides() -> None:
-    found = Neighbours(3, Retrieval().neighbours.index).fit(TRAIN).of(Item(BASE))
+    found = Neighbors(3, Retrieval().neighbors.index).fit(TRAIN).of(Item(BASE))
     assert [each.price for each in found] == [104.0, 60.0, 200.0]
 
 
-def test_a_crowd_of_copies_does_not_hide_the_neighbours() -> None:
+def test_a_crowd_of_copies_does_not_hide_the_neighbors() -> None:
     crowd = [Item(f"{BASE} lot", 1.0, row=number) for number in range(200)]
-    found = Retrieval(2).fit([*crowd, *TRAIN]).neighbours.of(QUERY)
+    found = Retrieval(2).fit([*crowd, *TRAIN]).neighbors.of(QUERY)
     assert [each.price for each in found] == [60.0, 200.0]
 
 
@@ -152,12 +152,12 @@ def test_what_has_nothing_in_common_is_no_example(nano: PriceEstimator) -> None:
     asked = Retrieval(2).fit(TRAIN).ask(nano, [Item("zzz"), Item("")])
     assert asked.tally["examples not found"] == 4
     assert asked.prompts == nano.prompts(["zzz", ""])
-    assert Retrieval(2).fit([Item("", 3.0)]).neighbours.of(Item("a")) == []
+    assert Retrieval(2).fit([Item("", 3.0)]).neighbors.of(Item("a")) == []
 
 
-def test_the_median_of_the_neighbours_is_a_baseline() -> None:
-    neighbours = Retrieval(2).fit(TRAIN).neighbours
-    assert neighbours.median_prices([QUERY, Item("zzz")]).tolist() == [130.0, 103.5]
+def test_the_median_of_the_neighbors_is_a_baseline() -> None:
+    neighbors = Retrieval(2).fit(TRAIN).neighbors
+    assert neighbors.median_prices([QUERY, Item("zzz")]).tolist() == [130.0, 103.5]
 
 
 def test_embeddings_without_their_library_are_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:

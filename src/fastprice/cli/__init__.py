@@ -11,7 +11,7 @@ import sys
 import typer
 
 from fastprice import __version__
-from fastprice.cli import bases, comparing, explain, machine, prediction, training
+from fastprice.cli import compare, explain, machine, predict, quantize, train
 from fastprice.cli.options import MANY_VALUES
 from fastprice.errors import FastpriceError
 
@@ -26,14 +26,14 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 for command in (
-    training.demo,
-    training.train,
-    training.inspect,
-    prediction.predict,
-    prediction.evaluate,
+    train.demo,
+    train.train,
+    train.inspect,
+    predict.predict,
+    predict.evaluate,
     explain.explain,
-    bases.quantise,
-    comparing.compare,
+    quantize.quantize,
+    compare.compare,
     machine.plan,
     machine.doctor,
 ):

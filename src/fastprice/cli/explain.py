@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from fastprice.cli.options import ModelDir, load_estimator, make_console, saved_estimator_folder, trained_cleaning
-from fastprice.plots import check_plot
+from fastprice.common.plots import check_plot
 
 
 def explain(
@@ -22,8 +22,8 @@ def explain(
         check_plot(plot)
     saved_estimator_folder(model)
 
-    from fastprice.cleaning import prediction_text
-    from fastprice.predictions import check_options
+    from fastprice.data.cleaning import prediction_text
+    from fastprice.inference.batch import check_options
 
     check_options(loss, None)
     text = prediction_text(item, trained_cleaning(model)["mask"])

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from fastprice.cli.options import make_console
-from fastprice.plots import check_plot
+from fastprice.common.plots import check_plot
 
 
 def plan(
@@ -31,9 +31,9 @@ def plan(
         check_plot(plot)
 
     from fastprice.memory import make_plan, next_larger, plan_table
-    from fastprice.memory.plan import table
+    from fastprice.memory.planner import table
     from fastprice.memory.plot import plot_memory
-    from fastprice.memory.shapes import shipped_names
+    from fastprice.models.shapes import shipped_names
 
     console = make_console()
     options: dict[str, Any] = {
@@ -75,7 +75,7 @@ def bench(
     """Run the benchmarks; on a machine without a GPU they run the nano model and say CPU."""
     if context.invoked_subcommand is not None:
         return
-    from fastprice import bench as benchmarks
+    from fastprice import benchmarking as benchmarks
 
     if quick:
         print(benchmarks.quick(out))
@@ -89,7 +89,7 @@ def bench_report(
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Page with plots to write.")] = None,
 ) -> None:
     """Tables of the newest result, compared with the one before it, and a page with plots."""
-    from fastprice import bench as benchmarks
+    from fastprice import benchmarking as benchmarks
 
     print(benchmarks.write_report(folder, out))
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from fastprice.config import RunConfig
-    from fastprice.items import Items
+    from fastprice.data.items import Items
 
 Text = Annotated[list[str] | None, typer.Option("--text", metavar="COL...", help="Text columns, or '*' for all.")]
 Price = Annotated[str | None, typer.Option("--price", metavar="COL", help="Price column.")]
@@ -58,7 +58,7 @@ def overrides_of(pairs: list[str] | None, options: dict[str, Any]) -> dict[str, 
 def trained_config(model: Path) -> RunConfig | None:
     """The settings of the run that made `model`; None for an estimator that was saved by itself."""
     from fastprice.config import read_config
-    from fastprice.pipeline import CONFIG
+    from fastprice.run import CONFIG
 
     for folder in (model, model.parent):
         if (folder / CONFIG).is_file():
@@ -89,7 +89,7 @@ def text_columns(model: Path, text: list[str] | None, *, price: str | None) -> t
 
 
 def load_rows(file: Path, model: Path, text: list[str] | None, *, price: str | None) -> Items:
-    from fastprice.items import load_items
+    from fastprice.data.items import load_items
 
     columns, drop = text_columns(model, text, price=price)
     return load_items(file, text=columns, price=price, drop=drop)

@@ -6,7 +6,7 @@ Importing this imports no torch. `python -m fastprice.memory.simulate` checks th
 from __future__ import annotations
 
 from fastprice.memory.estimate import MemoryEstimate, estimate_memory
-from fastprice.memory.plan import Plan, find_plan, make_plan, next_larger, parse_bytes, plan_table
+from fastprice.memory.planner import Plan, find_plan, make_plan, next_larger, parse_bytes, plan_table
 
 __all__ = [
     "MemoryEstimate",

@@ -2,12 +2,12 @@
 
 Pure arithmetic: one layer of each kind and the loss head are played on a tape of sizes (tape.py, layers.py), and the
 peak is the highest of these moments of a step in its steady state (gradients of an earlier micro-batch present, the
-optimiser's states made):
+optimizer's states made):
 
     forward      a layer, with what the layers before it keep
     loss head    forward and backward, with what all layers keep
     backward     a layer, with what the layers before it keep; recomputed first where its level says so (levels.py)
-    optimiser    its temporaries, with no activations
+    optimizer    its temporaries, with no activations
 
 Layers that recompute had better be the first ones: their turn in backward comes last, when the others have let go of
 theirs.
@@ -18,7 +18,7 @@ Two parts are assumptions, not arithmetic, and no simulation can see them: the C
 and the allocator's slack. `tensor_bytes` is the peak without them.
 
 Engines: "peft" is checked against the real model code (docs/memory-errors.md: within 1 % for qlora and lora; training
-every weight, "full", was up to 5 % under where the loss looks at 8,192 labelled tokens). "fastprice" is PEFT's form
+every weight, "full", was up to 5 % under where the loss looks at 8,192 labeled tokens). "fastprice" is PEFT's form
 with fused LoRA layers, an MLP that keeps gate and up alone, and a loss without the entropy that TRL logs; its norms are
 the stock ones, which keep their input in fp32. "unsloth" is the fused form, every layer recomputed with its input kept
 on the host (two layers' inputs on the device), bf16 logits for all tokens overwritten by their gradient. Neither of the
@@ -33,11 +33,11 @@ from functools import lru_cache
 from typing import Any
 
 from fastprice.errors import ConfigError, nearest_name
-from fastprice.memory.layers import NF4_BLOCK, Work, evaluation_head, layer_forward, loss_head
-from fastprice.memory.levels import check_levels
-from fastprice.memory.shapes import ModelShape, read_shape
+from fastprice.memory.layer_costs import NF4_BLOCK, Work, evaluation_head, layer_forward, loss_head
+from fastprice.memory.recompute_levels import check_levels
 from fastprice.memory.tape import Peak, Tape
-from fastprice.methods import check_method
+from fastprice.models.adapters import check_method
+from fastprice.models.shapes import ModelShape, read_shape
 
 __all__ = ["OPTIMIZERS", "MemoryEstimate", "estimate_memory", "kept_bytes", "levels_of"]
 
@@ -60,14 +60,14 @@ OPTIMIZERS: dict[str, tuple[float, float]] = {
 CUDA_CONTEXT = 512 << 20
 # Assumed: what the caching allocator holds beyond the tensors, as a share of all that comes and goes.
 SLACK = 0.04
-MOMENTS = ("forward", "loss head", "backward", "optimiser")
+MOMENTS = ("forward", "loss head", "backward", "optimizer")
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
     """Peak bytes, and what they are made of at that moment (name -> bytes, adding up to `peak_bytes`).
 
-    moment       the moment of the step at which the peak falls: "forward", "loss head", "backward", "optimiser"
+    moment       the moment of the step at which the peak falls: "forward", "loss head", "backward", "optimizer"
     host_bytes   pinned host memory besides: inputs of layers at level "host", weights of streamed layers
                  and of an embedding beside them
     step         the same breakdown at the highest point of each moment, in the order of the step
@@ -103,7 +103,7 @@ def estimate_memory(
     optimizer: str = "adamw_torch",
     recompute: str | int | Sequence[str] = "all",
     loss_head: str = "full",
-    labelled: float = 1.0,
+    labeled: float = 1.0,
     engine: str = "peft",
     streaming: int = 0,
     phase: str = "train",
@@ -112,8 +112,8 @@ def estimate_memory(
 
     tokens      tokens of a micro-batch in all, in `sequences` texts of equal length
     recompute   what is computed again: "all" layers, "none", so many layers (the first ones), each keeping its input;
-                or the level of each layer: "all", "costly", "input" or "host" (fastprice.memory.levels)
-    loss_head   "full": logits for all positions; "completion": for the `labelled` share of them, in chunks
+                or the level of each layer: "all", "costly", "input" or "host" (fastprice.memory.recompute_levels)
+    loss_head   "full": logits for all positions; "completion": for the `labeled` share of them, in chunks
     streaming   frozen layers whose weights come from the host when needed; with any, so do the rows of an embedding
                 that is not tied to the head
     phase       "train", or "eval": a forward pass with a cache of keys and values; "completion" then means the logits
@@ -133,15 +133,15 @@ def estimate_memory(
     _whole("streaming", streaming, 0, shape.layers)
     if streaming and method != "qlora":
         raise ConfigError(f"streaming: only a frozen 4-bit base is streamed, and the method is {method!r}, not 'qlora'")
-    if not isinstance(labelled, int | float) or not 0 <= labelled <= 1:
-        raise ConfigError(f"labelled: {labelled!r} is not a share of the tokens, from 0 to 1")
+    if not isinstance(labeled, int | float) or not 0 <= labeled <= 1:
+        raise ConfigError(f"labeled: {labeled!r} is not a share of the tokens, from 0 to 1")
     levels = levels_of(recompute, shape)
     if engine == "unsloth":
         if not isinstance(recompute, str | int):
             raise ConfigError("recompute: the unsloth engine recomputes every layer itself; levels need engine='peft'")
         levels = ("host",) * shape.layers
     found = _estimate(
-        shape, method, rank, tokens, sequences, optimizer, levels, loss_head, labelled, engine, streaming, phase
+        shape, method, rank, tokens, sequences, optimizer, levels, loss_head, labeled, engine, streaming, phase
     )
     # The caller's own; the found ones stay in the cache.
     return replace(
@@ -168,7 +168,7 @@ def _estimate(
     optimizer: str,
     levels: tuple[str, ...],
     head: str,
-    labelled: float,
+    labeled: float,
     engine: str,
     streaming: int,
     phase: str,
@@ -178,7 +178,7 @@ def _estimate(
     trained = shape.parameters if method == "full" else shape.layers * shape.adapter_weights(rank)
     state, temporary = OPTIMIZERS[optimizer]
     static["adapters"] = 0 if method == "full" else 4 * trained
-    static["optimiser"] = int(state * trained)
+    static["optimizer"] = int(state * trained)
     static["gradients"] = 4 * trained if phase == "train" else 0
     # Autocast keeps the bf16 copies of trained weights until the forward pass ends.
     cast = shape.layers * shape.layer_linear_weights if method == "full" else trained
@@ -188,9 +188,9 @@ def _estimate(
     if phase == "eval":
         moments = [_evaluation(shape, work, sequences if head == "completion" else tokens, copies)]
     else:
-        rows = None if head == "full" else round(labelled * tokens)
+        rows = None if head == "full" else round(labeled * tokens)
         moments = _training(shape, work, levels, rows, engine, copies)
-        moments.append(("optimiser", {_WORKSPACE: int(temporary * trained)}))
+        moments.append(("optimizer", {_WORKSPACE: int(temporary * trained)}))
     step = {}
     for name, parts in sorted(moments, key=lambda found: sum(found[1].values())):  # the highest of each name is kept
         whole = {kind: static.get(kind, 0) + parts.get(kind, 0) for kind in _NAMES}
@@ -204,15 +204,15 @@ def _estimate(
     return MemoryEstimate(sum(breakdown.values()), breakdown, moment, host, in_order)
 
 
-_WORKSPACE = "workspace and dequantised buffers"
+_WORKSPACE = "workspace and dequantized buffers"
 _NAMES = (
     "base weights (bf16)",
     "base weights (fp32)",
     "base weights (nf4)",
-    "quantisation statistics",
+    "quantization statistics",
     "adapters",
     "gradients",
-    "optimiser",
+    "optimizer",
     "activations kept",
     "recompute peak",
     "loss head",
@@ -221,7 +221,7 @@ _NAMES = (
 
 
 def _weights(shape: ModelShape, method: str, streaming: int) -> dict[str, int]:
-    """Bytes of the base. NF4 with double quantisation: half a byte a weight, a byte for 64, four bytes for 64 x 256,
+    """Bytes of the base. NF4 with double quantization: half a byte a weight, a byte for 64, four bytes for 64 x 256,
     and for each layer the two code tables and the offset (16 + 256 + 1 fp32 numbers)."""
     linear = shape.layers * shape.layer_linear_weights
     if method == "full":
@@ -232,7 +232,7 @@ def _weights(shape: ModelShape, method: str, streaming: int) -> dict[str, int]:
     return {
         "base weights (bf16)": 2 * (shape.parameters - linear) - _embedding_on_host(shape, streaming),
         "base weights (nf4)": resident * (shape.layer_linear_weights // 2),
-        "quantisation statistics": resident * _layer_statistics(shape),
+        "quantization statistics": resident * _layer_statistics(shape),
     }
 
 
@@ -365,7 +365,7 @@ def _kept_by(shape: ModelShape, work: Work, level: str, *, first: bool) -> _Laye
 
 def _split(peak: Peak, kept: int, flow: str, copies: int) -> dict[str, int]:
     parts = {"activations kept": kept + peak.parts.get("saved", 0), "adapters": peak.parts.get("copies", 0) + copies}
-    parts[_WORKSPACE] = peak.parts.get("dequantised", 0)
+    parts[_WORKSPACE] = peak.parts.get("dequantized", 0)
     parts[flow] = parts.get(flow, 0) + peak.parts.get("flow", 0)
     return parts
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from fastprice.common.plots import check_plot, save_plot
 from fastprice.memory.estimate import GIB, MemoryEstimate
-from fastprice.plots import check_plot, save_plot
 
 __all__ = ["plot_memory"]
 
-_COLOURS = "tab20"
+_COLORS = "tab20"
 
 
 def plot_memory(estimate: MemoryEstimate, path: str | os.PathLike[str], title: str = "", limit: int = 0) -> Path:
@@ -18,7 +18,7 @@ def plot_memory(estimate: MemoryEstimate, path: str | os.PathLike[str], title: s
 
     limit   bytes of the GPU, drawn as a line; 0 for none
 
-    Raises as fastprice.plots.check_plot does: ConfigError for another ending or a folder that is not there.
+    Raises as fastprice.common.plots.check_plot does: ConfigError for another ending or a folder that is not there.
     """
     target = check_plot(path)
     from matplotlib import colormaps
@@ -31,7 +31,7 @@ def plot_memory(estimate: MemoryEstimate, path: str | os.PathLike[str], title: s
     for index, kind in enumerate(estimate.breakdown):
         sizes = [parts[kind] / GIB for _, parts in estimate.step]
         if max(sizes) >= 0.005:
-            axes.bar(moments, sizes, 0.6, bottom=bottom, label=kind, color=colormaps[_COLOURS](index))
+            axes.bar(moments, sizes, 0.6, bottom=bottom, label=kind, color=colormaps[_COLORS](index))
             bottom = [low + size for low, size in zip(bottom, sizes, strict=True)]
     for place, height in enumerate(bottom):
         axes.text(place, height, f"{height:.1f}", ha="center", va="bottom")

@@ -11,7 +11,7 @@ Where a CUDA device would run other code than the CPU on which this runs, a stan
 
 - attention (`Flash` in standins.py): what Flash Attention saves and allocates, instead of what the CPU's does.
   Soft-capped scores (Gemma 2) have no flash kernel with a backward; they run through fastprice's own attention;
-- 4-bit layers (`linear4bit`): packed bytes and statistics as bitsandbytes holds them, dequantised into a temporary in
+- 4-bit layers (`linear4bit`): packed bytes and statistics as bitsandbytes holds them, dequantized into a temporary in
   forward and again in backward, as its `MatMul4Bit` does on CUDA; PEFT's 4-bit layer wraps them as it wraps the real;
 - the chunked loss: TRL's own chunk function, in a loop whose length does not depend on the labels' values;
 - inputs that a layer keeps on the host: not counted while they are there.
@@ -46,12 +46,12 @@ from trl.trainer import sft_trainer
 from trl.trainer.sft_trainer import _CHUNKED_LM_HEAD_CHUNK_SIZE, _patch_chunked_ce_lm_head
 from trl.trainer.utils import entropy_from_logits
 
-from fastprice.decoders import plain_model
-from fastprice.memory.checkpointing import keeping
+from fastprice.memory.activation_checkpointing import keeping
 from fastprice.memory.estimate import MemoryEstimate, estimate_memory, levels_of
-from fastprice.memory.levels import LEVELS, write_levels
-from fastprice.memory.shapes import read_shape, settings_of
-from fastprice.memory.standins import HostStandIn, Live, attention, linear4bit
+from fastprice.memory.recompute_levels import LEVELS, write_levels
+from fastprice.memory.stand_ins import HostStandIn, Live, attention, linear4bit
+from fastprice.models.parts import plain_model
+from fastprice.models.shapes import read_shape, settings_of
 
 __all__ = ["Case", "cases", "kept_bytes", "markdown", "simulate"]
 
@@ -76,7 +76,7 @@ class Case:
     loss_head: str
     sequences: int = 1
     rank: int = 16
-    labelled: float = 1.0
+    labeled: float = 1.0
     phase: str = "train"
     layers: int | None = None
     vocabulary: int | None = None
@@ -96,7 +96,7 @@ class Case:
         """What `estimate_memory` says of this step."""
         return estimate_memory(
             self.settings, method=self.method, rank=self.rank, tokens=self.tokens, sequences=self.sequences,
-            recompute=self.recompute, loss_head=self.loss_head, labelled=self.labelled, phase=self.phase,
+            recompute=self.recompute, loss_head=self.loss_head, labeled=self.labeled, phase=self.phase,
         )  # fmt: skip
 
 
@@ -105,7 +105,7 @@ def build(case: Case) -> Any:
     from peft import get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from fastprice.methods import lora_config
+    from fastprice.models.adapters import lora_config
 
     settings = case.settings
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
@@ -126,8 +126,8 @@ def build(case: Case) -> Any:
 def simulate(case: Case) -> int:
     """Peak bytes of all tensors in the step, in its steady state.
 
-    Training: the optimiser's states and the gradients of an earlier micro-batch are there; then a forward pass, a
-    backward pass and an optimiser step. Evaluation: the states alone; then a forward pass with a cache.
+    Training: the optimizer's states and the gradients of an earlier micro-batch are there; then a forward pass, a
+    backward pass and an optimizer step. Evaluation: the states alone; then a forward pass with a cache.
     """
     model = build(case)
     with _as_on_cuda(), FakeTensorMode(allow_non_fake_inputs=True), Live() as live:
@@ -187,7 +187,7 @@ def _train(model: Any, case: Case, live: Live) -> int:
     length = -(-case.tokens // case.sequences)
     lengths = tuple(min(length, case.tokens - start) for start in range(0, case.tokens, length))
     levels = levels_of(case.recompute, read_shape(case.settings))
-    with _chunks_of(round(case.labelled * case.tokens)), keeping(inner, levels, host=HostStandIn()):
+    with _chunks_of(round(case.labeled * case.tokens)), keeping(inner, levels, host=HostStandIn()):
         loss = _loss(model, ids, positions, labels, lengths)
         kept = live.bytes
         loss.backward()
@@ -219,7 +219,7 @@ def _evaluate(model: Any, case: Case) -> None:
 
 @contextmanager
 def _chunks_of(rows: int) -> Iterator[None]:
-    """TRL's chunked loss over `rows` labelled rows: its own chunk function, in a loop of known length."""
+    """TRL's chunked loss over `rows` labeled rows: its own chunk function, in a loop of known length."""
 
     def chunked(hidden: Tensor, weight: Tensor, size: int, labels: Tensor, shift_labels: None = None,
                 num_items_in_batch: int = 1, logit_scale: float = 1.0, final_logit_softcapping: float | None = None,
@@ -306,13 +306,13 @@ def markdown(results: Sequence[tuple[Case, int, MemoryEstimate]]) -> str:
             "CUDA context, cuBLAS's workspace and the allocator's rounding and fragmentation are seen by neither;",
             "`estimate_memory` adds assumed amounts for them. Where a CUDA device runs other code than a CPU, the",
             "simulation has stand-ins: attention saves what Flash Attention saves, and 4-bit layers hold what",
-            "bitsandbytes holds and dequantise into a temporary, forward and backward. Only the engine `peft` is here;",
+            "bitsandbytes holds and dequantize into a temporary, forward and backward. Only the engine `peft` is here;",
             "for `unsloth` and `fastprice` the estimate is arithmetic alone.",
             "",
             f"Versions: torch {torch.__version__.partition('+')[0]}, transformers {version('transformers')}, peft "
             f"{version('peft')}, trl {version('trl')}.",
             "Rank 16 on all linear layers, adapters in fp32, bf16 autocast, texts of 512 tokens in one packed row,",
-            "every token labelled, AdamW's states and an earlier micro-batch's gradients present.",
+            "every token labeled, AdamW's states and an earlier micro-batch's gradients present.",
             "",
             "Recompute: `all` or `none` of the layers, or what each layer keeps, the first ones first: everything",
             "(`all`), everything but norms and products of activations (`costly`), its input (`input`), its input on",

@@ -18,8 +18,8 @@ calibrated for this strategy. `PromptedEstimator` puts a model and a strategy to
 
 from __future__ import annotations
 
-from fastprice.prompting.base import Asked, Strategy
-from fastprice.prompting.choosing import STRATEGIES, choose_strategy
-from fastprice.prompting.estimator import Answers, PromptedEstimator
+from fastprice.prompting.prompted_estimator import Answers, PromptedEstimator
+from fastprice.prompting.registry import STRATEGIES, choose_strategy
+from fastprice.prompting.strategy import Asked, Strategy
 
 __all__ = ["STRATEGIES", "Answers", "Asked", "PromptedEstimator", "Strategy", "choose_strategy"]

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
+from fastprice.data.items import Item
+from fastprice.data.splitting import near_duplicates
 from fastprice.errors import DataError
-from fastprice.items import Item
-from fastprice.prompting.base import Asked, priced
 from fastprice.prompting.layout import LaidOut, layout_of
-from fastprice.splitting import near_duplicates
+from fastprice.prompting.strategy import Asked, priced
 
 if TYPE_CHECKING:
     from fastprice.estimator import PriceEstimator

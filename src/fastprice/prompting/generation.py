@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastprice.prompts import Prompt
+from fastprice.prompts.template import Prompt
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,7 +45,7 @@ def _write_batch(estimator: PriceEstimator, prompts: Sequence[Sequence[int]], mo
     import torch
     from transformers import StoppingCriteria, StoppingCriteriaList
 
-    from fastprice.writing import write_greedily
+    from fastprice.inference.greedy import write_greedily
 
     tokenizer = estimator.tokenizer
     width = max(len(prompt) for prompt in prompts)

@@ -11,11 +11,11 @@
     ⏎
     Price is $
 
-Without examples and facts this is the prompt of `fastprice.prompts`, on which models are tuned; with output="json" the
+Without examples and facts this is the prompt of `fastprice.prompts.template`, on which models are tuned; with output="json" the
 price stands in an object here as well.
 
 Blank lines and the phrases of the wrapper are the structure, so no text may hold them (`plain`): an item that says
-"Price is $1" after an empty line would otherwise be one more example. Each part is tokenised alone, special tokens
+"Price is $1" after an empty line would otherwise be one more example. Each part is tokenized alone, special tokens
 written in a text are characters, and so what a text says stays inside its place. That a model may still be swayed by
 what it reads there, no layout prevents.
 
@@ -30,10 +30,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fastprice.cleaning import repair_text
+from fastprice.data.cleaning import repair_text
+from fastprice.data.items import Item
 from fastprice.errors import ConfigError
-from fastprice.items import Item
-from fastprice.prompts import HEAD, TEXT, Form, Prompt, answer_text, encode_text, token_ids
+from fastprice.prompts.template import HEAD, TEXT, Form, Prompt, answer_text, encode_text, token_ids
 
 if TYPE_CHECKING:
     from fastprice.estimator import PriceEstimator
@@ -48,7 +48,7 @@ _GAP = "\n\n"
 _RESERVED = re.compile(
     r"price\s+is\s*\$|\{\s*\"price\"\s*:|how\s+much\s+does\s+this\s+cost|^\s*(?:call\s+\w+\s*\(|=)", re.I | re.M
 )
-_CHARACTERS = 40  # of a text for each of its allowed tokens, at most: as in fastprice.prompts
+_CHARACTERS = 40  # of a text for each of its allowed tokens, at most: as in fastprice.prompts.template
 
 
 @dataclass(frozen=True, slots=True)

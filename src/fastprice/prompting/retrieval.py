@@ -3,9 +3,9 @@
 Similar by BM25 (Robertson and Zaragoza, "The Probabilistic Relevance Framework: BM25 and Beyond", 2009; here bm25s) or
 by the cosine of sentence embeddings. The item itself, its near-duplicates and all of its group are passed over: their
 prices would be the answer, and a shop that asks for a price does not have them. What counts as a near-duplicate is
-what `fastprice.splitting` keeps together.
+what `fastprice.data.splitting` keeps together.
 
-The median price of the k neighbours is an estimate already (`Neighbours.median_prices`): a model that is shown them has
+The median price of the k neighbors is an estimate already (`Neighbors.median_prices`): a model that is shown them has
 to beat it.
 """
 
@@ -19,17 +19,17 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from fastprice.data.inputs import price_of
+from fastprice.data.items import Item
 from fastprice.errors import BaseModelError, DataError, MissingDependencyError
-from fastprice.items import Item
-from fastprice.prompting.base import Asked, priced
 from fastprice.prompting.few_shot import asked_of, unlike
 from fastprice.prompting.layout import layout_of
-from fastprice.targets import price_of
+from fastprice.prompting.strategy import Asked, priced
 
 if TYPE_CHECKING:
     from fastprice.estimator import PriceEstimator
 
-__all__ = ["BM25Index", "EmbeddingIndex", "Index", "Neighbours", "Retrieval", "sentence_encoder"]
+__all__ = ["BM25Index", "EmbeddingIndex", "Index", "Neighbors", "Retrieval", "sentence_encoder"]
 
 ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 _WORD = re.compile(r"\w+(?:[.\-]\w+)*")  # "8", "3.5" and "B660-I" are one word each
@@ -110,7 +110,7 @@ def sentence_encoder(model: str = ENCODER) -> Callable[[list[str]], ArrayLike]:
     return encode
 
 
-class Neighbours:
+class Neighbors:
     """The priced items most similar to an item, found through `index`."""
 
     def __init__(self, k: int, index: Index) -> None:
@@ -139,27 +139,27 @@ class Neighbours:
         return found[: self.k]
 
     def median_prices(self, items: Sequence[Item]) -> NDArray[np.float64]:
-        """The median price of each item's neighbours in dollars, (N,); of all items where there are none."""
+        """The median price of each item's neighbors in dollars, (N,); of all items where there are none."""
         everywhere = float(np.median([price_of(item) for item in self.items_]))
         found = (self.of(item) for item in items)
         return np.array([np.median([price_of(each) for each in near]) if near else everywhere for near in found])
 
 
 class Retrieval:
-    """Shows the model its item's `neighbours`."""
+    """Shows the model its item's `neighbors`."""
 
     def __init__(self, k: int = 4, *, index: Index | None = None, label: str = "") -> None:
         self.k = k
         self.name = f"retrieval:{k}{label}"
-        self.neighbours = Neighbours(k, BM25Index() if index is None else index)
+        self.neighbors = Neighbors(k, BM25Index() if index is None else index)
 
     def fit(self, train: Sequence[Item]) -> Self:
-        self.neighbours.fit(train)
+        self.neighbors.fit(train)
         return self
 
     def ask(self, estimator: PriceEstimator, items: Sequence[Item]) -> Asked:
         layout = layout_of(estimator)
-        found = [self.neighbours.of(item)[::-1] for item in items]
+        found = [self.neighbors.of(item)[::-1] for item in items]
         laid_out = [layout.price_prompt(item.text, examples=near) for item, near in zip(items, found, strict=True)]
         asked = asked_of(laid_out, sum(map(len, found)))
         asked.tally["examples not found"] = self.k * len(items) - sum(map(len, found))

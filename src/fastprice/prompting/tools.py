@@ -19,16 +19,16 @@ from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
-from fastprice.items import Item
-from fastprice.prompting.arithmetic import LONGEST, CallError, calculate
-from fastprice.prompting.base import Asked
-from fastprice.prompting.conversion import convert
+from fastprice.data.items import Item
+from fastprice.prompting.calculator import LONGEST, CallError, calculate
 from fastprice.prompting.generation import write
 from fastprice.prompting.layout import Layout, layout_of
+from fastprice.prompting.strategy import Asked
+from fastprice.prompting.unit_conversion import convert
 
 if TYPE_CHECKING:
     from fastprice.estimator import PriceEstimator
-    from fastprice.prompts import Prompt
+    from fastprice.prompts.template import Prompt
 
 __all__ = ["TOOLS", "Call", "Tools", "read_call", "shown_number"]
 

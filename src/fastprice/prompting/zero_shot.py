@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
-from fastprice.items import Item
-from fastprice.prompting.base import Asked
+from fastprice.data.items import Item
+from fastprice.prompting.strategy import Asked
 
 if TYPE_CHECKING:
     from fastprice.estimator import PriceEstimator

@@ -1,0 +1,209 @@
+"""`compare`: ways of asking a model without training it, ranked on one data set."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fastprice.cli.options import (
+    Base,
+    ConfigFile,
+    Data,
+    Drop,
+    Group,
+    Price,
+    Set,
+    Text,
+    data_settings,
+    load_estimator,
+    make_console,
+    overrides_of,
+    saved_estimator_folder,
+)
+from fastprice.common.plots import check_plot
+from fastprice.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fastprice.config import RunConfig
+    from fastprice.estimator import PriceEstimator
+    from fastprice.prompting.compare import Comparison
+    from fastprice.run import Prepared
+
+STRATEGIES = ["zero-shot", "few-shot:4", "retrieval:4", "chaining", "tools"]
+RESULT = "compare.json"
+
+
+def compare(
+    config: ConfigFile = None,
+    data: Data = None,
+    text: Text = None,
+    price: Price = None,
+    group: Group = None,
+    drop: Drop = None,
+    model: Annotated[
+        Path | None, typer.Option("--model", metavar="DIR", help="A run's folder: its model on its own unseen items.")
+    ] = None,
+    base: Base = None,
+    method: Annotated[str | None, typer.Option(help="qlora, lora or full: how the base is loaded.")] = None,
+    strategies: Annotated[
+        list[str] | None,
+        typer.Option("--strategies", metavar="NAME...", help="zero-shot, few-shot:K, retrieval:K, chaining, tools."),
+    ] = None,
+    items: Annotated[int, typer.Option(help="Test items, drawn with the seed.", min=1)] = 200,
+    calibrate: Annotated[int, typer.Option(help="Validation items for the intervals; 0: none.", min=0)] = 100,
+    loss: Annotated[str, typer.Option(help="What the estimates make small: mae, mse, rmsle, mape or hits.")] = "mae",
+    limit: Annotated[int | None, typer.Option(help="Use only so many items, drawn with the seed.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of draw and split.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Folder for compare.json.")] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Also draw it: PNG, SVG or PDF.")] = None,
+    set_: Set = None,
+) -> None:
+    """Rank ways of asking a model (zero-shot, few-shot, retrieval, chaining, tools) on items it has not seen."""
+    from fastprice.data.inputs import draw_items
+    from fastprice.prompting import choose_strategy
+    from fastprice.prompting.compare import check_names, compare_strategies, metric_of
+    from fastprice.run import prepare_items
+
+    metric_of(loss)
+    if model is not None and (base is not None or method is not None):
+        raise ConfigError("compare: give --model (a run's) or --base, not both; a run knows its base and method")
+    given = overrides_of(
+        set_,
+        {**data_settings(data, text, price, group, drop), "data.limit": limit, "model.base": base,
+         "model.method": method, "seed": seed},
+    )  # fmt: skip
+    settings = _settings(config, model, given)
+    chosen = [choose_strategy(name, seed=settings.seed) for name in strategies or STRATEGIES]
+    check_names(chosen)
+    if out is not None:
+        _make_folder(out)
+    if plot is not None:
+        check_plot(plot)  # after --out, whose folder it may be in
+    prepared = prepare_items(settings)
+    checked = model is None or _same_items(model, prepared)
+
+    split = prepared.split
+    test = draw_items(split.test, items, settings.seed)
+    calibration = draw_items(split.validation, calibrate, settings.seed) if calibrate else []
+    console = make_console()
+    console.print(f"{len(test):,} of {len(split.test):,} test items, {len(calibration):,} to calibrate intervals, "
+                  f"{len(split.train):,} to take examples from")  # fmt: skip
+    if not checked:
+        console.print(f"{model} holds no results.json: that the data is still what it was trained on was not checked")
+    estimator = _base(settings, prepared) if model is None else load_estimator(model)
+
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("", total=len(chosen) * (len(test) + len(calibration)))
+        comparison = compare_strategies(
+            estimator,
+            chosen,
+            split.train,
+            calibration,
+            test,
+            loss=loss,
+            on_items=lambda name, more: progress.update(task, description=name, advance=more),
+        )
+    console.print(comparison.table())
+    if out is not None:
+        path = _write(out, settings, str(model or settings.model.base), comparison)
+        console.print(f"written: {path}", highlight=False, markup=False)
+    if plot is not None:
+        comparison.plot(plot)
+        console.print(f"plot: {plot}", highlight=False, markup=False)
+
+
+def _settings(config: Path | None, model: Path | None, given: dict[str, Any]) -> RunConfig:
+    """The settings of this comparison: those of the run that made `model`, or of `config`, under what was given."""
+    from fastprice.config import read_config
+    from fastprice.run import CONFIG
+
+    if model is None:
+        return read_config(config, {"out": "unused", **given})
+    if config is not None:
+        raise ConfigError(f"compare: --model has its own settings, leave {config} out")
+    saved_estimator_folder(model)
+    folder = next((each for each in (model, model.parent) if (each / CONFIG).is_file()), None)
+    if folder is None:
+        raise ConfigError(
+            f"--model {model}: no {CONFIG} beside it, so nobody knows which items it was trained on; give the folder "
+            "that fastprice train wrote"
+        )
+    trained = read_config(folder / CONFIG)
+    settings = read_config(folder / CONFIG, given)
+    before, now = _flat(trained), _flat(settings)
+    if changed := [key for key in before if before[key] != now[key]]:
+        raise ConfigError(
+            f"--model {model}: its run had other settings for {', '.join(changed)}, and with others its test items are "
+            "not those that it has not seen; leave these options out"
+        )
+    return settings
+
+
+def _flat(settings: RunConfig) -> dict[str, Any]:
+    """Settings by dotted key, less the data's file: it may have moved, and what it holds is checked by its counts."""
+    dotted: dict[str, Any] = {}
+    for section, value in settings.model_dump().items():
+        inside = value if isinstance(value, dict) else {"": value}
+        dotted.update({f"{section}.{key}".rstrip("."): each for key, each in inside.items()})
+    del dotted["data.file"]
+    return dotted
+
+
+def _same_items(model: Path, prepared: Prepared) -> bool:
+    """Whether the data gives the run's counts; False where the run left none.
+
+    Raises ConfigError when it gives others: other items make another split.
+    """
+    from fastprice.run import RESULTS
+
+    for folder in (model, model.parent):
+        if (folder / RESULTS).is_file():
+            counts = json.loads((folder / RESULTS).read_text(encoding="utf-8"))["counts"]
+            if counts != prepared.counts():
+                raise ConfigError(
+                    f"{prepared.items.source}: not the items that {model} was trained on ({counts['train']:,} train, "
+                    f"{counts['test']:,} test; now {len(prepared.split.train):,} and {len(prepared.split.test):,}), so "
+                    "its unseen items are not known; give the file of the run with --data"
+                )
+            return True
+    return False
+
+
+def _base(settings: RunConfig, prepared: Prepared) -> PriceEstimator:
+    """The base as it comes, its prices within those of the training items, as after training."""
+    import numpy as np
+
+    from fastprice.estimator import PriceEstimator
+
+    # As `PriceEstimator.load` does; the other engine is for training, and not sure to give distributions.
+    estimator = PriceEstimator(**{**settings.estimator_params(), "engine": "peft"}).prepare()
+    prices = [item.price for item in prepared.split.train if item.price is not None]
+    estimator.fallback_price_, estimator.ceiling_price_ = float(np.median(prices)), max(prices)
+    return estimator
+
+
+def _make_folder(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {out}: no folder can be made there ({error.strerror}); name another place") from error
+
+
+def _write(out: Path, settings: RunConfig, model: str, comparison: Comparison) -> Path:
+    from fastprice import __version__
+
+    about = {"model": model, "data": settings.data.model_dump(), "seed": settings.seed, "fastprice": __version__}
+    half = out / f".{RESULT}.{os.getpid()}.tmp"
+    try:
+        half.write_text(json.dumps({**about, **comparison.as_dict()}, indent=1) + "\n", encoding="utf-8")
+        half.replace(out / RESULT)
+    finally:
+        half.unlink(missing_ok=True)
+    return out / RESULT

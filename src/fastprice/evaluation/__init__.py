@@ -1,0 +1,1 @@
+"""How good estimates are: metrics, baselines, models side by side, the report."""

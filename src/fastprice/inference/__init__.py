@@ -1,0 +1,1 @@
+"""From a model to prices: distributions, estimates, intervals, price heads, whole files."""

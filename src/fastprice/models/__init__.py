@@ -1,0 +1,1 @@
+"""Language models made ready to train: base models, engines, adapters, families, packed attention."""

@@ -1,0 +1,1 @@
+"""Training: TRL's trainer on packs, with callbacks, auxiliary losses and CUDA graphs."""

@@ -1,0 +1,271 @@
+"""A training micro-step, forward and backward of one pack, captured once as a CUDA graph and replayed.
+
+A model of up to 2B parameters is bound by its launches: a step of thousands of small kernels takes as long as the host
+needs to start them. A graph starts them all at once. It repeats the very same kernels on the very same addresses, so
+every pack must have one static shape (packing.py), inputs are copied into buffers of their own, gradients add up in
+buffers that stay, and nothing on the way may read a value on the host. The optimizer stays outside.
+
+A replay that is wrong trains silently on nonsense, so it is compared with the eager step before it is trusted: on
+another pack than the recorded one, with weights moved by noise (a graph that holds a stale copy of a weight shows), and
+twice in a row (one that overwrites where it should add shows). If loss and gradients do not agree within the band of
+the dtype, or the step cannot be captured, one warning says so and training goes on eagerly.
+
+What it costs: padding, 1 to 2 % of the positions of packs of 1,024 to 4,096 tokens (4,000 items of the synthetic
+catalogue); the activations of a step stay reserved for the graph as long as it lives, so an evaluation between steps
+has that much less; the check holds three more copies of what trains, once.
+
+Not with dropout (masks that are drawn anew cannot be compared), soft-capped attention, fp16 (its loss scaling decides
+on the host), several processes, streamed weights, kernels off (the stock loss looks for its labels on the host) or the
+unsloth engine (its attention builds its mask from lengths on the host). `hindrance` names what is in the way.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fastprice.models.packed_attention import varlen_works
+
+__all__ = ["AUTO_PARAMETERS", "BANDS", "Capture", "CudaCapture", "GraphedStep", "hindrance", "parameter_count"]
+
+AUTO_PARAMETERS = 2.5e9  # up to which graphs="auto" captures: above, arithmetic bounds a step and not its launches
+# How far replay and eager step may lie apart, relative to the gradient's norm: the same kernels on the same numbers,
+# but atomic additions of attention and indexing in another order.
+BANDS = {torch.bfloat16: 2e-2, torch.float16: 5e-3, torch.float32: 1e-4}
+_WARMUP = 3  # runs before the capture, as PyTorch asks: lazy initialization and autotuning must be over
+_NOISE = 0.1  # of a weight's root mean square, or of 1 / sqrt(fan-in) for weights that are still zero
+
+Step = Callable[[dict[str, Any]], Tensor]
+
+
+class Capture(Protocol):
+    """Something that records work on tensors once and repeats it on the same tensors."""
+
+    def record(self, work: Callable[[], Tensor]) -> Tensor:
+        """Records `work`, which may run several times, and returns the tensor where each replay leaves its result.
+
+        RuntimeError where it cannot be recorded.
+        """
+
+    def replay(self) -> None:
+        """Repeats what was recorded."""
+
+
+class CudaCapture:
+    """`Capture` by `torch.cuda.CUDAGraph`, on the current device."""
+
+    def __init__(self) -> None:
+        self._graph = torch.cuda.CUDAGraph()
+
+    def record(self, work: Callable[[], Tensor]) -> Tensor:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(_WARMUP):
+                work()
+        torch.cuda.current_stream().wait_stream(side)
+        # Autocast may hold 16-bit copies of weights from before, which a replay would never renew.
+        torch.clear_autocast_cache()
+        # "thread_local": the data loader's thread pins memory meanwhile, which "global" would forbid.
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+            return work()
+
+    def replay(self) -> None:
+        self._graph.replay()
+
+
+class GraphedStep:
+    """Calls like the eager `step` and, once a capture of it has proved itself, replays that.
+
+    step        takes a batch, adds to the gradients of `parameters`, returns the loss without a graph; it must read
+                nothing but the batch and what stays in place
+    parameters  what trains, by name
+    band        how far loss and gradients may lie apart, relative (`BANDS`)
+    capture     makes the `Capture`
+
+    The first call runs eagerly and records, the second checks, later ones replay. Tensors of a batch must keep their
+    shapes and dtypes and all else its value, else ValueError. `state` is "new", "recorded", "trusted" or "eager", and
+    `trouble` says why in the last case.
+    """
+
+    def __init__(
+        self,
+        step: Step,
+        parameters: Mapping[str, nn.Parameter],
+        *,
+        band: float,
+        capture: Callable[[], Capture] = CudaCapture,
+    ) -> None:
+        self._step = step
+        self._parameters = dict(parameters)
+        self._band = band
+        self._make_capture = capture
+        self._recorded: tuple[Capture, Tensor] | None = None  # and where its replays leave the loss
+        self._static: dict[str, Any] = {}
+        self._names: list[str] = []  # of the parameters that get a gradient
+        self._buffers: list[Tensor] = []  # for their gradients
+        self.state = "new"
+        self.trouble: str | None = None
+
+    def __call__(self, batch: Mapping[str, Any]) -> Tensor:
+        """The loss of one micro-step, a 0-dim tensor; gradients are added to the parameters' `grad`."""
+        if self.state == "eager":
+            return self._step(dict(batch))
+        if self.state == "new":
+            loss = self._step(dict(batch))
+            self._try(self._record, batch)
+            return loss
+        self._fill(batch)
+        self._attach()
+        if self.state == "recorded":
+            saved = [buffer.clone() for buffer in self._buffers]
+            self._try(self._check, batch)
+            torch._foreach_copy_(self._buffers, saved)
+            return self._step(dict(batch))
+        return self._replay()
+
+    def _try(self, attempt: Callable[[Mapping[str, Any]], str | None], batch: Mapping[str, Any]) -> None:
+        """Goes back to the eager step, with one warning, if `attempt` names a trouble or cannot be made."""
+        try:
+            self.trouble = attempt(batch)
+        except RuntimeError as error:  # out of memory too: the eager step needs less
+            self.trouble = f"the step cannot be captured ({str(error).strip().splitlines()[0]})"
+        if self.trouble is not None:
+            self.state, self._recorded, self._static = "eager", None, {}
+            warnings.warn(f"CUDA graphs stay off: {self.trouble}", stacklevel=4)
+
+    def _record(self, batch: Mapping[str, Any]) -> None:
+        self._names = [name for name, parameter in self._parameters.items() if parameter.grad is not None]
+        trained = self._trained()
+        added = [parameter.grad for parameter in trained]
+        self._buffers = [torch.zeros_like(gradient) for gradient in added if gradient is not None]
+        self._static = {name: each.clone() if isinstance(each, Tensor) else each for name, each in batch.items()}
+        try:
+            for parameter, buffer in zip(trained, self._buffers, strict=True):
+                parameter.grad = buffer
+            capture = self._make_capture()
+            self._recorded = capture, capture.record(lambda: self._step(dict(self._static)))
+            self.state = "recorded"
+        finally:  # what the recording did to gradients is undone
+            for parameter, gradient in zip(trained, added, strict=True):
+                parameter.grad = gradient
+
+    def _check(self, batch: Mapping[str, Any]) -> str | None:
+        """Compares two replays in a row with the eager step, all with moved weights; leaves gradients unspecified."""
+        trained = self._trained()
+        weights = [parameter.detach().clone() for parameter in trained]
+        try:
+            _move(trained)
+            torch._foreach_zero_(self._buffers)
+            self._replay()
+            replayed_loss = self._replay()
+            replayed = [buffer / 2 for buffer in self._buffers]
+            torch._foreach_zero_(self._buffers)
+            loss = self._step(dict(batch))
+        finally:
+            with torch.no_grad():
+                torch._foreach_copy_(trained, weights)
+        trouble = self._disagreement(loss, replayed_loss, replayed)
+        if trouble is None:
+            self.state = "trusted"
+        return trouble
+
+    def _disagreement(self, loss: Tensor, replayed_loss: Tensor, replayed: Sequence[Tensor]) -> str | None:
+        """How the replay differs from the eager step, whose gradients are in the buffers; None within the band."""
+        told = "a replayed step gives another {} than the eager one ({})"
+        if not abs(float(loss) - float(replayed_loss)) <= self._band * max(abs(float(loss)), 1.0):
+            return told.format("loss", f"{float(replayed_loss):.6g} for {float(loss):.6g}")
+        sizes = torch.stack(torch._foreach_norm(self._buffers)).double()
+        apart = torch.stack(torch._foreach_norm(torch._foreach_sub(list(replayed), self._buffers))).double()
+        # A gradient that is next to nothing beside the others is made of rounding.
+        share = apart / sizes.clamp(min=1e-3 * float(sizes.norm()) + 1e-30)
+        worst = int(share.nan_to_num(torch.inf).argmax())
+        if not float(share[worst]) <= self._band:
+            return told.format("gradient", f"{100 * float(share[worst]):.3g} % apart in {self._names[worst]}")
+        return None
+
+    def _replay(self) -> Tensor:
+        assert self._recorded is not None
+        capture, loss = self._recorded
+        capture.replay()
+        return loss.clone()
+
+    def _fill(self, batch: Mapping[str, Any]) -> None:
+        if batch.keys() != self._static.keys():
+            raise ValueError(f"the batch has {sorted(batch)}, the recorded one {sorted(self._static)}")
+        for name, held in self._static.items():
+            given = batch[name]
+            if not isinstance(held, Tensor):
+                same = given == held
+            else:
+                same = isinstance(given, Tensor) and (given.shape, given.dtype) == (held.shape, held.dtype)
+            if not same:
+                raise ValueError(f"{name} is {_told(given)}, the recorded step takes {_told(held)}")
+            if isinstance(held, Tensor):
+                held.copy_(given, non_blocking=True)
+
+    def _attach(self) -> None:
+        """Makes the buffers the parameters' gradients, with what was in those, or zeros where there was none."""
+        fresh = []
+        for parameter, buffer in zip(self._trained(), self._buffers, strict=True):
+            if parameter.grad is None:
+                fresh.append(buffer)
+            elif parameter.grad is not buffer:
+                buffer.copy_(parameter.grad)
+            parameter.grad = buffer
+        if fresh:
+            torch._foreach_zero_(fresh)
+
+    def _trained(self) -> list[Tensor]:
+        return [self._parameters[name] for name in self._names]
+
+
+def _told(value: Any) -> str:
+    return f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else repr(value)
+
+
+@torch.no_grad()
+def _move(parameters: Sequence[Tensor]) -> None:
+    """Adds noise to weights, so that no stale copy of them gives the same results."""
+    for seed, parameter in enumerate(parameters):
+        generator = torch.Generator(parameter.device).manual_seed(seed)
+        noise = torch.randn(parameter.shape, generator=generator, device=parameter.device)
+        size = parameter.float().square().mean().sqrt()
+        fan_in = parameter.shape[-1] if parameter.ndim else 1
+        parameter.add_((noise * torch.where(size > 0, size, fan_in**-0.5) * _NOISE).to(parameter.dtype))
+
+
+def parameter_count(model: nn.Module) -> int:
+    """The weights of `model`; a byte of a 4-bit one holds two."""
+    return sum(each.numel() * (2 if each.dtype == torch.uint8 else 1) for each in model.parameters())
+
+
+def hindrance(model: Any, engine: str, *, kernels: bool, dtype: torch.dtype, processes: int) -> str | None:
+    """Why the training steps of `model` cannot be captured, as far as it shows beforehand; None if nothing is known.
+
+    kernels: whether fastprice_kernels will be under the model; dtype: of its products; processes: that train.
+    """
+    if not torch.cuda.is_available():
+        return "there is no CUDA device"
+    if engine != "peft":
+        return f"the {engine} engine builds its attention mask from lengths on the host; use engine='peft'"
+    if not kernels:
+        return "kernels are off, and the stock loss looks for its labels on the host"
+    if processes > 1:
+        return f"{processes} processes train together"
+    if dtype == torch.float16:
+        return "fp16 scales its loss by decisions on the host; a card with bf16 is needed"
+    if any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()):
+        return "dropout draws other numbers in each run, so that replay and eager step cannot be compared"
+    config = model.config
+    if getattr(config, "attention_dropout", 0.0) or getattr(config, "attn_logit_softcapping", None):
+        return "attention that drops or caps its scores has no kernel here that takes texts' borders on the device"
+    if any(layer._forward_pre_hooks for layer in getattr(model.get_decoder(), "layers", [])):
+        return "hooks on the decoder's layers decide on the host, as those of streamed weights do"
+    if not varlen_works("cuda", dtype):
+        return f"PyTorch's varlen_attn does not run on this card in {dtype}"
+    return None

@@ -1,0 +1,154 @@
+"""The order of the stages, what a failing peer costs, and the search for what fits, on made-up workers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastprice.benchmarking import suite
+from fastprice.benchmarking.runner import Runner
+from fastprice.benchmarking.suite import GIB, Plan, run_suite
+from fastprice.errors import ConfigError
+
+Answer = Callable[[Mapping[str, Any]], dict[str, Any]]
+
+
+class MadeUp(Runner):
+    """A runner whose workers answer at once."""
+
+    answer: Answer
+
+    def measure(self, stage: str, case: Mapping[str, Any], *, timeout: float) -> list[dict[str, Any]]:
+        if case["kind"] == "environment":
+            about = {"kind": "gpu", "device": "Card", "time": "2026-11-21T00:00:00", "commit": "abc"}
+            return [
+                self.add(stage, case, {"status": "ok", "environment": about, "spoilers": []}),
+                self.add(
+                    stage, case, {"status": "ok", "limits": {"copy_bytes_per_second": 1e12, "matmul_flops": 1e14}}
+                ),
+            ]
+        return [self.add(stage, case, self.answer(case))]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[dict[str, Any]]]:
+    def go(answer: Answer, stages: tuple[str, ...], **plan: Any) -> list[dict[str, Any]]:
+        monkeypatch.setattr(MadeUp, "answer", staticmethod(answer), raising=False)
+        monkeypatch.setattr(suite, "Runner", MadeUp)
+        made = Plan(**{"models": ("llama-3.2-1b", "llama-3.1-8b"), "peers": ("peft", "unsloth"), **plan})
+        path = run_suite(tmp_path, minutes=5.0, plan=made, stages=stages, quiet=True)
+        return list(json.loads(path.read_text())["rows"])
+
+    return go
+
+
+def step(case: Mapping[str, Any]) -> dict[str, Any]:
+    if case["kind"] != "step":
+        return {"status": "ok"}
+    return {
+        "status": "ok", "peer": case["peer"], "tokens_per_step": 4000, "items_per_second": 30.0,
+        "mean_tokens_per_second": 4000.0, "labeled_share": 0.02, "keep": None, "peak_reserved": GIB,
+        "peak_allocated": GIB,
+    }  # fmt: skip
+
+
+def test_peers_take_turns_round_after_round(run: Callable[..., Any]) -> None:
+    rows = [row["case"] for row in run(step, ("steps",)) if row["case"]["kind"] == "step"]
+    turns = [(case["model"], case["peer"]) for case in rows]
+    one_round = [(model, peer) for model in ("llama-3.2-1b", "llama-3.1-8b") for peer in ("peft", "unsloth")]
+    assert turns == one_round * 2
+    assert len({case["folder"] for case in rows if case["model"] == "llama-3.2-1b"}) == 1
+
+
+def test_other_packs_and_ranks_come_when_all_rounds_of_the_first_are_done(run: Callable[..., Any]) -> None:
+    plan = {"models": ("llama-3.2-1b",), "peers": ("peft",), "others": [(2048, 16), (4096, 32)]}
+    rows = [row["case"] for row in run(step, ("steps",), **plan) if row["case"]["kind"] == "step"]
+    works = [(case["tokens"], case["rank"]) for case in rows]
+    assert works == [(4096, 16)] * 2 + [(2048, 16)] * 2 + [(4096, 32)] * 2
+
+
+def test_a_peer_that_fails_is_not_tried_again_and_stops_no_other(run: Callable[..., Any]) -> None:
+    def answer(case: Mapping[str, Any]) -> dict[str, Any]:
+        failing = case.get("peer") == "unsloth" and case.get("model") == "llama-3.2-1b"
+        return {"status": "failed", "reason": "x"} if failing else step(case)
+
+    cases = [row["case"] for row in run(answer, ("steps",)) if row["case"]["kind"] == "step"]
+    tried = [(case["model"], case["peer"]) for case in cases]
+    assert tried.count(("llama-3.2-1b", "unsloth")) == 1
+    assert tried.count(("llama-3.1-8b", "unsloth")) == 2
+
+
+def test_a_model_that_cannot_be_made_is_skipped_once(run: Callable[..., Any]) -> None:
+    def answer(case: Mapping[str, Any]) -> dict[str, Any]:
+        if case["kind"] == "folder" and case["model"] == "llama-3.2-1b":
+            return {"status": "failed", "reason": "disk full"}
+        return step(case)
+
+    rows = run(answer, ("steps", "predict"))
+    folders = [row["case"]["model"] for row in rows if row["case"]["kind"] == "folder"]
+    assert folders.count("llama-3.2-1b") == 1
+    assert {row["case"]["model"] for row in rows if row["case"]["kind"] == "step"} == {"llama-3.1-8b"}
+
+
+def test_the_estimate_is_given_what_the_steps_measured(run: Callable[..., Any]) -> None:
+    rows = run(step, ("steps", "memory"))
+    asked = next(row["case"]["steps"] for row in rows if row["case"]["kind"] == "estimate")
+    assert {(each["model"], each["peer"]) for each in asked} == {
+        (model, peer) for model in ("llama-3.2-1b", "llama-3.1-8b") for peer in ("peft", "unsloth")
+    }
+    assert asked[0]["texts"] == pytest.approx(30.0)
+    assert asked[0]["peak_reserved"] == GIB
+
+
+def test_the_largest_batch_and_model_are_searched_under_each_cap(run: Callable[..., Any]) -> None:
+    def answer(case: Mapping[str, Any]) -> dict[str, Any]:
+        if case["kind"] == "step":
+            weights = {"qwen2.5-0.5b": 1, "llama-3.2-1b": 2, "llama-3.2-3b": 4}.get(case["model"], 100)
+            if weights * GIB + case["tokens"] * 400_000 > case["cap_bytes"]:
+                return {"status": "failed", "reason": "OutOfMemoryError", "oom": True}
+        return step(case)
+
+    rows = run(answer, ("fit",), caps=(8,))
+    found = [row for row in rows if row["case"]["kind"] == "fit"]
+    assert {row["largest_tokens"] for row in found if "largest_tokens" in row} == {15 * 1024}  # 6 GiB / 400 kB
+    assert [row["largest_model"] for row in found if "largest_model" in row] == ["llama-3.2-3b"]
+
+
+def test_unknown_stages_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="did you mean 'kernels'"):
+        run_suite(tmp_path, minutes=1, plan=Plan.for_cpu(), stages=["kernel"])
+
+
+def test_tests_are_counted_and_a_red_one_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "tests" / "gpu"
+    folder.mkdir(parents=True)
+    monkeypatch.setattr(MadeUp, "answer", staticmethod(step), raising=False)
+    monkeypatch.setattr(suite, "Runner", MadeUp)
+
+    def told(body: str) -> dict[str, Any]:
+        (folder / "test_x.py").write_text(f"import pytest\n{body}")
+        plan = Plan(models=("nano",))
+        path = run_suite(tmp_path / "out", minutes=5.0, plan=plan, stages=("tests",), root=tmp_path, quiet=True)
+        gpu, kernels = (row for row in json.loads(path.read_text())["rows"] if row["stage"] == "tests")
+        assert kernels["status"] == "skipped"
+        return dict(gpu)
+
+    green = "@pytest.mark.parametrize('x', [1, 2])\ndef test_good(x): pass\n"
+    left_out = "@pytest.mark.skip(reason='no')\ndef test_left(): pass\n"
+    assert told(green + left_out)["counts"] == {"passed": 2, "skipped": 1}
+    red = told(green + "def test_bad(): assert 1 == 2\n")
+    assert red["status"] == "failed"
+    assert red["counts"] == {"passed": 2, "failed": 1}
+    assert "test_bad" in red["reason"]
+    assert told(left_out)["status"] == "skipped"
+    assert told("import nothing_of_that_name")["status"] == "failed"
+
+
+def test_what_passed_before_the_time_was_over_is_known() -> None:
+    row = suite._count_tests(124, "tests/gpu/test_x.py::test_a PASSED [ 10%]\ntests/gpu/test_x.py::test_b ")
+    assert row["counts"] == {"passed": 1}
+    assert "out of time" in row["reason"]
