@@ -27,7 +27,7 @@ import torch
 
 from fastprice.benchmarking.cases import draw_rows, shape_of, step_flops
 from fastprice.benchmarking.probe import WARMUP, Enough, Probe, summarize_probe
-from fastprice.models.adapters import TARGETS
+from fastprice.models.families import lora_targets
 from fastprice.models.peft_engine import compute_dtype
 from fastprice.prompts.template import IGNORE, TrainingRow
 
@@ -140,7 +140,7 @@ def _run_unsloth(
     model = engine.FastLanguageModel.get_peft_model(
         model,
         r=rank,
-        target_modules=list(TARGETS),
+        target_modules=lora_targets(model),
         lora_alpha=2 * rank,
         lora_dropout=0,
         bias="none",
