@@ -32,7 +32,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.fixture(scope="session")
 def model() -> Any:
     """A model of the nano's shape with random NF4 weights, in fp32 on the CPU."""
-    from fastprice.benchmarking.models import model_config, random_nf4_model
+    from fastprice.benchmarking.random_models import model_config, random_nf4_model
 
     return random_nf4_model(model_config("nano"), "cpu", torch.float32)
 
@@ -55,7 +55,7 @@ def ratio(benchmark: Any, request: pytest.FixtureRequest) -> Ratio:
     def measure(ours: Callable[[], object], theirs: Callable[[], object], *, at_least: float) -> float:
         name = request.node.name
         samples = interleave(
-            {"ours": ours, "theirs": theirs}, "cpu", seconds=3.0, warmup=1, least=5, clock=time.process_time
+            {"ours": ours, "theirs": theirs}, "cpu", seconds=3.0, warmup=1, min_rounds=5, clock=time.process_time
         )
         found = ratios(samples["theirs"], samples["ours"])
         benchmark.extra_info.update(ratio=found.as_dict(), at_least=at_least)

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from fastprice.benchmarking.models import seed_adapters
 from fastprice.benchmarking.prediction import check_prediction, draw_prompts, generate_prices, sharpen
+from fastprice.benchmarking.random_models import seed_adapters
 from fastprice.inference.price_decoder import QUICK, PriceDecoder
 from fastprice.inference.price_heads import make_head, prompt_states
 from fastprice.inference.scorers.merged import DenseReader

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastprice.benchmarking.cases import draw_rows
-from fastprice.benchmarking.models import seed_adapters
+from fastprice.benchmarking.random_models import seed_adapters
 from fastprice.benchmarking.timing import Stopwatch, interleave, ratios, spread_of
+from fastprice.benchmarking.workload import draw_rows
 from fastprice.inference.greedy import write_greedily
 from fastprice.inference.scorers.stock import StockReader
 from fastprice.prompts.template import HEAD, IGNORE
@@ -74,7 +74,7 @@ def compare_prediction(folder: str, *, items: int, batch: int, seconds: float) -
         device,
         seconds=seconds,
         warmup=1,
-        least=3,
+        min_rounds=3,
     )
     ours = samples["fastprice"]
     return {

@@ -38,7 +38,10 @@ for command in (
     machine.doctor,
 ):
     app.command()(command)
-app.add_typer(machine.bench_app, name="bench")
+# Its options are declared in fastprice.benchmarking.command_line, which also runs without typer.
+app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
+    machine.bench
+)
 
 
 def main() -> None:

@@ -288,7 +288,7 @@ def _some(names: Any) -> str:
 @contextmanager
 def _progress(total: int, what: str) -> Iterator[Callable[[int], None]]:
     """A progress bar on a terminal's standard error, nothing elsewhere; gives the function that adds bytes to it."""
-    if not sys.stderr.isatty():  # nor is rich asked for: `python -m benchmarks.gpu` runs without it
+    if not sys.stderr.isatty():  # nor is rich asked for: `python -m fastprice.benchmarking` runs without it
         yield lambda size: None
         return
     from rich.console import Console

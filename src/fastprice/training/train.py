@@ -81,6 +81,7 @@ def train(
     meter: Meter | None = None,
     objective: Objective | None = None,
     on_event: Callable[[TrainingEvent], None] | None = None,
+    on_trainer: Callable[[Any], None] | None = None,
 ) -> TrainingResult:
     """Trains whatever in `model` requires a gradient on `rows`, in place.
 
@@ -98,6 +99,7 @@ def train(
     streamed      layers whose weights come from the host (fastprice.offload)
     meter         in place of the CUDA device's, for "auto"
     objective     what is added to the text's loss (fastprice.training.auxiliary_losses); its head trains and is kept with the model
+    on_trainer    called with the trainer (trainer.PriceTrainer) when it is ready to train
 
     Raises TrainingError when no row carries a label, the loss stops being finite or memory runs out whatever is kept;
     ConfigError for graphs that are asked for and cannot be had, and for a `keep` that the model or engine cannot do.
@@ -158,12 +160,15 @@ def train(
             _quiet(),
         ):
             trainer.keeper = keeper
+            trainer.installed = report
             if captures and report is not None:
                 trainer.captures = "completion_cross_entropy" in report.replaced.values()
                 if not trainer.captures:
                     warnings.warn(
                         "CUDA graphs stay off: the model keeps its own loss, see the line above", stacklevel=2
                     )
+            if on_trainer is not None:
+                on_trainer(trainer)
             try:
                 trainer.train()
             except torch.OutOfMemoryError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,6 +14,9 @@ from fastprice.models.peft_engine import compute_dtype
 from fastprice.models.saved_folder import HEAD
 from fastprice.training.auxiliary_losses import TARGETS, Objective
 from fastprice.training.cuda_graphs import BANDS, GraphedStep
+
+if TYPE_CHECKING:
+    from fastprice_kernels import InstallReport
 
 __all__ = ["trainer_class"]
 
@@ -43,7 +46,13 @@ def trainer_class() -> Any:
             self._texts: int | None = None
             self.captures = False
             self.keeper: Keeper | None = None
+            self.installed: InstallReport | None = None
             self._graphed: GraphedStep | None = None
+
+        @property
+        def graph_state(self) -> str | None:
+            """The state of the steps' CUDA graph, or why there is none; None where none was to be captured."""
+            return None if self._graphed is None else self._graphed.trouble or self._graphed.state
 
         def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
             if self.keeper is None:

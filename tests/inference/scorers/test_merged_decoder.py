@@ -26,7 +26,7 @@ from transformers import (
 
 import fastprice.inference.scorers.merged
 import fastprice.inference.scorers.merged_decoder
-from fastprice.benchmarking.models import model_config, random_nf4_model, seed_adapters
+from fastprice.benchmarking.random_models import model_config, random_nf4_model, seed_adapters
 from fastprice.inference.price_decoder import PriceDecoder
 from fastprice.inference.price_trie import PriceTrie
 from fastprice.inference.scorers.merged import DenseReader
