@@ -125,7 +125,7 @@ def merged(model: Any) -> Any:
 
 def _settings(options: argparse.Namespace) -> dict[str, Any]:
     if options.catalogue is not None:
-        data = {"data.catalogue": options.catalogue}
+        data = {"data.synthetic": options.catalogue}
     else:
         data = {
             "data.file": options.data,

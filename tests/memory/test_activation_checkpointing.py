@@ -284,7 +284,7 @@ def test_a_second_backward_pass_is_refused_by_name() -> None:
     with keeping(model, PLANS["costly"]):
         loss = model(**batch()).loss
         loss.backward(retain_graph=True)
-        with pytest.raises(RuntimeError, match="retain_graph needs keep='all'"):
+        with pytest.raises(RuntimeError, match="retain_graph needs recompute='all'"):
             loss.backward()
 
 

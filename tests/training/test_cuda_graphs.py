@@ -297,7 +297,7 @@ def test_a_training_with_graphs_tells_the_same_story(monkeypatch: pytest.MonkeyP
 
     def losses(graphs: str) -> list[float]:
         options = {"base": "nano", "epochs": 1.0, "max_tokens": 96, "pack_tokens": 512, "evaluations": 1}
-        estimator = PriceEstimator(**options, accumulation=2, kernels="on", graphs=graphs)
+        estimator = PriceEstimator(**options, gradient_accumulation=2, kernels="on", cuda_graphs=graphs)
         estimator.fit(make_catalogue(100, seed=2), make_catalogue(20, seed=5))
         assert estimator.training_.tokens == tokens.setdefault("all", estimator.training_.tokens)
         return [event.loss for event in estimator.training_.events if event.loss is not None]
@@ -317,10 +317,10 @@ def test_graphs_that_cannot_be_had_are_said_or_left_out() -> None:
     options = {"base": "nano", "epochs": 0.1, "max_tokens": 96, "pack_tokens": 512, "evaluations": 0, "kernels": "on"}
     items = make_catalogue(40, seed=2)
     if not torch.cuda.is_available():
-        with pytest.raises(ConfigError, match="graphs: on, but there is no CUDA device; use graphs='auto' or 'off'"):
-            PriceEstimator(**options, graphs="on").fit(items)
-    with pytest.raises(ConfigError, match="graphs must be auto, on or off, not 'yes'"):
-        PriceEstimator(graphs="yes").fit(items)
+        with pytest.raises(ConfigError, match="cuda_graphs: on, but there is no CUDA device; use cuda_graphs="):
+            PriceEstimator(**options, cuda_graphs="on").fit(items)
+    with pytest.raises(ConfigError, match="cuda_graphs must be auto, on or off, not 'yes'"):
+        PriceEstimator(cuda_graphs="yes").fit(items)
 
 
 def test_layers_keep_dense_weights_only_where_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:

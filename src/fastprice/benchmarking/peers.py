@@ -190,12 +190,12 @@ def _run_fastprice(
             epochs=1.0,
             learning_rate=1e-5,
             pack_tokens=tokens,
-            accumulation=1,
+            gradient_accumulation=1,
             evaluations=0,
-            warmup=0.0,
+            warmup_ratio=0.0,
             seed=0,
             kernels=mode,
-            graphs="on" if peer == "peft-graphs" else "off",
+            cuda_graphs="on" if peer == "peft-graphs" else "off",
         )
 
 

@@ -64,7 +64,9 @@ def packed_attention(
     """
     if pack_borders is not None:
         if softcap is not None or dropout:
-            raise ConfigError("packs of one static shape: this model caps or drops attention scores; use graphs='off'")
+            raise ConfigError(
+                "packs of one static shape: this model caps or drops attention scores; cuda_graphs='off' trains it"
+            )
         window = None if sliding_window is None or pack_longest <= sliding_window else sliding_window
         if query.is_cuda:
             return _varlen_attention(query, key, value, pack_borders, pack_longest, scaling, window), None
