@@ -108,7 +108,7 @@ def kernels(model: Any, on: bool) -> Iterator[None]:
     if not on:
         yield
         return
-    from fastprice_kernels.install import installed
+    from fastprice_kernels import installed
 
     with installed(model, loss_head=True, last_layer="Gemma" not in type(model.get_base_model()).__name__):
         yield

@@ -18,7 +18,7 @@ from fastprice.prompts.packing import PackCollator, pack_rows
 from fastprice.prompts.template import IGNORE, encode_rows
 from fastprice.training.auxiliary_losses import TARGETS, Objective
 from fastprice.training.number_losses import NumberLoss, expected_cost
-from fastprice_kernels.install import installed
+from fastprice_kernels import installed
 
 TOKENIZER = load_tokenizer("nano")
 ITEMS = make_catalogue(9, seed=4)

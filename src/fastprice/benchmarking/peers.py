@@ -27,7 +27,7 @@ import torch
 
 from fastprice.benchmarking.cases import draw_rows, shape_of, step_flops
 from fastprice.benchmarking.probe import WARMUP, Enough, Probe, summarize_probe
-from fastprice.models.adapters import TARGETS
+from fastprice.models.families import lora_targets
 from fastprice.models.peft_engine import compute_dtype
 from fastprice.prompts.template import IGNORE, TrainingRow
 
@@ -140,7 +140,7 @@ def _run_unsloth(
     model = engine.FastLanguageModel.get_peft_model(
         model,
         r=rank,
-        target_modules=list(TARGETS),
+        target_modules=lora_targets(model),
         lora_alpha=2 * rank,
         lora_dropout=0,
         bias="none",
@@ -228,7 +228,7 @@ def _watched_training(probe: Probe, training: Any, settings: dict[str, Any]) -> 
 @contextmanager
 def _told_what_is_installed(settings: dict[str, Any]) -> Iterator[None]:
     """Keeps what the kernels' `install` says it replaced, so that no row claims kernels that stayed out."""
-    module: Any = import_module("fastprice_kernels.install")  # the package exports a function of that name
+    module: Any = import_module("fastprice_kernels.patching.install")  # the package exports a function of that name
     original = module.install
 
     def install(*arguments: Any, **options: Any) -> Any:

@@ -10,6 +10,7 @@ import torch
 from fastprice.models.adapters import Method, lora_config
 from fastprice.models.base_models import base_error, load_config, load_tokenizer, resolve_base
 from fastprice.models.engine import Loaded
+from fastprice.models.families import lora_targets
 from fastprice.models.packed_attention import PACKED_ATTENTION, register_packed_attention
 from fastprice.models.parts import plain_model
 from fastprice.prompts.packing import PackCollator
@@ -66,7 +67,7 @@ class PeftEngine:
 
         set_seed(seed)  # adapter weights are drawn here, before the trainer seeds anything
         model.requires_grad_(False)
-        return get_peft_model(model, lora_config(rank=rank, alpha=alpha, dropout=dropout))
+        return get_peft_model(model, lora_config(rank=rank, alpha=alpha, dropout=dropout, targets=lora_targets(model)))
 
     def attach_saved(self, model: Any, folder: str) -> Any:
         from peft import PeftModel

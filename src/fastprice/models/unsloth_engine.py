@@ -18,9 +18,10 @@ import unsloth  # noqa: F401  (first, before anything that it patches)
 from unsloth import FastLanguageModel
 
 from fastprice.errors import ConfigError
-from fastprice.models.adapters import TARGETS, Method
+from fastprice.models.adapters import Method
 from fastprice.models.base_models import base_error, load_tokenizer, resolve_base
 from fastprice.models.engine import Loaded
+from fastprice.models.families import lora_targets
 from fastprice.prompts.packing import PackCollator
 
 __all__ = ["REQUIRED", "UnslothEngine"]
@@ -65,7 +66,7 @@ class UnslothEngine:
         return FastLanguageModel.get_peft_model(
             model,
             r=rank,
-            target_modules=list(TARGETS),
+            target_modules=lora_targets(model),
             lora_alpha=alpha,
             lora_dropout=dropout,
             bias="none",

@@ -371,7 +371,7 @@ def _kernels_under(model: Any, engine: Engine, kernels: str) -> Iterator[Install
     Under "auto" an Unsloth of another shape than the one the kernels were written for keeps the stock path, with a
     warning; under "on" that is an error.
     """
-    from fastprice_kernels.install import install, uninstall
+    from fastprice_kernels.patching.install import install, uninstall
 
     try:
         ours = engine.name == "peft"

@@ -31,12 +31,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastprice.models.families import family_of
 from fastprice.models.parts import plain_model
 
 __all__ = ["DenseDecoder", "Queries", "Tokens", "dense_bytes", "free_bytes"]
 
-_CLASSES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-_ROPES = ("default", "linear", "llama3", "yarn")  # a position's angle depends on nothing else
 _SHARE = 0.5  # of free memory
 _LOGITS = {"cpu": 2**18, "cuda": 2**25}  # elements upcast to fp32 at once: what caches hold, and 128 MiB
 _ROUNDING = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 2e-1}  # of logits, whose spread is about 1 to 5
@@ -282,11 +281,12 @@ def free_bytes(device: torch.device) -> int:
 
 
 def _is_known(plain: Any) -> bool:
-    if type(plain).__name__ not in _CLASSES:
+    family = family_of(plain)
+    if family is None or type(plain).__name__ != family.merged_decoder:
         return False
     device = plain.model.embed_tokens.weight.device
     return (
-        plain.config.rope_parameters.get("rope_type", "default") in _ROPES
+        plain.config.rope_parameters.get("rope_type", "default") in family.merged_ropes
         and type(plain.model.embed_tokens) is nn.Embedding
         and all(parameter.device == device for parameter in plain.parameters())
         and device.type != "meta"

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastprice_kernels._layers import Layer, hooked, read, together
-from fastprice_kernels.last_layer import PATCH
-from fastprice_kernels.lora import Projection, lora_mlp, lora_projections
+from fastprice_kernels.ops.lora import Projection, lora_mlp, lora_projections
+from fastprice_kernels.patching.last_layer import PATCH
+from fastprice_kernels.patching.layers import Layer, hooked, read, together
 
 __all__ = [
     "InstallReport",

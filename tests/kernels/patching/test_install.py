@@ -20,8 +20,8 @@ from tests.kernels.adapted_models import (
     train,
 )
 
-from fastprice_kernels import last_layer as heads
-from fastprice_kernels.install import install, installed, uninstall
+from fastprice_kernels.patching import last_layer as heads
+from fastprice_kernels.patching.install import install, installed, uninstall
 
 bnb = pytest.importorskip("bitsandbytes")
 
@@ -146,7 +146,7 @@ def test_gradient_checkpointing(reentrant, keep_dense, monkeypatch):
     install(model, loss_head=True, last_layer=True)
     dropped = gradients(model)
     install(model, loss_head=True, last_layer=True, keep_dense=keep_dense)
-    from fastprice_kernels import lora
+    from fastprice_kernels.ops import lora
 
     calls, dequantize = [], lora.dequantize_nf4
     monkeypatch.setattr(lora, "dequantize_nf4", lambda *a, **k: calls.append(1) or dequantize(*a, **k))
