@@ -9,7 +9,7 @@ import torch
 
 from fastprice.models.adapters import Method, lora_config
 from fastprice.models.base_models import base_error, load_config, load_tokenizer, resolve_base
-from fastprice.models.engine import Loaded
+from fastprice.models.engine import LoadedModel
 from fastprice.models.families import lora_targets
 from fastprice.models.packed_attention import PACKED_ATTENTION, register_packed_attention
 from fastprice.models.parts import plain_model
@@ -24,7 +24,7 @@ class PeftEngine:
     name = "peft"
     takes_masks = True
 
-    def load_base(self, base: str, *, method: Method, max_tokens: int) -> Loaded:
+    def load_base(self, base: str, *, method: Method, max_tokens: int) -> LoadedModel:
         """The base in NF4 with double quantization for "qlora" (Dettmers et al., 2023), else in its compute dtype.
 
         Compute dtype: bf16 on CUDA cards that have it, fp16 on those that do not, fp32 on a CPU.
@@ -55,7 +55,7 @@ class PeftEngine:
             settle_four_bit(model, dtype)
         if model.config.pad_token_id is None:
             model.config.pad_token_id = tokenizer.pad_token_id
-        return Loaded(model, tokenizer, folder)
+        return LoadedModel(model, tokenizer, folder)
 
     def attach(self, model: Any, *, method: Method, rank: int, alpha: float, dropout: float, seed: int) -> Any:
         """Fresh adapters in fp32 on every linear layer of the decoder, or every weight trainable for "full"."""
