@@ -1,4 +1,4 @@
-"""Inputs of recomputed layers in pinned host memory: copied out while the layer computes, prefetched before its backward.
+"""Inputs of recomputed layers in pinned host memory.
 
 Copies run on a CUDA stream of their own: out while the layer computes, and back while the layer after it runs its
 backward pass. On a CPU both are plain copies.

@@ -33,5 +33,5 @@ def parse_bytes(size: str | int) -> int:
 
 
 def format_gib(size: int) -> str:
-    """"24 GiB" or "7.5 GiB" from bytes."""
+    """ "24 GiB" or "7.5 GiB" from bytes."""
     return f"{size / GIB:.1f} GiB".replace(".0 ", " ")

@@ -21,6 +21,7 @@ __all__ = [
     "RECOMPUTE_LEVELS",
     "check_recompute",
     "check_recompute_levels",
+    "expand_recompute",
     "format_recompute_levels",
     "parse_recompute_levels",
 ]
@@ -60,6 +61,18 @@ def parse_recompute_levels(text: str, layers: int) -> tuple[str, ...]:
     if sum(count or 0 for count, _ in runs) != layers:
         raise ConfigError(f"recompute: the counts in {text!r} do not add up to the model's {layers:,} layers")
     return tuple(level for count, level in runs for _ in range(count or 0))
+
+
+def expand_recompute(recompute: str | int | Sequence[str], layers: int) -> tuple[str, ...]:
+    """The level of each of `layers` layers from text (`parse_recompute_levels`), from the number of layers to recompute
+    in full (the first ones), or from the levels themselves. Raises ConfigError for anything else."""
+    if isinstance(recompute, str):
+        return parse_recompute_levels(recompute, layers)
+    if isinstance(recompute, Sequence):
+        return check_recompute_levels(recompute, layers)
+    if not isinstance(recompute, int) or isinstance(recompute, bool) or not 0 <= recompute <= layers:
+        raise ConfigError(f"recompute: {recompute!r} is not a whole number from 0 to {layers:,}")
+    return ("full",) * recompute + ("none",) * (layers - recompute)
 
 
 def format_recompute_levels(levels: Sequence[str]) -> str:

@@ -170,7 +170,7 @@ def _unpack(packed: Any) -> Tensor:
 
 
 def _is_gated_mlp(module: Any) -> bool:
-    """Whether the module's forward is down(act(gate(x)) * up(x)) and nothing more: run on numbers in place of layers."""
+    """Whether the module's forward is down(act(gate(x)) * up(x)) and no more: tried on numbers in place of layers."""
     if not all(isinstance(getattr(module, name, None), nn.Module) for name in ("gate_proj", "up_proj", "down_proj")):
         return False
     numbers = SimpleNamespace(
