@@ -140,7 +140,7 @@ class _StepSettings:
     @property
     def host_embedding_bytes(self) -> int:
         """Bytes of the embedding if it is on the host: beside offloaded layers, unless it is tied to lm_head."""
-        return 2 * self.shape.head_weights if self.offloaded_layers and not self.shape.tied else 0
+        return 2 * self.shape.lm_head_weights if self.offloaded_layers and not self.shape.tied else 0
 
 
 def estimate_memory(
@@ -183,9 +183,7 @@ def estimate_memory(
     _check_whole_number("sequences", sequences, 1, tokens)
     _check_whole_number("offloaded_layers", offloaded_layers, 0, shape.layers)
     if offloaded_layers and method != "qlora":
-        raise ConfigError(
-            f"offloaded_layers: only a frozen 4-bit base can be; use method='qlora', not {method!r}"
-        )
+        raise ConfigError(f"offloaded_layers: only a frozen 4-bit base can be; use method='qlora', not {method!r}")
     if not isinstance(labeled, int | float) or not 0 <= labeled <= 1:
         raise ConfigError(f"labeled: {labeled!r} is not a share of the tokens, from 0 to 1")
     if engine == "unsloth":
@@ -296,7 +294,7 @@ def _training_moments(settings: _StepSettings) -> list[tuple[str, _Parts]]:
             moments.append(("forward", _parts_of(peak, saved, _WORKSPACE, copies + copies_per_layer)))
             # During the recomputation the gradient of the layer's output waits; where the layer ends with a norm
             # (Gemma 2), so does its upcast to fp32, which runs before the first saved tensor is unpacked.
-            upcast = 4 * batch.tokens * shape.width if shape.layer_norms == 4 else 0
+            upcast = 4 * batch.tokens * shape.width if shape.family.layer_norms == 4 else 0
             for peak, waiting in ((layer.recomputation, residual + upcast), (layer.backward, 0)):
                 parts = _parts_of(peak, 0, _RECOMPUTATION, 0)
                 parts[_RECOMPUTATION] += parts[_SAVED] + waiting

@@ -76,14 +76,14 @@ def layer_forward(tape: Tape, shape: ModelShape, batch: MicroBatch, x: Value, *,
     normed = norm_forward(tape, shape, batch, x)
     attended = _attention(tape, shape, batch, normed, cache)
     tape.release(normed)
-    if shape.layer_norms == 4:
+    if shape.family.layer_norms == 4:
         attended = replace_value(tape, attended, norm_forward(tape, shape, batch, attended, source=2))
     middle = tape.apply(residual, [x, attended], passes_gradient=True)
     tape.release(attended)
     normed = norm_forward(tape, shape, batch, middle)
     mixed = _mlp(tape, shape, batch, normed)
     tape.release(normed)
-    if shape.layer_norms == 4:
+    if shape.family.layer_norms == 4:
         mixed = replace_value(tape, mixed, norm_forward(tape, shape, batch, mixed, source=2))
     output = tape.apply(residual, [middle, mixed], passes_gradient=True)
     tape.release(middle, mixed)
@@ -113,7 +113,7 @@ def _rms(tape: Tape, shape: ModelShape, batch: MicroBatch, x: Value, width: int,
     normed = tape.apply(full, [x32, scale], saves=[x32, scale], backward_scratch=full)
     tape.release(x32, scale)
     trainable = batch.method == "full"
-    if shape.gemma:
+    if shape.family.norm == "rms_plus_one":
         # (1 + weight) in fp32, then back to the dtype of x
         factor = tape.allocate(4 * width, "temporary")
         scaled = tape.apply(full, [normed], saves=[factor, normed] if trainable else [factor])
@@ -180,7 +180,7 @@ def _attention(tape: Tape, shape: ModelShape, batch: MicroBatch, x: Value, cache
     width = batch.residual_bytes
     q_proj, k_proj, v_proj, o_proj = shape.linears[:4]
     q, k, v = (_linear(tape, linear, batch, x, width) for linear in (q_proj, k_proj, v_proj))
-    if shape.head_norms:
+    if shape.family.query_key_norms:
         q = replace_value(tape, q, _rms(tape, shape, batch, q, shape.head_dim, batch.tokens * shape.heads, 2))
         k = replace_value(tape, k, _rms(tape, shape, batch, k, shape.head_dim, batch.tokens * shape.key_heads, 2))
     rotated_q, rotated_k = _rotated(tape, q), _rotated(tape, k)

@@ -39,14 +39,14 @@ def _full_loss(tape: Tape, shape: ModelShape, batch: MicroBatch, hidden: Value) 
     cells = batch.tokens * shape.vocabulary
     if batch.method == "full":
         xb = tape.apply(2 * batch.tokens * shape.width, [hidden])
-        weight = tape.allocate(2 * shape.head_weights, "weight copies")
+        weight = tape.allocate(2 * shape.lm_head_weights, "weight copies")
         logits = tape.apply(
-            2 * cells, [xb], saves=[xb, weight], trainable=True, backward_scratch=6 * shape.head_weights
+            2 * cells, [xb], saves=[xb, weight], trainable=True, backward_scratch=6 * shape.lm_head_weights
         )
         tape.release(xb, weight)
     else:
         logits = tape.apply(2 * cells, [hidden])
-    if shape.head_softcap:
+    if shape.logit_softcap:
         logits = replace_value(tape, logits, tape.apply(2 * cells, [logits]))
         logits = replace_value(tape, logits, tape.apply(2 * cells, [logits], saves_output=True))
         logits = replace_value(tape, logits, tape.apply(2 * cells, [logits]))
@@ -71,12 +71,12 @@ def _chunked_loss(tape: Tape, shape: ModelShape, batch: MicroBatch, hidden: Valu
     # both; recomputed under a soft cap also its tanh, which is saved. fastprice's loss has the logits in bf16 and in
     # fp32, and turns the latter into the gradient.
     cell = (6 if batch.fused else 16) * chunk * shape.vocabulary
-    backward = cell + (4 * chunk * shape.vocabulary if shape.head_softcap else 0)
+    backward = cell + (4 * chunk * shape.vocabulary if shape.logit_softcap else 0)
     weight_copy = []
     if batch.method == "full":
         # lm_head's bf16 copy; the sum of its gradient over the chunks so far, and this chunk's in bf16 and in fp32.
-        weight_copy = [tape.allocate(2 * shape.head_weights, "weight copies")]
-        backward = max(backward + 6 * shape.head_weights, 12 * shape.head_weights + 2 * chunk * shape.vocabulary)
+        weight_copy = [tape.allocate(2 * shape.lm_head_weights, "weight copies")]
+        backward = max(backward + 6 * shape.lm_head_weights, 12 * shape.lm_head_weights + 2 * chunk * shape.vocabulary)
     losses = []
     for _ in range(max(1, -(-rows // _CHUNK))):
         part = tape.apply(chunk * shape.width * batch.residual_bytes, [gathered])
@@ -91,6 +91,6 @@ def evaluation_logits(tape: Tape, shape: ModelShape, batch: MicroBatch, x: Value
     """Last norm and the logits of `rows` positions, in bf16 and again in fp32."""
     hidden = norm_forward(tape, shape, batch, x)
     logits = tape.apply(2 * rows * shape.vocabulary, [hidden])
-    if shape.head_softcap:
+    if shape.logit_softcap:
         logits = replace_value(tape, logits, tape.apply(2 * rows * shape.vocabulary, [logits]))
     tape.apply(4 * rows * shape.vocabulary, [logits])

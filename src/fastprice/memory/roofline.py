@@ -93,7 +93,7 @@ def flops_per_token(shape: ModelShape, step: TrainingStep) -> float:
     weight_gradient = 2.0 if step.method == "full" else 0.0
     linear = (4 + weight_gradient + recomputed) * shape.layers * shape.layer_linear_weights
     adapters = 0.0 if step.method == "full" else (6 + recomputed) * shape.layers * shape.adapter_weights(step.rank)
-    head = (4 + weight_gradient) * shape.head_weights * step.labeled
+    head = (4 + weight_gradient) * shape.lm_head_weights * step.labeled
     attention = (3.5 + recomputed / 2) * 2 * step.text_tokens * shape.query_width * shape.layers
     return linear + adapters + head + attention
 
@@ -107,8 +107,8 @@ def step_seconds(shape: ModelShape, step: TrainingStep, gpu: Gpu) -> float:
     """
     residual_bytes = 4 if step.method == "full" else 2  # an element of the residual stream
     seconds = step.tokens * flops_per_token(shape, step) / gpu.flops
-    selective = 2 * residual_bytes * shape.layer_norms * shape.width + (0 if step.fused else 6 * shape.inner)
-    if shape.head_norms:
+    selective = 2 * residual_bytes * shape.family.layer_norms * shape.width + (0 if step.fused else 6 * shape.inner)
+    if shape.family.query_key_norms:
         selective += 4 * (shape.query_width + shape.key_width)
     seconds += step.tokens * step.selective_layers * selective / gpu.bandwidth
     layer = shape.layer_linear_weights

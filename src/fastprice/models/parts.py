@@ -1,4 +1,4 @@
-"""The parts of a causal language model, whether PEFT is wrapped around it or not. Imports nothing heavy."""
+"""The parts of a causal language model, with or without PEFT's wrapper. Importing this imports no torch."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ __all__ = ["decoder_layers", "decoder_of", "plain_model"]
 
 
 def plain_model(model: Any) -> Any:
-    """The transformers model itself, without PEFT's wrapper; its layers still hold their adapters."""
+    """The transformers model itself, without PEFT's wrapper; its layers still have their adapters."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def decoder_of(model: Any) -> Any:
-    """The decoder: what gives hidden states to the language head."""
+    """The decoder, whose hidden states go into lm_head."""
     plain = plain_model(model)
     return plain.get_decoder() if hasattr(plain, "get_decoder") else plain
 

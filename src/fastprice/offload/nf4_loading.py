@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from fastprice.errors import BaseModelError, ConfigError
 from fastprice.models.base_models import load_config, load_tokenizer, resolve_base
-from fastprice.models.engine import Loaded
+from fastprice.models.engine import LoadedModel
 from fastprice.models.parts import decoder_layers
 from fastprice.models.peft_engine import compute_dtype, settle_four_bit
 from fastprice.offload.device_transfers import DeviceTransfers, transfers_for
@@ -38,7 +38,7 @@ _CHUNK_WEIGHTS = {"cpu": 1 << 18, "cuda": 1 << 27}  # quantized at once: bitsand
 
 def load_with_offload(
     base: str, layers: int | Sequence[int], *, device_buffers: int = 2
-) -> tuple[Loaded, LayerOffload]:
+) -> tuple[LoadedModel, LayerOffload]:
     """`base` in NF4 on this machine's device, with so many (or those) decoder layers offloaded to the host.
 
     The offloaded weights are never on the device all at once. An untied embedding stays on the host too. The caller
@@ -56,7 +56,7 @@ def load_with_offload(
         transfers=transfers,
         host_embedding=has_untied_embedding(model),
     )
-    return Loaded(model, tokenizer, resolve_base(base)), layer_offload
+    return LoadedModel(model, tokenizer, resolve_base(base)), layer_offload
 
 
 def load_nf4(

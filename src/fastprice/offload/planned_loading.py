@@ -9,7 +9,7 @@ from fastprice.memory.estimate import DEVICE_BUFFERS
 from fastprice.memory.planner import MIN_TOKENS, MemoryPlan, plan_memory
 from fastprice.models.adapters import Method
 from fastprice.models.base_models import load_config
-from fastprice.models.engine import Engine, Loaded
+from fastprice.models.engine import Engine, LoadedModel
 from fastprice.offload.layer_offload import LayerOffload
 from fastprice.offload.nf4_loading import load_with_offload
 
@@ -20,7 +20,7 @@ __all__ = ["PlannedModel", "load_planned"]
 class PlannedModel:
     """A loaded base, the plan it follows, and the offload of its layers (None if all are resident)."""
 
-    loaded: Loaded
+    loaded: LoadedModel
     plan: MemoryPlan
     layer_offload: LayerOffload | None
 
