@@ -15,7 +15,7 @@ catalogue); the activations of a step stay reserved for the graph as long as it 
 has that much less; the check holds three more copies of what trains, once.
 
 Not with dropout (masks that are drawn anew cannot be compared), soft-capped attention, fp16 (its loss scaling decides
-on the host), several processes, streamed weights, kernels off (the stock loss looks for its labels on the host) or the
+on the host), several processes, offloaded layers, kernels off (the stock loss looks for its labels on the host) or the
 unsloth engine (its attention builds its mask from lengths on the host). `hindrance` names what is in the way.
 """
 
@@ -265,7 +265,7 @@ def hindrance(model: Any, engine: str, *, kernels: bool, dtype: torch.dtype, pro
     if getattr(config, "attention_dropout", 0.0) or getattr(config, "attn_logit_softcapping", None):
         return "attention that drops or caps its scores has no kernel here that takes texts' borders on the device"
     if any(layer._forward_pre_hooks for layer in getattr(model.get_decoder(), "layers", [])):
-        return "hooks on the decoder's layers decide on the host, as those of streamed weights do"
+        return "hooks on the decoder's layers decide on the host, as those of offloaded layers do"
     if not varlen_works("cuda", dtype):
         return f"PyTorch's varlen_attn does not run on this card in {dtype}"
     return None

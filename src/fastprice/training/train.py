@@ -20,9 +20,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fastprice.errors import ConfigError, TrainingError
-from fastprice.memory.activation_checkpointing import decoder_layers, keeping
-from fastprice.memory.controller import CudaMeter, Keeper, Ladder, Meter, expected_bytes
-from fastprice.memory.recompute_levels import parse_levels, write_levels
+from fastprice.memory.activation_checkpointing import ActivationCheckpointing, checkpointable_layers
+from fastprice.memory.recompute_controller import (
+    CandidateLevels,
+    CudaMemoryMeter,
+    MemoryMeter,
+    RecomputeController,
+    reserved_bytes_estimator,
+)
+from fastprice.memory.recompute_levels import format_recompute_levels, parse_recompute_levels
 from fastprice.models.engine import Engine
 from fastprice.models.peft_engine import compute_dtype
 from fastprice.prompts.packing import StaticShape, pack_rows
@@ -46,9 +52,9 @@ _PRICE_HEAD = "price_head"  # its name in a model that trains
 class TrainingResult:
     """What a run left behind: every logged event, the kept step and its validation error in dollars, the cost.
 
-    recompute: what each layer kept at the end (fastprice.memory.recompute_levels); None: the engine's own way, or
-               everything on a CPU.
-    moves: what was changed about that on the way, and why.
+    recompute: the recompute levels at the end (fastprice.memory.recompute_levels); None: the engine's own way, or no
+               recomputation on a CPU.
+    moves: each change of the levels during training, and its reason.
     """
 
     events: list[TrainingEvent]
@@ -78,8 +84,8 @@ def train(
     cuda_graphs: str = "off",
     recompute: str = "auto",
     budget: int | None = None,
-    streamed: int = 0,
-    meter: Meter | None = None,
+    offloaded_layers: int = 0,
+    meter: MemoryMeter | None = None,
     objective: Objective | None = None,
     on_event: Callable[[TrainingEvent], None] | None = None,
 ) -> TrainingResult:
@@ -92,15 +98,15 @@ def train(
     kernels       "on", "off", or "auto": fastprice_kernels under the model on CUDA, the stock path elsewhere
     cuda_graphs   "on": packs of one static shape and their steps replayed as CUDA graphs (graphs.py), ConfigError where
                   that is impossible; "auto": so where it is possible, for models that launches bound; "off"
-    recompute     what each layer keeps for its backward pass (fastprice.memory.recompute_levels): a level, counts of
-                  levels, or "auto": on CUDA what fits, on a CPU everything. On CUDA a micro-batch that runs out of memory is done
-                  again with less kept, whatever was asked for (fastprice.memory.controller)
+    recompute     recompute levels (fastprice.memory.recompute_levels): a level, counts of levels, or "auto": on CUDA as
+                  little as fits, on a CPU "none". On CUDA a micro-batch that runs out of memory runs again with more
+                  recomputation, whatever the setting (fastprice.memory.recompute_controller)
     budget        bytes of the GPU's memory that "auto" may use in all; None: what is free
-    streamed      layers whose weights come from the host (fastprice.offload)
-    meter         in place of the CUDA device's, for "auto"
+    offloaded_layers  layers whose weights are on the host (fastprice.offload)
+    meter         in place of the CUDA device's memory meter
     objective     what is added to the text's loss (fastprice.training.auxiliary_losses); its head trains and is kept with the model
 
-    Raises TrainingError when no row carries a label, the loss stops being finite or memory runs out whatever is kept;
+    Raises TrainingError when no row carries a label, the loss stops being finite or memory runs out whatever is recomputed;
     ConfigError for graphs that are asked for and cannot be had, and for a `recompute` that the model or engine cannot
     do.
     """
@@ -159,16 +165,16 @@ def train(
                 layers,
                 recompute,
                 budget,
-                streamed,
+                offloaded_layers,
                 meter,
                 packed,
                 gradient_accumulation,
                 report is not None,
                 captures,
-            ) as keeper,
+            ) as controller,
             _quiet(),
         ):
-            trainer.keeper = keeper
+            trainer.recompute_controller = controller
             if captures and report is not None:
                 trainer.captures = "completion_cross_entropy" in report.replaced.values()
                 if not trainer.captures:
@@ -187,8 +193,10 @@ def train(
         best_mae=None if best is None else float(best),
         tokens=int(trainer._total_train_tokens),
         seconds=curves.seconds,
-        recompute=write_levels(keeper.levels) if keeper is not None else None if recompute == "auto" else recompute,
-        moves=tuple(keeper.moves) if keeper is not None else (),
+        recompute=format_recompute_levels(controller.levels)
+        if controller is not None
+        else (None if recompute == "auto" else recompute),
+        moves=tuple(controller.changes) if controller is not None else (),
     )
 
 
@@ -283,8 +291,8 @@ def uses_kernels(kernels: str) -> bool:
 
 
 def _layers(model: Any, engine: Engine, recompute: str, *, captures: bool) -> int | None:
-    """How many layers the model has, each of which can keep what it is told; None if none can. ConfigError where
-    `recompute` asks for it all the same, or for what a CUDA graph cannot do."""
+    """The number of layers that can be recomputed one by one, or None. Raises ConfigError if `recompute` needs that and
+    the model or engine cannot, or names a level that a CUDA graph does not allow."""
     if engine.name != "peft":
         if recompute != "auto":
             raise ConfigError(
@@ -292,14 +300,14 @@ def _layers(model: Any, engine: Engine, recompute: str, *, captures: bool) -> in
             )
         return None
     try:
-        layers = len(decoder_layers(model))
+        layers = len(checkpointable_layers(model))
     except ConfigError:
         if recompute != "auto":
             raise
         return None
-    if recompute != "auto" and captures and "host" in parse_levels(recompute, layers):
+    if recompute != "auto" and captures and "offload" in parse_recompute_levels(recompute, layers):
         raise ConfigError(
-            "recompute: inputs on the host cannot be part of a CUDA graph; use recompute='input', or cuda_graphs='off'"
+            "recompute: 'offload' cannot be part of a CUDA graph; use recompute='full', or cuda_graphs='off'"
         )
     return layers
 
@@ -310,43 +318,43 @@ def _kept(
     layers: int | None,
     recompute: str,
     budget: int | None,
-    streamed: int,
-    meter: Meter | None,
+    offloaded_layers: int,
+    meter: MemoryMeter | None,
     packed: Sequence[dict[str, list[int]]],
     gradient_accumulation: int,
     kernels: bool,
     captures: bool,
-) -> Iterator[Keeper | None]:
-    """The layers keep what `recompute` says for the time of the training; gives what watches over it on a device."""
+) -> Iterator[RecomputeController | None]:
+    """Puts recompute levels in force for the training; yields the controller that adapts them, None on a CPU."""
     adapters = getattr(model, "peft_config", {}).values()
     dropout = any(getattr(adapter, "lora_dropout", 0.0) for adapter in adapters)
-    levels = None if recompute == "auto" or layers is None else parse_levels(recompute, layers)
+    levels = None if recompute == "auto" or layers is None else parse_recompute_levels(recompute, layers)
     if layers is None or (meter is None and not torch.cuda.is_available()):
-        with nullcontext() if levels is None else keeping(model, levels):
+        with nullcontext() if levels is None else ActivationCheckpointing(model, levels):
             yield None
         return
     sizes = [len(pack["input_ids"]) for pack in packed]
     labels = sum(label != IGNORE for pack in packed for label in pack["labels"])
-    expected = expected_bytes(
+    estimate = reserved_bytes_estimator(
         model,
         tokens=max(sizes),
         sequences=max(1, round(sum(len(pack["lengths"]) for pack in packed) / len(packed))),
         labeled=labels / sum(sizes),
         kernels=kernels and not dropout,
-        streamed=streamed,
+        offloaded_layers=offloaded_layers,
     )
-    keeper = Keeper(
+    controller = RecomputeController(
         model,
-        Ladder(layers, expected, host=not captures, first=levels),
-        CudaMeter(budget) if meter is None else meter,
+        CandidateLevels(layers, estimate, offload=not captures, initial=levels),
+        CudaMemoryMeter(budget) if meter is None else meter,
         warmup=gradient_accumulation,
-        measures=levels is None and not captures,  # what was captured stays as it is
-        random=not captures,
+        adapt=levels is None and not captures,  # what was captured stays as it is
+        preserve_rng_state=not captures,
     )
     try:
-        yield keeper
+        yield controller
     finally:
-        keeper.remove()
+        controller.remove()
 
 
 def _captures(cuda_graphs: str, model: Any, engine: Engine, *, kernels: bool, objective: Objective | None) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fastprice.memory.controller import Keeper
+from fastprice.memory.recompute_controller import RecomputeController
 from fastprice.models.engine import Engine
 from fastprice.models.peft_engine import compute_dtype
 from fastprice.models.saved_folder import HEAD
@@ -42,11 +42,11 @@ def trainer_class() -> Any:
             self._objective = objective
             self._texts: int | None = None
             self.captures = False
-            self.keeper: Keeper | None = None
+            self.recompute_controller: RecomputeController | None = None
             self._graphed: GraphedStep | None = None
 
         def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
-            if self.keeper is None:
+            if self.recompute_controller is None:
                 return self._micro_batch(model, inputs, num_items_in_batch)
             counted, told = (
                 self._total_train_tokens,
@@ -58,7 +58,9 @@ def trainer_class() -> Any:
                 self._metrics["train"].clear()
                 self._metrics["train"].update({name: list(values) for name, values in told.items()})
 
-            return self.keeper.run(lambda: self._micro_batch(model, dict(inputs), num_items_in_batch), undo)
+            return self.recompute_controller.run(
+                lambda: self._micro_batch(model, dict(inputs), num_items_in_batch), undo
+            )
 
         def _micro_batch(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any) -> Any:
             if not self.captures:
@@ -128,8 +130,8 @@ def trainer_class() -> Any:
                 self.log(metrics)  # while in eval mode, or TRL would close its training averages here
             finally:
                 self._engine.for_training(self.model)
-            if self.keeper is not None:
-                self.keeper.begin_again()
+            if self.recompute_controller is not None:
+                self.recompute_controller.restart_measurement()
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
             return metrics
 
