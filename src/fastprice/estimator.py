@@ -17,7 +17,7 @@ from fastprice.errors import BaseModelError, ConfigError, DataError, NotFittedEr
 from fastprice.inference.conformal import Calibration, calibrate
 from fastprice.inference.predictor import PricePredictor
 from fastprice.memory import parse_bytes
-from fastprice.memory.recompute_levels import check_keep
+from fastprice.memory.recompute_levels import check_recompute
 from fastprice.models.adapters import TEXT_LOSSES, check_method, suggested_learning_rate
 from fastprice.models.engine_choice import choose_engine
 from fastprice.models.saved_folder import ADAPTER, HEAD, MANIFEST, MODEL, read_manifest, write_folder
@@ -25,10 +25,10 @@ from fastprice.prompts.template import encode_rows
 
 if TYPE_CHECKING:
     from fastprice.inference.price_heads import PriceHead
-    from fastprice.memory import Plan
+    from fastprice.memory import MemoryPlan
     from fastprice.models.adapters import Method
     from fastprice.models.engine import Engine, LoadedModel
-    from fastprice.offload import Streaming
+    from fastprice.offload import LayerOffload
     from fastprice.training.auxiliary_losses import Objective
     from fastprice.training.callbacks import TrainingEvent
     from fastprice.training.train import TrainingResult
@@ -56,9 +56,9 @@ class PriceEstimator(PricePredictor, RegressorMixin, BaseEstimator):  # type: ig
     kernels        "auto": fastprice_kernels under the model while it trains on CUDA; "on" or "off" anywhere
     cuda_graphs    "on": steps replayed as CUDA graphs once a replay agreed with the eager step (fastprice.training.cuda_graphs);
                    "auto": where that is possible and pays; "off"
-    recompute      what each layer keeps for its backward pass: "all", "costly" (cheap things are computed again),
-                   "input" (its forward pass is done again), "host" (so too, from its input on the host); counts from
-                   the first layer on ("12 input, 20 costly"); or "auto": what fits the GPU, on a CPU everything
+    recompute      what the backward pass computes again of each layer: "none", "selective" (norms and the product in
+                   the MLP), "full" (the forward pass), "offload" (so too, from its input in host memory); counts from
+                   the first layer on ("12 full, 20 selective"); or "auto": as little as fits the GPU, on a CPU none
     rank, alpha    of the adapters; alpha None is 2 x rank; dropout on their input
     learning_rate  peak; None is a width-dependent default (`fastprice.models.adapters.suggested_learning_rate`)
     epochs         passes over the training items
@@ -75,7 +75,7 @@ class PriceEstimator(PricePredictor, RegressorMixin, BaseEstimator):  # type: ig
     After `fit`: `fallback_price_` (median training price, for a text that gives no price any probability),
     `ceiling_price_` (largest training price, and the largest that is estimated), `training_`
     (fastprice.training.train.TrainingResult), `cut_` (training texts that were shortened), `calibration_` (of intervals),
-    `plan_` (fastprice.memory.Plan, with `max_memory`).
+    `plan_` (fastprice.memory.MemoryPlan, with `max_memory`).
     Follows scikit-learn: `get_params`, `set_params`, `clone`, `cross_val_score(estimator, items)`.
     """
 
@@ -208,7 +208,7 @@ class PriceEstimator(PricePredictor, RegressorMixin, BaseEstimator):  # type: ig
                 learning_rate=learning_rate,
                 pack_tokens=self.pack_tokens if self.plan_ is None else self.plan_.tokens,
                 gradient_accumulation=self.gradient_accumulation
-                * (1 if self.plan_ is None else self.plan_.accumulation),
+                * (1 if self.plan_ is None else self.plan_.gradient_accumulation),
                 evaluations=self.evaluations,
                 warmup_ratio=self.warmup_ratio,
                 seed=self.seed,
@@ -216,7 +216,7 @@ class PriceEstimator(PricePredictor, RegressorMixin, BaseEstimator):  # type: ig
                 cuda_graphs=self.cuda_graphs,
                 recompute=self.recompute,
                 budget=None if self.max_memory is None else parse_bytes(self.max_memory),
-                streamed=0 if self.plan_ is None else self.plan_.streamed,
+                offloaded_layers=0 if self.plan_ is None else self.plan_.offloaded_layers,
                 objective=objective,
                 on_event=on_event,
             )
@@ -306,17 +306,17 @@ class PriceEstimator(PricePredictor, RegressorMixin, BaseEstimator):  # type: ig
         return choose_engine("peft" if self.engine == "auto" and needs_peft else self.engine)
 
     def _drop_model(self) -> None:
-        """Lets go of the model and frees what is streamed to it."""
-        streaming = getattr(self, "_streaming", None)
-        if streaming is not None:
-            streaming.close()
-        self.plan_: Plan | None = None
-        self._streaming: Streaming | None = None
+        """Releases the model and the device buffers of its offloaded layers."""
+        layer_offload = getattr(self, "_layer_offload", None)
+        if layer_offload is not None:
+            layer_offload.close()
+        self.plan_: MemoryPlan | None = None
+        self._layer_offload: LayerOffload | None = None
         if hasattr(self, "_model"):
             del self._model
 
     def _load_base(self, engine: Engine, method: Method) -> LoadedModel:
-        """The base, as a plan for `max_memory` says where that is given; sets `plan_` and `_streaming`."""
+        """The base, as a plan for `max_memory` says where that is given; sets `plan_` and `_layer_offload`."""
         self._drop_model()
         max_tokens = self.max_tokens + _WRAPPER_TOKENS
         if self.max_memory is None:
@@ -334,7 +334,7 @@ class PriceEstimator(PricePredictor, RegressorMixin, BaseEstimator):  # type: ig
             max_tokens=max_tokens,
             kernels=uses_kernels(self.kernels),
         )
-        self.plan_, self._streaming = planned.plan, planned.streaming
+        self.plan_, self._layer_offload = planned.plan, planned.layer_offload
         return planned.loaded
 
     def _write_weights(self, folder: Path) -> None:
@@ -428,7 +428,7 @@ class PriceEstimator(PricePredictor, RegressorMixin, BaseEstimator):  # type: ig
             if not holds
         ]
         try:
-            check_keep(self.recompute)
+            check_recompute(self.recompute)
         except ConfigError as error:
             wrong.append(str(error))
         if self.pack_tokens < self.max_tokens + _WRAPPER_TOKENS:

@@ -152,7 +152,7 @@ def run(config: RunConfig, console: Console) -> RunResult:
     console.print(
         f"trained on {training.tokens:,} tokens in {training.seconds:,.0f} s"
         + ("" if training.best_mae is None else f"; kept step {training.best_step} (${training.best_mae:.2f})")
-        + ("" if training.recompute is None else f"; each layer kept: {training.recompute}")
+        + ("" if training.recompute is None else f"; recompute: {training.recompute}")
         + (f"; {estimator.cut_:,} texts cut at {estimator.max_tokens} tokens" if estimator.cut_ else "")
     )
 

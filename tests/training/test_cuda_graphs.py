@@ -348,7 +348,7 @@ def test_what_is_in_the_way_of_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         assert told in str(hindrance(model, "peft", **{**good, **change}))
     hook = model.get_decoder().layers[1].register_forward_pre_hook(lambda *_: None)
-    assert "streamed weights" in str(hindrance(model, "peft", **good))
+    assert "offloaded layers" in str(hindrance(model, "peft", **good))
     hook.remove()
     model.config.attn_logit_softcapping = 30.0
     assert "caps its scores" in str(hindrance(model, "peft", **good))
