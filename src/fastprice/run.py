@@ -156,7 +156,7 @@ def run(config: RunConfig, console: Console) -> RunResult:
         + (f"; {estimator.cut_:,} texts cut at {estimator.max_tokens} tokens" if estimator.cut_ else "")
     )
 
-    for move in training.moves:
+    for move in training.recompute_changes:
         console.print(f"  memory: {move}", highlight=False)
 
     results = []

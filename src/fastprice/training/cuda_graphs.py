@@ -161,7 +161,7 @@ class GraphedStep:
                 parameter.grad = gradient
 
     def _check(self, batch: Mapping[str, Any]) -> str | None:
-        """Compares two replays in a row with the eager step, with perturbed weights; gradients are undefined afterwards."""
+        """Compares two replays in a row with the eager step, on perturbed weights. Gradients are undefined then."""
         trained = self._trained()
         weights = [parameter.detach().clone() for parameter in trained]
         try:
