@@ -13,7 +13,6 @@ Parts of another source, model or option are never mixed with one's own: they ar
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -21,7 +20,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock, Timeout
 
 from fastprice.errors import ConfigError, FastpriceError
 
@@ -101,8 +102,11 @@ def open_parts(target: Path, settings: dict[str, Any]) -> Iterator[Parts]:
     if folder.exists() and not (folder / LOCK).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder}: is in the way and was not made by predict; move it, or name another --out")
     folder.mkdir(exist_ok=True)
-    with (folder / LOCK).open("w") as lock:
-        _take(lock, folder)
+    try:
+        lock = FileLock(folder / LOCK).acquire(blocking=False)
+    except Timeout as error:
+        raise ConfigError(f"{folder}: another process is writing it; wait for it, or name another --out") from error
+    with lock:
         count, totals = _read_ledger(folder, settings)
         parts = Parts(target, folder, settings, count, totals)
         try:
@@ -112,13 +116,6 @@ def open_parts(target: Path, settings: dict[str, Any]) -> Iterator[Parts]:
             if not parts.totals.priced:
                 shutil.rmtree(folder)
             raise
-
-
-def _take(lock: IO[str], folder: Path) -> None:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise ConfigError(f"{folder}: another process is writing it; wait for it, or name another --out") from error
 
 
 def _read_ledger(folder: Path, settings: dict[str, Any]) -> tuple[int, Totals]:
