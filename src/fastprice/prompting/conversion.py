@@ -88,7 +88,7 @@ def _factor(unit: str, other: str) -> float:
 
 
 @cache
-def _registry() -> UnitRegistry:
+def _registry() -> UnitRegistry[float]:
     # Imported and read when the first call needs it: 0.6 s.
     from pint import UnitRegistry
 
