@@ -31,17 +31,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fastprice import Item, PriceEstimator, score
+from fastprice.common.arrays import FloatArray
 from fastprice.config import RunConfig, read_config
 from fastprice.errors import ConfigError
 from fastprice.guards import Progress
 from fastprice.intervals import calibrate
 from fastprice.metrics import paired_difference
 from fastprice.pipeline import Prepared, prepare_items
-
-FloatArray = NDArray[np.float64]
 
 ESTIMATES = ("mae", "rmsle", "hits")
 SUMMARIES = {"mae": "median", "rmsle": "log-mean", "hits": "best window"}

@@ -51,6 +51,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fastprice.common.arrays import FloatArray, IntArray
 from fastprice.dense import DenseDecoder
 from fastprice.dense_reading import DenseReader
 from fastprice.distribution import PriceDistribution
@@ -58,7 +59,7 @@ from fastprice.errors import ConfigError, DataError
 from fastprice.prompts import TEXT, Form
 from fastprice.reading import Reader, Reading
 from fastprice.stock_reading import StockReader
-from fastprice.trie import FloatArray, IntArray, PriceTrie
+from fastprice.trie import PriceTrie
 from fastprice.writing import write_greedily
 
 __all__ = ["QUICK", "PriceDecoder", "PriceTrie", "greedy_prices", "price_distributions"]
@@ -377,7 +378,7 @@ def greedy_prices(
     batch_size: int = 64,
     form: Form = TEXT,
     on_batch: Callable[[int], None] | None = None,
-) -> NDArray[np.float64]:
+) -> FloatArray:
     """The price a model writes after each prompt (token ids) in its `form`, in dollars; NaN where it writes none.
 
     Prompts are sorted by length, so that batches hold little padding; `on_batch` is told how many are done.

@@ -21,9 +21,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fastprice.common.arrays import FloatArray, IntArray
 from fastprice.dense import DenseDecoder, Queries, Tokens
 from fastprice.reading import TRUNK, Prompts, Reading, common_length, on_host
-from fastprice.trie import FloatArray, IntArray, PriceTrie
+from fastprice.trie import PriceTrie
 
 __all__ = ["DenseReader"]
 

@@ -28,17 +28,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastprice.common.arrays import FloatArray
 from fastprice.decoders import decoder_of
 from fastprice.distribution import PriceDistribution
 from fastprice.errors import BaseModelError, ConfigError, nearest_name
 
 __all__ = ["HEADS", "HistogramHead", "PriceHead", "QuantileHead", "head_distributions", "make_head", "prompt_states"]
 
-FloatArray = NDArray[np.float64]
 
 BINS = 128
 QUANTILES = 64

@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import DynamicCache
 
+from fastprice.common.arrays import FloatArray, IntArray
 from fastprice.reading import TRUNK, Prompts, Reading, common_length, on_host
-from fastprice.trie import FloatArray, IntArray, PriceTrie
+from fastprice.trie import PriceTrie
 
 __all__ = ["StockReader"]
 

@@ -9,8 +9,8 @@ import pytest
 from matplotlib.figure import Figure
 
 from fastprice import ConfigError, FastpriceError
+from fastprice.common.plots import check_plot, save_plot
 from fastprice.errors import MissingDependencyError
-from fastprice.plots import check_plot, save_plot
 
 
 def drawn() -> Figure:

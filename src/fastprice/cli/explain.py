@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from fastprice.cli.options import ModelDir, load_estimator, make_console, saved_estimator_folder, trained_cleaning
-from fastprice.plots import check_plot
+from fastprice.common.plots import check_plot
 
 
 def explain(

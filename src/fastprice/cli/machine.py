@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from fastprice.cli.options import make_console
-from fastprice.plots import check_plot
+from fastprice.common.plots import check_plot
 
 
 def plan(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from fastprice.common.plots import check_plot, save_plot
 from fastprice.memory.estimate import GIB, MemoryEstimate
-from fastprice.plots import check_plot, save_plot
 
 __all__ = ["plot_memory"]
 
@@ -18,7 +18,7 @@ def plot_memory(estimate: MemoryEstimate, path: str | os.PathLike[str], title: s
 
     limit   bytes of the GPU, drawn as a line; 0 for none
 
-    Raises as fastprice.plots.check_plot does: ConfigError for another ending or a folder that is not there.
+    Raises as fastprice.common.plots.check_plot does: ConfigError for another ending or a folder that is not there.
     """
     target = check_plot(path)
     from matplotlib import colormaps

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastprice.common.files import atomic_folder
 from fastprice.engines.bases import load_config, load_tokenizer
 from fastprice.errors import BaseModelError, ConfigError
 from fastprice.streaming.checkpoint import INDEX, SINGLE, find_file
@@ -42,15 +42,11 @@ def quantise(base: str, out: str | Path, *, shard_bytes: int = SHARD_BYTES) -> P
     dtype = config.dtype or torch.float32
     model, quantizer = skeleton(base, dtype)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
-            whole = Path(scratch) / "whole"
-            whole.mkdir()
+        with atomic_folder(target) as whole:
             _write_shards(whole, _tensors(model, base, dtype), shard_bytes)
             _write_settings(whole, model, quantizer, base)
             if target.exists():
-                target.rmdir()
-            shutil.move(whole, target)
+                target.rmdir()  # refuses what was put there meanwhile
     except OSError as error:
         raise BaseModelError(
             f"quantise: {target} cannot be written ({error.strerror or error}); free space or give another folder"

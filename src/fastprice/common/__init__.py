@@ -1,0 +1,1 @@
+"""What any other package may use: files that appear whole, array types, plots as files. Imports errors alone."""
