@@ -22,7 +22,7 @@ from fastprice.models.packed_attention import PACKED_ATTENTION, register_packed_
 from fastprice.prompts.packing import PackCollator, StaticShape, pack_rows
 from fastprice.prompts.template import IGNORE, TrainingRow
 from fastprice.training import step_options
-from fastprice.training.cuda_graphs import TOLERANCES, GraphedStep, unsupported_reason, parameter_count
+from fastprice.training.cuda_graphs import TOLERANCES, GraphedStep, parameter_count, unsupported_reason
 from fastprice_kernels import install
 
 SIZES = {
