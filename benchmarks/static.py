@@ -1,7 +1,7 @@
 """`python -m benchmarks.static [--check]`: the kernels' machine code, built without a GPU, against static.json.
 
 Without `--check` the file is written anew, to be committed when a change of it is meant. With it, the exit status is 1
-when a bar of `fastprice_kernels.compile_report` is missed or a figure got worse than the file says.
+when a bar of `fastprice_kernels.codegen` is missed or a figure got worse than the file says.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ STATIC = Path(__file__).parent / "static.json"
 def main(arguments: list[str] | None = None) -> int:
     """Builds, prints and compares; returns the exit status."""
     from fastprice.benchmarking.static import drift, read_static, write_static
-    from fastprice_kernels.compile_report import main as report
+    from fastprice_kernels.codegen.report import main as report
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks.static", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter

@@ -53,7 +53,7 @@ def test_packed_against_padded(model: Any, ratio: Any) -> None:
 
 
 def test_completion_loss_against_full_logits(ratio: Any) -> None:
-    from fastprice_kernels.loss_head import completion_cross_entropy
+    from fastprice_kernels.ops.completion_cross_entropy import completion_cross_entropy
 
     generator = torch.Generator().manual_seed(0)
     tokens, width, vocabulary = 768, 128, 4096

@@ -16,11 +16,11 @@ from fastprice_kernels import (
     install,
     lora_mlp,
     lora_qkv,
-    reference_lora,
     uninstall,
 )
-from fastprice_kernels.activations import ACTIVATIONS, glu_backward_, glu_forward
-from fastprice_kernels.loss_head import labelled_positions
+from fastprice_kernels.ops.completion_cross_entropy import labelled_positions
+from fastprice_kernels.ops.gated_activations import ACTIVATIONS, glu_backward_, glu_forward
+from fastprice_kernels.reference import lora as reference
 
 pytestmark = [
     pytest.mark.gpu,
@@ -59,7 +59,7 @@ def make(n: int, k: int, rank: int, seed: int, dtype: torch.dtype, bias: bool) -
 def truth(p: Projection, x: Tensor) -> Tensor:
     weight = dequantize_nf4(p.weight, p.quant_state, dtype=torch.float32).double()
     parts = [None if part is None else part.double() for part in (p.lora_a, p.lora_b, p.bias)]
-    return reference_lora.lora_linear(x, weight, parts[0], parts[1], p.scale, parts[2])
+    return reference.lora_linear(x, weight, parts[0], parts[1], p.scale, parts[2])
 
 
 def leaves(x: Tensor, *projections: Projection) -> list[Tensor]:
@@ -87,7 +87,7 @@ def test_mlp_and_qkv(tokens: tuple[int, ...], k: int, n: int, dtype: torch.dtype
     x = draw(*tokens, k, seed=7, dtype=dtype).requires_grad_()
     wide = x.double()
     for kind in ACTIVATIONS:
-        want = truth(down, reference_lora.glu(truth(gate, wide), truth(up, wide), kind))
+        want = truth(down, reference.glu(truth(gate, wide), truth(up, wide), kind))
         got = lora_mlp(x, gate, up, down, activation=kind, augmented=augmented)
         compare(got, want, leaves(x, gate, up, down), dtype)
     together = torch.cat(lora_qkv(x, gate, up, gate, augmented=augmented), -1)
@@ -101,7 +101,7 @@ def test_mlp_and_qkv(tokens: tuple[int, ...], k: int, n: int, dtype: torch.dtype
 def test_activations(shape: tuple[int, int], kind: str, dtype: torch.dtype) -> None:
     dh, e, g = ((draw(*shape, seed=i, dtype=torch.float32) * math.sqrt(shape[1]) * 3).to(dtype) for i in range(3))
     leaf_e, leaf_g = e.double().requires_grad_(), g.double().requires_grad_()
-    h = reference_lora.glu(leaf_e, leaf_g, kind)
+    h = reference.glu(leaf_e, leaf_g, kind)
     de, dg = torch.autograd.grad(h, (leaf_e, leaf_g), dh.double())
     wide = torch.full((shape[0], shape[1] + 16), float("nan"), dtype=dtype, device="cuda")
     assert_near(glu_forward(e, g, kind, out=wide[:, : shape[1]]), h.detach(), BANDS[dtype])
@@ -118,7 +118,7 @@ def test_loss_head(vocabulary: int, chunk: int | None, options: dict[str, float]
     weight = draw(vocabulary, 256, seed=2, dtype=dtype).requires_grad_()
     labels = torch.randint(0, vocabulary, (3, 100), device="cuda")
     labels[:, ::3] = -100
-    want = reference_lora.completion_cross_entropy(hidden.double(), weight.double(), labels, **options)
+    want = reference.completion_cross_entropy(hidden.double(), weight.double(), labels, **options)
     got = completion_cross_entropy(hidden, weight, labels, chunk=chunk, **options)
     assert got.item() == pytest.approx(want.item(), rel=BANDS[dtype])
     expected = torch.autograd.grad(want, (hidden, weight))

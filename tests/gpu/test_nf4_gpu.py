@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastprice_kernels import decode, dequantize_nf4, nf4_matmul_small
-from fastprice_kernels._checks import read_state
+from fastprice_kernels import dequantize_nf4, nf4_matmul_small
+from fastprice_kernels.ops import nf4_matmul_small as small_module
+from fastprice_kernels.ops._checks import read_state
 
 pytestmark = [
     pytest.mark.gpu,
@@ -182,4 +183,4 @@ def test_the_small_product_by_any_backend(dtype: torch.dtype) -> None:
 
 def test_k_is_split_on_this_gpu() -> None:
     processors = torch.cuda.get_device_properties(0).multi_processor_count
-    assert decode._parts(512, 2048, processors)[0] > 1, "the shapes above exercise the sum of parts"
+    assert small_module._parts(512, 2048, processors)[0] > 1, "the shapes above exercise the sum of parts"

@@ -16,7 +16,7 @@ from fastprice.memory.activation_checkpointing import keeping
 from fastprice.offload import spread, stream
 from fastprice.offload.host_layer import decoder_layers, frozen_linears
 from fastprice.offload.transfers import PretendBoundary
-from fastprice_kernels.install import installed
+from fastprice_kernels import installed
 
 KERNELS = {"stock": None, "kernels": {}, "kernels, keep_dense": {"keep_dense": True}}
 KERNELS["kernels, loss head"] = {"loss_head": True, "last_layer": True}

@@ -10,7 +10,7 @@ import torch
 from fastprice.memory.activation_checkpointing import keeping
 from fastprice.offload import stream
 from fastprice.offload.transfers import PretendBoundary
-from fastprice_kernels.install import installed
+from fastprice_kernels import installed
 
 
 @pytest.mark.parametrize("ours", [False, True], ids=["stock", "kernels"])

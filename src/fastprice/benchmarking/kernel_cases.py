@@ -66,7 +66,7 @@ def _dequantize(shape: tuple[int, int], dtype: torch.dtype, device: torch.device
     import bitsandbytes.functional as functional
 
     packed, state = random_nf4_weight(shape, dtype, device, generator_on(device))
-    kernel = ours("nf4", "dequantize_nf4")
+    kernel = ours("ops.nf4_dequantize", "dequantize_nf4")
     functions: dict[str, Callable[[], Any]] = {OURS: lambda: kernel(packed, state)}
     absent: dict[str, str] = {}
     if unsloth:
@@ -104,7 +104,7 @@ def _loss_head(model: str, tokens: int, share: float, device: torch.device, dtyp
     # Position 0 is never predicted; at least one other carries a label.
     kept = torch.randperm(tokens - 1, device=device, generator=generator)[: max(1, round(share * tokens))] + 1
     labels = torch.full_like(labels, IGNORE).index_copy_(1, kept, labels[:, kept])
-    kernel = ours("loss_head", "completion_cross_entropy")
+    kernel = ours("ops.completion_cross_entropy", "completion_cross_entropy")
     shifted = F.pad(labels[:, 1:], (0, 1), value=IGNORE)[0]
 
     def run(loss: Callable[[Tensor], Tensor]) -> Callable[[], tuple[Tensor, Tensor]]:
@@ -188,7 +188,7 @@ def _small_matmul(rows: int, shape: tuple[int, int], device: torch.device, dtype
     packed, state = random_nf4_weight(shape, dtype, device, generator_on(device))
     x = torch.randn(rows, shape[1], device=device, dtype=dtype, generator=generator_on(device))
     dense = bitsandbytes.functional.dequantize_4bit(packed, state)
-    kernel = ours("decode", "nf4_matmul_small")
+    kernel = ours("ops.nf4_matmul_small", "nf4_matmul_small")
     # "auto" would hand the work to bitsandbytes where this kernel has not been shown to be faster.
     backend = "triton" if device.type == "cuda" else "auto"
     return Comparison(

@@ -44,13 +44,13 @@ def _lora_linear(
 ) -> Comparison:
     part = _lora_layer(shape, rank, dtype, device)
     x, dy = _inputs(tokens, shape[1], shape[0], dtype, device)
-    linear = ours("lora", "lora_linear")
+    linear = ours("ops.lora", "lora_linear")
 
     def own(augmented: bool) -> Callable[[Tensor], Tensor]:
         return lambda x: linear(x, part.packed, part.a, part.b, 2.0, quant_state=part.state, augmented=augmented)
 
     def truth(x: Tensor) -> Tensor:
-        reference = ours("reference_lora", "lora_linear")
+        reference = ours("reference.lora", "lora_linear")
         return reference(x.float(), part.dense.float(), part.a, part.b, 2.0)  # type: ignore[no-any-return]
 
     functions: dict[str, Callable[[], Any]] = {
@@ -103,14 +103,14 @@ def _lora_mlp(
     width = shape_of(model).hidden
     x, dy = _inputs(tokens, width, width, dtype, device)
     trained = [each for part in parts for each in (part.a, part.b)]
-    mlp, projection = ours("lora", "lora_mlp"), ours("lora", "Projection")
+    mlp, projection = ours("ops.lora", "lora_mlp"), ours("ops.lora", "Projection")
 
     def own(x: Tensor) -> Tensor:
         three = [projection(part.packed, part.a, part.b, 2.0, None, part.state) for part in parts]
         return mlp(x, *three)  # type: ignore[no-any-return]
 
     def truth(x: Tensor) -> Tensor:
-        reference = ours("reference_lora", "lora_mlp")
+        reference = ours("reference.lora", "lora_mlp")
         return reference(x.float(), *[(p.dense.float(), p.a, p.b, 2.0) for p in parts], "silu")  # type: ignore[no-any-return]
 
     stock = [_peft_linear(part, shapes[name], rank, dtype) for part, name in zip(parts, names, strict=True)]

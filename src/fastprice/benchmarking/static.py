@@ -1,6 +1,6 @@
 """What the kernels' machine code says without a GPU: figures of the compiler, never of a clock.
 
-`python -m benchmarks.static` builds every kernel for every GPU generation (`fastprice_kernels.compile_report`) and
+`python -m benchmarks.static` builds every kernel for every GPU generation (`fastprice_kernels.codegen`) and
 keeps the figures in benchmarks/static.json; with `--check` it holds what is built now against that file and the bars.
 """
 
@@ -24,7 +24,7 @@ Row = Mapping[str, Any]
 
 
 def write_static(path: Path, rows: Iterable[Row], compiler: str) -> None:
-    """Keeps the rows of `compile_report --json`, one a line; `compiler` names what made them."""
+    """Keeps the rows of `python -m fastprice_kernels.codegen --json`, one a line; `compiler` names what made them."""
     lines = [json.dumps({name: row[name] for name in _KEPT} | {"tensor_cores": row["tensor_cores"]}) for row in rows]
     path.write_text(f'{{"compiler": {json.dumps(compiler)}, "rows": [\n' + ",\n".join(lines) + "\n]}\n", "utf-8")
 

@@ -41,7 +41,7 @@ _OUTCOME = re.compile(r"::.* (PASSED|FAILED|SKIPPED|ERROR|XFAIL)\b")
 # Folder, what of it, seconds. Reading machine code needs no GPU and takes minutes; the interpreter needs none either.
 _TEST_FOLDERS: tuple[tuple[str, list[str], float], ...] = (
     ("tests/gpu", ["-m", "not slow"], 180.0),
-    ("tests/kernels", ["-m", "not interpreter and not slow", "-k", "not compile_report and not machine_code"], 60.0),
+    ("tests/kernels", ["-m", "not interpreter and not slow", "-k", "not codegen and not machine_code"], 60.0),
 )
 _START = 25.0  # seconds for a worker to import its libraries on a machine that does little else
 

@@ -5,15 +5,15 @@ stay what they were, and `uninstall` only has to delete it:
 
 - q, k and v of an attention layer: whichever is called first computes all three with one pass over x for their
   down-projections, the other two pick up their results. The rest of the attention layer runs as it was written.
-- an MLP whose code is `down(act(gate(x)) * up(x))` with silu or gelu (found out by running it, see _layers.py):
+- an MLP whose code is `down(act(gate(x)) * up(x))` with silu or gelu (found out by running it, see layers.py):
   `lora_mlp`.
 - every other LoRA layer on a `Linear` or an NF4 `Linear4bit`, and every such `Linear4bit` without an adapter.
 - on request the loss of the causal language model (`loss_head`) and the last layer's work at unlabelled positions
   (`last_layer`); see last_layer.py.
 
 On a model of Unsloth's the fused functions that it hung on attention layers and MLPs give way to the same kernels, and
-for the whole process its dequantisation and, with `loss_head`, its fused loss (_unsloth.py). Layers that it did not
-fuse (with a bias, as Qwen2's) are treated as any others. Its last layer stays: its code is Unsloth's.
+for the whole process its dequantisation and, with `loss_head`, its fused loss (unsloth_functions.py). Layers that it
+did not fuse (with a bias, as Qwen2's) are treated as any others. Its last layer stays: its code is Unsloth's.
 
 What a layer computes is read at each call, because adapters come, go, merge and change their dropout while a model
 lives; whatever the kernels cannot do exactly goes to the stock path, with one warning that says why. Up to 16 rows
@@ -34,9 +34,9 @@ from typing import Any
 
 from torch import nn
 
-from fastprice_kernels import _unsloth
-from fastprice_kernels import last_layer as heads
-from fastprice_kernels._forwards import (
+from fastprice_kernels.patching import cpu_faults, unsloth_functions
+from fastprice_kernels.patching import last_layer as heads
+from fastprice_kernels.patching.forwards import (
     Installation,
     InstallReport,
     Options,
@@ -45,8 +45,8 @@ from fastprice_kernels._forwards import (
     mlp_forward,
     shared_forward,
 )
-from fastprice_kernels._layers import Layer, activation_of, hooked, is_candidate, is_gated, read, together
-from fastprice_kernels.last_layer import PATCH
+from fastprice_kernels.patching.last_layer import PATCH
+from fastprice_kernels.patching.layers import Layer, activation_of, hooked, is_candidate, is_gated, read, together
 
 __all__ = ["InstallReport", "install", "installed", "uninstall"]
 
@@ -76,8 +76,12 @@ def install(
 
     Installing again changes nothing, or the options. Layers that stay stock are in the report, and in one warning.
 
+    While the kernels are in, no 4-bit layer, stock or not, is repacked by bitsandbytes for inference on a CPU. Layers
+    that an evaluation has repacked before are unpacked, with a warning: their scales stay rounded to bf16.
+
     Raises:
         ValueError: `last_layer` without `loss_head`.
+        RuntimeError: repacked 4-bit layers whose layout is another than that of bitsandbytes 0.50.2.
         RuntimeError: an Unsloth whose functions have another shape than the ones this was written for.
     """
     if last_layer and not loss_head:
@@ -88,9 +92,14 @@ def install(
         if before.options == options:
             return before.report
         uninstall(model)
-    made = Installation(options)
+    repacked = [module for module in model.modules() if cpu_faults.is_repacked(module)]
+    for layer in repacked:
+        cpu_faults.unpack(layer)
+    if repacked:
+        warnings.warn(cpu_faults.unpacked_warning(len(repacked)), stacklevel=2)
+    made = Installation(options, spared=cpu_faults.spare(model))
     done: set[nn.Module] = set()
-    if _unsloth.is_unsloth(model):
+    if unsloth_functions.is_unsloth(model):
         _install_unsloth(model, made, done)
     _install_layers(model, made, done)
     if loss_head:
@@ -124,7 +133,7 @@ def uninstall(model: nn.Module) -> None:
             module.__dict__[slot] = previous or MethodType(type(module).forward, module)
     for module in made.spared:
         module.support_avx512bf16_for_cpu = True  # type: ignore[assignment]
-    _unsloth.unpatch(made.unsloth)
+    unsloth_functions.unpatch(made.unsloth)
     del model.__dict__[_INSTALLATION]
 
 
@@ -143,11 +152,11 @@ def installed(model: nn.Module, **options: bool) -> Iterator[InstallReport]:
 
 def _install_unsloth(model: nn.Module, made: Installation, done: set[nn.Module]) -> None:
     """Unsloth's functions for the process, and what it hung on this model; `done`: the layers that are taken."""
-    places = _unsloth.patch(_unsloth.CORE)
-    made.unsloth = _unsloth.CORE
+    places = unsloth_functions.patch(unsloth_functions.CORE)
+    made.unsloth = unsloth_functions.CORE
     made.report.replaced.update((place, f"Unsloth's {place.rpartition('.')[2]}") for place in places)
     for name, module in model.named_modules():
-        found = _unsloth.find_fused(module)
+        found = unsloth_functions.find_fused(module)
         patch = Patch(made, _around(model, name))
         for attribute, ours, parts, kernel in found:
             _replace(made, [f"{name}.{part}" for part in parts], module, attribute, ours, patch, kernel)
@@ -163,7 +172,6 @@ def _install_layers(model: nn.Module, made: Installation, done: set[nn.Module]) 
         for name, module in zip(names, modules, strict=True):
             _replace(made, [name], module, "forward", MethodType(forward, module), patch, kernel)
             done.update(module.modules())
-            _spare_weights(made, module)
 
     for name, module, children in named:
         if module in done or any(child in done for child in children.values()):
@@ -190,12 +198,22 @@ def _install_layers(model: nn.Module, made: Installation, done: set[nn.Module]) 
         elif isinstance(found, Layer):
             take([name], [module], linear_forward, Patch(made, _around(model, name)), "lora_linear")
         else:
-            made.report.kept[name] = found or "an adapter that is merged or switched off"
+            reason = found or "an adapter that is merged or switched off"
+            made.report.kept[name] = reason + _stock_fault(module)
         done.update(module.modules())  # a base layer is no candidate of its own
 
 
 def _is_replaced(module: nn.Module) -> bool:
     return "forward" in module.__dict__
+
+
+def _stock_fault(module: nn.Module) -> str:
+    """What is wrong with the stock path of a layer that stays on it, to be added to the reason."""
+    weight: Any = getattr(getattr(module, "base_layer", module), "weight", None)
+    state = getattr(weight, "quant_state", None)
+    if state is None or weight.device.type != "cpu" or cpu_faults.stock_is_exact(state.shape[-1], state.blocksize):
+        return ""
+    return f" (and bitsandbytes computes rows of {state.shape[-1]} 4-bit weights with wrong scales on this CPU)"
 
 
 def _is_lora_mlp(module: nn.Module, parts: Sequence[nn.Module]) -> bool:
@@ -227,25 +245,16 @@ def _replace(
     made.report.replaced.update(dict.fromkeys(names, kernel))
 
 
-def _spare_weights(made: Installation, module: nn.Module) -> None:
-    """Stops bitsandbytes from repacking 4-bit weights in place when a model is evaluated on a CPU with AVX512-BF16:
-    only its inference kernel reads what it leaves there, and training would go on with wrong weights."""
-    for part in module.modules():
-        if getattr(part, "support_avx512bf16_for_cpu", False):
-            part.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
-            made.spared.append(part)
-
-
 def _install_head(model: nn.Module, made: Installation) -> None:
     get_base = getattr(model, "get_base_model", None)
     causal: Any = get_base() if get_base is not None else model
     names = {module: name for name, module in model.named_modules()}
     name = names[causal] or type(causal).__name__
     if made.unsloth:
-        reason = _unsloth.loss_trouble(causal)
+        reason = unsloth_functions.loss_trouble(causal)
         if reason is None:
-            places = _unsloth.patch([_unsloth.LOSS])
-            made.unsloth = (*made.unsloth, _unsloth.LOSS)
+            places = unsloth_functions.patch([unsloth_functions.LOSS])
+            made.unsloth = (*made.unsloth, unsloth_functions.LOSS)
             made.report.replaced.update(dict.fromkeys(places, "completion_cross_entropy"))
         else:
             made.report.kept[name] = reason

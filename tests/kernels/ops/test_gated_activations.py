@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastprice_kernels import activations, reference_lora
-from fastprice_kernels._compile import compile_case, missed_bars
-from fastprice_kernels.activations import ACTIVATIONS, glu_backward_, glu_forward
+from fastprice_kernels.codegen.machine_code import compile_case, missed_bars
+from fastprice_kernels.ops import gated_activations
+from fastprice_kernels.ops.gated_activations import ACTIVATIONS, glu_backward_, glu_forward
+from fastprice_kernels.reference import lora as reference
 
 SHAPES = [(9, 41), (1, 1), (3, 1024), (5, 1030), (0, 7), (4, 0)]
 # Half a unit in the last place of the result, twice: the inputs are exact, the arithmetic is in float32.
@@ -21,7 +22,7 @@ def make(shape: tuple[int, int], dtype: torch.dtype, spread: float = 3.0) -> tup
 
 def truth(dh: torch.Tensor, e: torch.Tensor, g: torch.Tensor, kind: str) -> tuple[torch.Tensor, ...]:
     e, g = e.double().requires_grad_(), g.double().requires_grad_()
-    h = reference_lora.glu(e, g, kind)
+    h = reference.glu(e, g, kind)
     de, dg = torch.autograd.grad(h, (e, g), dh.double())
     return h.detach(), de, dg
 
@@ -54,10 +55,10 @@ def test_kernels_agree_with_float64(shape, kind, dtype):
     h, de, dg = truth(dh, e, g, kind)
     wide = torch.full((shape[0], shape[1] + 5), float("nan"), dtype=dtype)
     out = wide[:, : shape[1]]
-    activations._launch_forward(e, g, out, kind)
+    gated_activations._launch_forward(e, g, out, kind)
     assert_close(out, h, dtype)
     assert wide[:, shape[1] :].isnan().all()
-    activations._launch_backward(dh, e, g, kind)
+    gated_activations._launch_backward(dh, e, g, kind)
     for got, want in zip((dh, e, g), (h, de, dg), strict=True):
         assert_close(got, want, dtype)
 
@@ -69,9 +70,9 @@ def test_kernels_take_rows_of_any_stride():
     wide = [torch.full((6, 40), float("nan")) for _ in range(3)]
     views = [buffer[:, 2:35].copy_(x) for buffer, x in zip(wide, (dh, e, g), strict=True)]
     out = torch.full((6, 33), float("nan"))
-    activations._launch_forward(views[1], views[2], out, "silu")
+    gated_activations._launch_forward(views[1], views[2], out, "silu")
     assert_close(out, h, torch.float32)
-    activations._launch_backward(*views, "silu")
+    gated_activations._launch_backward(*views, "silu")
     for got, want, buffer in zip(views, (h, de, dg), wide, strict=True):
         assert_close(got, want, torch.float32)
         assert buffer[:, :2].isnan().all()
@@ -115,6 +116,8 @@ def test_refuses_what_does_not_fit(change, words):
         glu_forward(**arguments)
 
 
-@pytest.mark.parametrize("case", [c for c in activations.compile_cases() if "bf16" in c.name], ids=lambda c: c.name)
+@pytest.mark.parametrize(
+    "case", [c for c in gated_activations.compile_cases() if "bf16" in c.name], ids=lambda c: c.name
+)
 def test_machine_code_clears_its_bars(case):
     assert missed_bars(case, compile_case(case, 90)) == []

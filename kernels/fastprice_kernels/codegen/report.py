@@ -1,12 +1,12 @@
 """Builds every kernel for every GPU generation, on any machine, and prints what its machine code says.
 
-    python -m fastprice_kernels.compile_report [--check] [--json FILE] [--only TEXT] [--targets 80,90]
+    python -m fastprice_kernels.codegen [--check] [--json FILE] [--only TEXT] [--targets 80,90]
 
 One row for each kernel and target: registers a thread, spills (instructions that touch thread-local memory), bytes of
 shared memory a block, width in bits of the narrowest store to global memory, tensor-core instructions, instructions
 for one output element; below, which kernels have a wider bar than their kind, and why. `--check` exits with 1 when a
-bar is missed and names it; a kernel that does not build always does. Every module of this package that defines
-`compile_cases()` is reported.
+bar is missed and names it; a kernel that does not build always does. Every module of `fastprice_kernels.ops` that
+defines `compile_cases()` is reported.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from pkgutil import iter_modules
 
-from fastprice_kernels._compile import TARGETS, CompileCase, MachineCode, compile_case, missed_bars
+from fastprice_kernels.codegen.machine_code import TARGETS, CompileCase, MachineCode, compile_case, missed_bars
 
 __all__ = ["main"]
 
@@ -38,11 +38,8 @@ def find_cases(only: str = "") -> dict[tuple[str, str], CompileCase]:
         RuntimeError: two cases of a module share a name.
     """
     cases: dict[tuple[str, str], CompileCase] = {}
-    for found in iter_modules([str(Path(__file__).parent)]):
-        # Private modules hold no kernels, and this one may be running as __main__.
-        if found.name.startswith("_") or found.name == "compile_report":
-            continue
-        module = import_module(f"fastprice_kernels.{found.name}")
+    for found in iter_modules([str(Path(__file__).parents[1] / "ops")]):
+        module = import_module(f"fastprice_kernels.ops.{found.name}")
         for case in module.compile_cases() if hasattr(module, "compile_cases") else ():
             key = (found.name, case.name)
             if key in cases:
@@ -57,7 +54,7 @@ def build(module: str, name: str, target: int) -> tuple[MachineCode | str, list[
 
     Runs in a worker process: a kernel cannot be pickled, so it is found again by name.
     """
-    cases = {case.name: case for case in import_module(f"fastprice_kernels.{module}").compile_cases()}
+    cases = {case.name: case for case in import_module(f"fastprice_kernels.ops.{module}").compile_cases()}
     try:
         code = compile_case(cases[name], target)
     except RuntimeError as error:
@@ -86,7 +83,7 @@ def format_row(code: MachineCode) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the report; the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m fastprice_kernels.compile_report", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m fastprice_kernels.codegen", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--check", action="store_true", help="exit with 1 when a bar is missed")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure there as well")

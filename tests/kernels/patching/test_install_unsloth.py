@@ -9,11 +9,11 @@ from types import MethodType, ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from tests.kernels.adapted_models import LAYERS, WIDTH, assert_close, batch, gradients, make
+from tests.kernels.adapted_models import HEAD_WIDTH, LAYERS, WIDTH, assert_close, batch, gradients, make
 from torch import nn
 
-from fastprice_kernels import last_layer as heads
-from fastprice_kernels.install import install, installed, uninstall
+from fastprice_kernels.patching import last_layer as heads
+from fastprice_kernels.patching.install import install, installed, uninstall
 
 bnb = pytest.importorskip("bitsandbytes")
 
@@ -98,7 +98,7 @@ def unsloth_model(modules, **options) -> nn.Module:
         mlp.forward = MethodType(names.apply_lora_mlp_swiglu, mlp)
 
         def attend(x, a=attention, **kwargs):
-            q, k, v = (part.view(*x.shape[:-1], -1, 8).transpose(1, 2) for part in a.apply_qkv(a, x))
+            q, k, v = (part.view(*x.shape[:-1], -1, HEAD_WIDTH).transpose(1, 2) for part in a.apply_qkv(a, x))
             y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
             return a.apply_o(a, y.transpose(1, 2).flatten(2)), None
 
@@ -268,10 +268,11 @@ from types import MethodType
 warnings.simplefilter("ignore")
 import unsloth
 import torch, peft, transformers
-from fastprice_kernels import _unsloth, install, uninstall
+from fastprice_kernels import install, uninstall
+from fastprice_kernels.patching import unsloth_functions
 import unsloth.models.llama as llama
 from unsloth.models.llama import FastLlamaModel
-names = [(m, n, vars(m)[n]) for m in list(sys.modules.values()) for n in _unsloth._FUNCTIONS
+names = [(m, n, vars(m)[n]) for m in list(sys.modules.values()) for n in unsloth_functions._FUNCTIONS
          if getattr(m, "__name__", "").startswith("unsloth") and n in vars(m)]
 torch.manual_seed(0)
 config = transformers.LlamaConfig(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2,

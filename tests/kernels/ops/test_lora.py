@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from fastprice_kernels import lora, reference_lora
-from fastprice_kernels.lora import Projection, lora_linear, lora_mlp, lora_projections, lora_qkv
-from fastprice_kernels.nf4 import dequantize_nf4
+from fastprice_kernels.ops import lora
+from fastprice_kernels.ops.lora import Projection, lora_linear, lora_mlp, lora_projections, lora_qkv
+from fastprice_kernels.ops.nf4_dequantize import dequantize_nf4
+from fastprice_kernels.reference import lora as reference
 
 bnb = pytest.importorskip("bitsandbytes")
 
@@ -53,7 +54,7 @@ def dense(p: Projection) -> torch.Tensor:
 
 
 def truth(p: Projection, x: torch.Tensor) -> torch.Tensor:
-    return reference_lora.lora_linear(
+    return reference.lora_linear(
         x,
         dense(p),
         *(None if v is None else v.double() for v in (p.lora_a, p.lora_b)),
@@ -152,7 +153,7 @@ def mlp(dtype: torch.dtype, *, nf4: bool = False, bias: bool = False) -> list[Pr
 
 def mlp_truth(x: torch.Tensor, ps: list[Projection], kind: str) -> torch.Tensor:
     gate, up, down = ps
-    return truth(down, reference_lora.glu(truth(gate, x.double()), truth(up, x.double()), kind))
+    return truth(down, reference.glu(truth(gate, x.double()), truth(up, x.double()), kind))
 
 
 @FORMS
@@ -313,7 +314,7 @@ def test_autocast_computes_as_linear_does(backward_inside):
     inputs = leaves(x, p)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = lora_linear(x, p.weight, p.lora_a, p.lora_b, p.scale, bias=p.bias)
-        stock = reference_lora.lora_linear(x, p.weight, p.lora_a, p.lora_b, p.scale, p.bias)
+        stock = reference.lora_linear(x, p.weight, p.lora_a, p.lora_b, p.scale, p.bias)
         assert y.dtype == stock.dtype == torch.bfloat16
         if backward_inside:
             grads = torch.autograd.grad(y.sum(), inputs)

@@ -8,9 +8,9 @@ import pytest
 import torch
 from tests.kernels.adapted_models import CONFIGS, MODES, VOCABULARY, WIDTH, assert_close, batch, gradients, make
 
-from fastprice_kernels import last_layer as heads
-from fastprice_kernels.install import install, installed, uninstall
-from fastprice_kernels.loss_head import labelled_positions
+from fastprice_kernels.ops.completion_cross_entropy import labelled_positions
+from fastprice_kernels.patching import last_layer as heads
+from fastprice_kernels.patching.install import install, installed, uninstall
 
 transformers = pytest.importorskip("transformers")
 

@@ -33,7 +33,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastprice_kernels._compile import Bars, CompileCase
+from fastprice_kernels.codegen.machine_code import Bars, CompileCase
 
 __all__ = ["ACTIVATIONS", "glu_backward_", "glu_forward"]
 

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastprice_kernels import decode, dequantize_nf4
-from fastprice_kernels._checks import read_state
-from fastprice_kernels.decode import nf4_matmul_small
+from fastprice_kernels import dequantize_nf4
+from fastprice_kernels.ops import nf4_matmul_small as small_module
+from fastprice_kernels.ops._checks import read_state
+from fastprice_kernels.ops.nf4_matmul_small import nf4_matmul_small
 
 NF4 = [-1.0, -0.7, -0.5, -0.4, -0.3, -0.2, -0.1, 0.0, 0.1, 0.2, 0.25, 0.3, 0.4, 0.6, 0.7, 1.0]
 
@@ -106,13 +107,13 @@ def test_kernels_equal_the_reference(
     dtype: torch.dtype, rows: int, n: int, k: int, processors: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     empty = torch.empty
-    monkeypatch.setattr(decode.torch, "empty", lambda *a, **k: empty(*a, **k).fill_(float("nan")))
+    monkeypatch.setattr(small_module.torch, "empty", lambda *a, **k: empty(*a, **k).fill_(float("nan")))
     for nested in (True, False):
         c = case(rows, n, k, dtype, nested)
         for bias in (c.bias, None):
             s = read_state(c.packed, c.state)
             state = (s.code, s.absmax, s.code2, s.absmax2, s.offset)
-            y = decode._launch(processors, c.x, c.packed, *state, bias, s.blocksize, s.blocksize2, n)
+            y = small_module._launch(processors, c.x, c.packed, *state, bias, s.blocksize, s.blocksize2, n)
             assert close(y, c, bias is not None)
 
 
@@ -122,27 +123,27 @@ def test_a_scale_that_is_not_finite_stays_in_its_row() -> None:
     c = case(2, 7, 72, nested=False)
     c.state.absmax[0] = float("nan")
     s = read_state(c.packed, c.state)
-    y = decode._launch(132, c.x, c.packed, s.code, s.absmax, None, None, None, None, s.blocksize, 1, 7)
+    y = small_module._launch(132, c.x, c.packed, s.code, s.absmax, None, None, None, None, s.blocksize, 1, 7)
     assert y[:, 0].isnan().all()
     assert y[:, 1:].isfinite().all()
 
 
 def test_k_is_split_until_every_processor_has_three_programs() -> None:
-    assert decode._parts(4096, 4096, 132) == (8, 4)
-    assert decode._parts(128_256, 4096, 132) == (1, 32)
-    assert decode._parts(64, 128, 132) == (1, 1), "nothing to split"
+    assert small_module._parts(4096, 4096, 132) == (8, 4)
+    assert small_module._parts(128_256, 4096, 132) == (1, 32)
+    assert small_module._parts(64, 128, 132) == (1, 1), "nothing to split"
     for n, k in ((512, 2048), (896, 896), (896, 4864), (14336, 4096), (7, 648)):
-        parts, steps = decode._parts(n, k, 132)
-        assert parts * steps * decode.WORDS * 8 >= k
+        parts, steps = small_module._parts(n, k, 132)
+        assert parts * steps * small_module.WORDS * 8 >= k
 
 
 def test_where_the_kernel_serves() -> None:
-    assert decode._fits(4096, 4096, 256, torch.bfloat16, 8)
-    assert not decode._fits(4096, 4096, 256, torch.float32, 10), "TF32 on sm_100"
-    assert not decode._fits(4096, 4096, 256, torch.float16, 7), "no tensor cores on Turing"
-    assert not decode._fits(4096, 4092, 256, torch.float16, 9)
-    assert not decode._fits(4096, 4096, 258, torch.float16, 9)
-    assert not decode._fits(2**21, 2**13, 256, torch.float16, 9), "2**31 words"
+    assert small_module._fits(4096, 4096, 256, torch.bfloat16, 8)
+    assert not small_module._fits(4096, 4096, 256, torch.float32, 10), "TF32 on sm_100"
+    assert not small_module._fits(4096, 4096, 256, torch.float16, 7), "no tensor cores on Turing"
+    assert not small_module._fits(4096, 4092, 256, torch.float16, 9)
+    assert not small_module._fits(4096, 4096, 258, torch.float16, 9)
+    assert not small_module._fits(2**21, 2**13, 256, torch.float16, 9), "2**31 words"
 
 
 def test_wrong_arguments_are_named() -> None:

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastprice_kernels import nf4
-from fastprice_kernels._checks import read_state
-from fastprice_kernels.nf4 import dequantize_nf4
+from fastprice_kernels.ops import nf4_dequantize
+from fastprice_kernels.ops._checks import read_state
+from fastprice_kernels.ops.nf4_dequantize import dequantize_nf4
 
 F = pytest.importorskip("bitsandbytes.functional")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -80,7 +80,7 @@ def as_bitsandbytes(state: State) -> Any:
 def launch(packed: Tensor, quant_state: Any, out: Tensor) -> None:
     """The Triton kernels on CPU tensors; only in the interpreter."""
     s = read_state(packed, quant_state)
-    nf4._launch(packed, s.code, s.absmax, s.code2, s.absmax2, s.offset, s.blocksize, s.blocksize2, out)
+    nf4_dequantize._launch(packed, s.code, s.absmax, s.code2, s.absmax2, s.offset, s.blocksize, s.blocksize2, out)
 
 
 def poisoned(shape: tuple[int, int], extra: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -228,7 +228,7 @@ def test_unaligned_packed_bytes() -> None:
 @pytest.mark.parametrize("row_words", [4, 5, 7, 112, 333, 1000, 2048, 7168, 28672, 2**15 - 1])
 def test_the_reciprocal_gives_the_row(row_words: int) -> None:
     """floor(in_row * ceil(2^32 / row_words) / 2^32) is in_row // row_words, for every place a program can hold."""
-    in_row = torch.arange(row_words + nf4.WORDS, dtype=torch.int64)
+    in_row = torch.arange(row_words + nf4_dequantize.WORDS, dtype=torch.int64)
     assert torch.equal((in_row * -(-(2**32) // row_words)) >> 32, in_row // row_words)
 
 
@@ -236,8 +236,8 @@ def test_the_word_kernel_takes_every_layer_and_leaves_what_it_cannot_address() -
     layers = [(512, 2048), (8192, 2048), (3072, 8192), (14336, 4096), (896, 896), (128, 896), (28672, 8192)]
     for rows, columns in layers:
         for gap in (0, 16, 64):
-            assert nf4._fits_words(rows, columns, columns + gap, 8, 64 * 256, 256)
-    fits = nf4._fits_words
+            assert nf4_dequantize._fits_words(rows, columns, columns + gap, 8, 64 * 256, 256)
+    fits = nf4_dequantize._fits_words
     assert fits(70_000, 65_536, 65_536, 8, 64 * 256, 0), "4.6e9 elements: contiguous offsets are 64-bit"
     assert fits(70_000, 65_536, 65_552, 8, 64 * 256, 0)
     assert not fits(300_000, 65_536, 65_552, 8, 64 * 256, 0), "words beyond 2**31 in rows apart"

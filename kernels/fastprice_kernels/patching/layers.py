@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastprice_kernels.activations import ACTIVATIONS
-from fastprice_kernels.lora import Projection
-from fastprice_kernels.reference_lora import activation as reference_activation
+from fastprice_kernels.ops.gated_activations import ACTIVATIONS
+from fastprice_kernels.ops.lora import Projection
+from fastprice_kernels.reference.lora import activation as reference_activation
 
 __all__ = ["Layer", "Symbol", "activation_of", "hooked", "is_candidate", "is_gated", "read", "together"]
 

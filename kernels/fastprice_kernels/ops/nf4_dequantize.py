@@ -42,9 +42,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastprice_kernels._checks import DTYPES, check_out, read_state
-from fastprice_kernels._compile import Bars, CompileCase
-from fastprice_kernels.reference import nf4_reference
+from fastprice_kernels.codegen.machine_code import Bars, CompileCase
+from fastprice_kernels.ops._checks import DTYPES, check_out, read_state
+from fastprice_kernels.reference.nf4 import nf4_reference
 
 __all__ = ["compile_cases", "dequantize_nf4"]
 

@@ -23,12 +23,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastprice_kernels._forwards import layers_for, mlp, run
-from fastprice_kernels._layers import read
-from fastprice_kernels.last_layer import PATCH
-from fastprice_kernels.lora import lora_projections
-from fastprice_kernels.loss_head import completion_cross_entropy
-from fastprice_kernels.nf4 import dequantize_nf4
+from fastprice_kernels.ops.completion_cross_entropy import completion_cross_entropy
+from fastprice_kernels.ops.lora import lora_projections
+from fastprice_kernels.ops.nf4_dequantize import dequantize_nf4
+from fastprice_kernels.patching.forwards import layers_for, mlp, run
+from fastprice_kernels.patching.last_layer import PATCH
+from fastprice_kernels.patching.layers import read
 
 __all__ = ["CORE", "LOSS", "find_fused", "is_unsloth", "loss_trouble", "patch", "unpatch"]
 

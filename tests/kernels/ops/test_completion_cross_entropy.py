@@ -11,13 +11,14 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastprice_kernels import loss_head, reference_lora
-from fastprice_kernels.loss_head import (
+from fastprice_kernels.ops import completion_cross_entropy as loss_module
+from fastprice_kernels.ops.completion_cross_entropy import (
     completion_cross_entropy,
     completion_cross_entropy_with_statistics,
     labelled_positions,
 )
-from fastprice_kernels.softmax_rows import softmax_rows, softmax_rows_cpu
+from fastprice_kernels.ops.softmax_rows import softmax_rows, softmax_rows_cpu
+from fastprice_kernels.reference import lora as reference
 
 # Relative to the largest entry. 16 bits: logits are rounded once, their gradient once, the product once.
 BANDS = {torch.float64: 1e-13, torch.float32: 3e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -58,7 +59,7 @@ def truth(case: SimpleNamespace, **options) -> list[torch.Tensor]:
         **{name: part.detach().double().requires_grad_() if part is not None and part.is_floating_point() else part
            for name, part in vars(case).items()}
     )  # fmt: skip
-    return run(reference_lora.completion_cross_entropy, double, **options)
+    return run(reference.completion_cross_entropy, double, **options)
 
 
 def assert_near(got: torch.Tensor, want: torch.Tensor, band: float) -> None:
@@ -350,14 +351,14 @@ def test_peak_memory_of_a_step_measured(labelled, share, dtype):
     with counter:
         # The op's body, since a dispatch mode does not look inside an op.
         positions = labelled_positions(case.labels)
-        flat = loss_head.shifted_labels(case.labels, -100, True)
-        totals, dh, _, _ = loss_head._completion_ce(
+        flat = loss_module.shifted_labels(case.labels, -100, True)
+        totals, dh, _, _ = loss_module._completion_ce(
             case.hidden.detach()[0], head, None, flat, positions, -100, None, 1.0, 0, True, False, False
         )
         dh.mul_(1 / totals[1])
     excess = counter.peak - (dh.nbytes if labelled < 0.5 else 0)
     assert excess <= share * tokens * vocabulary * dtype.itemsize
-    want = torch.autograd.grad(reference_lora.completion_cross_entropy(case.hidden, head, case.labels), case.hidden)[0]
+    want = torch.autograd.grad(reference.completion_cross_entropy(case.hidden, head, case.labels), case.hidden)[0]
     assert_near(dh[None], want, BANDS[dtype])
 
 
@@ -368,9 +369,9 @@ def test_peak_memory_at_full_size(labelled, share, width, monkeypatch):
 
     As on CUDA: there the kernel works in place, so it is left out, and a logit needs no bytes beside its own.
     """
-    monkeypatch.setattr(loss_head, "softmax_rows_cpu", lambda *arguments: None)
-    chunk_rows = loss_head._chunk_rows
-    monkeypatch.setattr(loss_head, "_chunk_rows", lambda *a: chunk_rows(*a[:5], 0, a[6]))
+    monkeypatch.setattr(loss_module, "softmax_rows_cpu", lambda *arguments: None)
+    chunk_rows = loss_module._chunk_rows
+    monkeypatch.setattr(loss_module, "_chunk_rows", lambda *a: chunk_rows(*a[:5], 0, a[6]))
     with FakeTensorMode():
         hidden = torch.empty(4096, width, dtype=torch.bfloat16)
         weight = torch.empty(128256, width, dtype=torch.bfloat16)
@@ -379,7 +380,7 @@ def test_peak_memory_at_full_size(labelled, share, width, monkeypatch):
         counter = PeakBytes()
         own_storages(counter, hidden, weight, labels, positions)
         with counter:
-            _, dh, _, _ = loss_head._in_chunks(
+            _, dh, _, _ = loss_module._in_chunks(
                 hidden, weight, None, labels, positions, -100, None, 1.0, 0, (True, False, False)
             )
             dh.mul_(0.5)

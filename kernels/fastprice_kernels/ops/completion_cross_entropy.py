@@ -39,7 +39,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastprice_kernels.softmax_rows import softmax_rows, softmax_rows_cpu
+from fastprice_kernels.ops.softmax_rows import softmax_rows, softmax_rows_cpu
 
 __all__ = [
     "LossStatistics",

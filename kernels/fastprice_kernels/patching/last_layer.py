@@ -28,13 +28,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastprice_kernels._layers import Symbol
-from fastprice_kernels.loss_head import (
+from fastprice_kernels.ops.completion_cross_entropy import (
     chunk_rows,
     completion_cross_entropy_with_statistics,
     labelled_positions,
     shifted_labels,
 )
+from fastprice_kernels.patching.layers import Symbol
 
 __all__ = ["Head", "head_forward", "head_trouble", "last_decoder_layer", "layer_forward", "layer_trouble"]
 

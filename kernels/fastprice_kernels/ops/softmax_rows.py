@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastprice_kernels._compile import CompileCase
+from fastprice_kernels.codegen.machine_code import CompileCase
 
 __all__ = ["compile_cases", "softmax_rows", "softmax_rows_cpu"]
 

@@ -10,8 +10,8 @@ import torch
 from tests.kernels.adapted_models import CONFIGS, WIDTH, assert_close, batch, gradients, make, to_nf4
 from torch import nn
 
-from fastprice_kernels import _layers
-from fastprice_kernels.install import InstallReport, install, installed, uninstall
+from fastprice_kernels.patching import layers
+from fastprice_kernels.patching.install import InstallReport, install, installed, uninstall
 
 bnb = pytest.importorskip("bitsandbytes")
 peft = pytest.importorskip("peft")
@@ -106,7 +106,7 @@ def test_repacked_weights_are_refused():
     model = make()
     base = next(m for m in model.modules() if type(m) is bnb.nn.Linear4bit)
     base.weight.quant_state.packing_format_for_cpu = True
-    assert "repacked" in _layers.read(base)
+    assert "repacked" in layers.read(base)
 
 
 def test_plain_four_bit_models_without_adapters():
@@ -135,14 +135,14 @@ def test_modules_are_told_by_what_they_do():
         def forward(self, x):
             return self.down_proj(self.act_fn(self.gate_proj(x)).square() * self.up_proj(x))
 
-    assert _layers.is_gated(Turned)
-    assert not _layers.is_gated(Doubled)
-    assert not _layers.is_gated(Other)
+    assert layers.is_gated(Turned)
+    assert not layers.is_gated(Doubled)
+    assert not layers.is_gated(Other)
     activations = transformers.activations.ACT2FN
     names = {"silu": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "relu": None,
              "quick_gelu": None, "gelu_10": None}  # fmt: skip
     for name, kind in names.items():
-        assert _layers.activation_of(SimpleNamespace(act_fn=activations[name])) == kind, name
+        assert layers.activation_of(SimpleNamespace(act_fn=activations[name])) == kind, name
 
 
 def test_report_counts():

@@ -14,13 +14,14 @@ import pytest
 import triton
 import triton.language as tl
 
-from fastprice_kernels import compile_report, decode, nf4
-from fastprice_kernels._compile import TARGETS, Bars, CompileCase, compile_case, missed_bars
+from fastprice_kernels.codegen import report
+from fastprice_kernels.codegen.machine_code import TARGETS, Bars, CompileCase, compile_case, missed_bars
+from fastprice_kernels.ops import nf4_dequantize, nf4_matmul_small
 
 # Another test run of this process's parent may have set it; Triton's compiler is what is tested here.
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter replaces compiling")
 
-CASES = {case.name: case for case in (*nf4.compile_cases(), *decode.compile_cases())}
+CASES = {case.name: case for case in (*nf4_dequantize.compile_cases(), *nf4_matmul_small.compile_cases())}
 
 
 @triton.jit
@@ -90,7 +91,7 @@ def test_cases_that_do_not_fit_their_kernel_are_named() -> None:
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_dequantisation_clears_its_bars(target: int) -> None:
-    """The forms that layers take; `compile_report --check` does the others."""
+    """The forms that layers take; `python -m fastprice_kernels.codegen --check` does the others."""
     for name in ("dequantize_nf4/bf16/nested/even", "dequantize_nf4/fp16/nested/rows apart"):
         code = compile_case(CASES[name], target)
         assert missed_bars(CASES[name], code) == []
@@ -117,7 +118,7 @@ def test_the_bars_of_dequantisation_are_those_asked_for() -> None:
 def test_the_report_from_the_command_line(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     wanted = ["--only", "dequantize_nf4/bf16/nested/even", "--targets", "90", "--json", str(tmp_path / "report.json")]
-    command = [sys.executable, "-m", "fastprice_kernels.compile_report", "--check", *wanted]
+    command = [sys.executable, "-m", "fastprice_kernels.codegen", "--check", *wanted]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert "dequantize_nf4/bf16/nested/even" in done.stdout
@@ -134,45 +135,50 @@ def test_check_fails_when_a_bar_is_missed(monkeypatch: pytest.MonkeyPatch, capsy
         code = compile_case(strict, 90)
         yield code, missed_bars(strict, code)
 
-    monkeypatch.setattr(compile_report, "build_all", one_build)
-    assert compile_report.main(["--check"]) == 1
-    assert compile_report.main([]) == 0
+    monkeypatch.setattr(report, "build_all", one_build)
+    assert report.main(["--check"]) == 1
+    assert report.main([]) == 0
     assert "at most 5.0 asked" in capsys.readouterr().err
 
 
 def test_a_kernel_that_does_not_build_fails_the_report_always(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compile_report, "build_all", lambda cases, targets: [("broken", ["broken"])])
-    assert compile_report.main([]) == 1
+    monkeypatch.setattr(report, "build_all", lambda cases, targets: [("broken", ["broken"])])
+    assert report.main([]) == 1
 
 
 def test_arguments_of_the_report(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, message in ((["--targets", "91"], "there are 75, 80"), (["--only", "none such"], "no kernel has")):
         with pytest.raises(SystemExit):
-            compile_report.main(arguments)
+            report.main(arguments)
         assert message in capsys.readouterr().err
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(SystemExit):
-        compile_report.main([])
+        report.main([])
     assert "TRITON_INTERPRET is set" in capsys.readouterr().err
 
 
 def test_an_exception_is_printed_with_its_reason(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(compile_report, "build_all", lambda cases, targets: [])
-    assert compile_report.main(["--only", "fp32/nested/tail"]) == 0
+    monkeypatch.setattr(report, "build_all", lambda cases, targets: [])
+    assert report.main(["--only", "fp32/nested/tail"]) == 0
     assert "exception: at most 12 instructions an element in place of 8: fp32 moves" in capsys.readouterr().out
-    assert compile_report.main(["--only", "bf16/nested/tail"]) == 0
+    assert report.main(["--only", "bf16/nested/tail"]) == 0
     assert "exception" not in capsys.readouterr().out
 
 
 def test_no_kernel_is_autotuned() -> None:
     """Each has one configuration, so there is nothing to search, to prune or to keep on disk."""
-    cases = compile_report.find_cases()
-    assert {module for module, _ in cases} == {"activations", "decode", "nf4", "softmax_rows"}
+    cases = report.find_cases()
+    assert {module for module, _ in cases} == {
+        "gated_activations",
+        "nf4_dequantize",
+        "nf4_matmul_small",
+        "softmax_rows",
+    }
     assert all(type(case.fn) is triton.runtime.JITFunction for case in cases.values())
 
 
 def test_every_case_is_found_once() -> None:
-    found = compile_report.find_cases("nf4")
+    found = report.find_cases("nf4")
     assert {name for _, name in found} == set(CASES)

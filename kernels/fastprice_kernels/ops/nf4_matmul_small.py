@@ -30,10 +30,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastprice_kernels._checks import DTYPES, NF4State, read_state
-from fastprice_kernels._compile import TARGETS, Bars, CompileCase
-from fastprice_kernels.nf4 import _scales, _weights, dequantize_nf4
-from fastprice_kernels.reference import nf4_matmul_reference, nf4_reference
+from fastprice_kernels.codegen.machine_code import TARGETS, Bars, CompileCase
+from fastprice_kernels.ops._checks import DTYPES, NF4State, read_state
+from fastprice_kernels.ops.nf4_dequantize import _scales, _weights, dequantize_nf4
+from fastprice_kernels.reference.nf4 import nf4_matmul_reference, nf4_reference
 
 __all__ = ["MAX_ROWS", "compile_cases", "nf4_matmul_small"]
 

@@ -10,7 +10,7 @@ with W frozen, 4-bit (NF4) or 16-bit. Between forward and backward it keeps x, t
 it is needed and dropped at once. Projections that share x (q, k and v; gate and up) share x A^T, u A and u^T x, with
 their A stacked to (R, K). Hu et al. 2021 (LoRA), Dettmers et al. 2023 (QLoRA); doing the backward by hand so that
 nothing of width N is kept is Unsloth's idea. The MLP keeps x, both t and the two projections e and g that enter the
-activation; its backward makes h, de and dg in the places of dh, e and g (see activations.py).
+activation; its backward makes h, de and dg in the places of dh, e and g (see gated_activations.py).
 
 Two forms of the products
 -------------------------
@@ -55,8 +55,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastprice_kernels.activations import ACTIVATIONS, glu_backward_, glu_forward
-from fastprice_kernels.nf4 import dequantize_nf4
+from fastprice_kernels.ops.gated_activations import ACTIVATIONS, glu_backward_, glu_forward
+from fastprice_kernels.ops.nf4_dequantize import dequantize_nf4
 
 __all__ = ["Projection", "lora_linear", "lora_mlp", "lora_projections", "lora_qkv"]
 

@@ -3,7 +3,7 @@
 Each kernel module lists its kernels in `compile_cases() -> list[CompileCase]`: one case is one specialisation (types,
 constexprs, launch options) together with the bars that its machine code must clear. `compile_case` builds one case for
 one target with Triton's own ptxas and disassembles the result with the cuobjdump that Triton carries;
-`missed_bars` says which bars that code misses. `python -m fastprice_kernels.compile_report` does so for all of them.
+`missed_bars` says which bars that code misses. `python -m fastprice_kernels.codegen` does so for all of them.
 
 It needs a process in which TRITON_INTERPRET is not set: the interpreter replaces the compiler from the import on.
 """
