@@ -73,7 +73,7 @@ def packs_of(estimator: PriceEstimator, items: Sequence[Item], tokens: int) -> l
     ids=["text", "head", "number loss", "head over kernels"],
 )
 def test_two_accumulated_packs_are_one_pack_of_both(fit: Fit, steps: Steps, settings: dict[str, str]) -> None:
-    halves = fit(UNEVEN, accumulation=2, **settings)
+    halves = fit(UNEVEN, gradient_accumulation=2, **settings)
     whole = fit(UNEVEN, pack_tokens=2 * PACK, **settings)
     assert sorted(packs_of(halves, UNEVEN, PACK)) == [2, 3]
     assert packs_of(whole, UNEVEN, 2 * PACK) == [5]
@@ -88,7 +88,7 @@ def test_two_accumulated_packs_are_one_pack_of_both(fit: Fit, steps: Steps, sett
 
 def test_an_incomplete_accumulation_is_a_step_too(fit: Fit, steps: Steps) -> None:
     items = [Item(LONG, 10.0 * (n + 1)) for n in range(3)]
-    estimator = fit(items, accumulation=2)
+    estimator = fit(items, gradient_accumulation=2)
     assert packs_of(estimator, items, PACK) == [1, 1, 1]
     assert len(steps.gradients) == 2
     assert estimator.training_.events[-1].step == estimator.training_.events[-1].steps == 2
@@ -115,5 +115,5 @@ def test_weights_without_gradient_do_not_decay(fit: Fit, tiny_base: str) -> None
 
 def test_the_rate_rises_over_the_warmup_and_falls_along_a_cosine(fit: Fit, steps: Steps) -> None:
     items = [Item(LONG, 10.0 * (n + 1)) for n in range(5)]
-    fit(items, warmup=0.4, learning_rate=1e-3)
+    fit(items, warmup_ratio=0.4, learning_rate=1e-3)
     assert steps.rates == pytest.approx([0.0, 0.5e-3, 1e-3, 0.75e-3, 0.25e-3])
