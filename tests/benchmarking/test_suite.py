@@ -56,7 +56,7 @@ def step(case: Mapping[str, Any]) -> dict[str, Any]:
         return {"status": "ok"}
     return {
         "status": "ok", "peer": case["peer"], "tokens_per_step": 4000, "items_per_second": 30.0,
-        "mean_tokens_per_second": 4000.0, "labeled_share": 0.02, "keep": None, "peak_reserved": GIB,
+        "mean_tokens_per_second": 4000.0, "labeled_share": 0.02, "recompute": None, "peak_reserved": GIB,
         "peak_allocated": GIB,
     }  # fmt: skip
 

@@ -1,7 +1,7 @@
 """The one front end of the benchmarks: `fastprice bench` and `python -m fastprice.benchmarking`.
 
-It is argparse, so that it runs on a machine that has only what training needs (no typer, rich, pydantic, polars), and
-`fastprice bench` hands its arguments on to it, so that every option is declared here alone.
+It is argparse, so that it runs on a machine that has only what training needs (no typer, rich, polars), and `fastprice
+bench` hands its arguments on to it, so that every option is declared here alone.
 """
 
 from __future__ import annotations

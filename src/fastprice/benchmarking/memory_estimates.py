@@ -10,30 +10,30 @@ __all__ = ["compare_estimates"]
 # The arguments of `estimate_memory` for each measured peer; the recompute levels of fastprice's layers are in its rows.
 # Unsloth without recomputation is not among its cases, and a row's tokens leave out padding.
 _ARGUMENTS: dict[str, dict[str, Any]] = {
-    "trl-packed": {"engine": "peft", "recompute": "all", "loss_head": "completion"},
-    "peft-off": {"engine": "peft", "recompute": "all", "loss_head": "completion"},
-    "peft": {"engine": "fastprice", "recompute": "all", "loss_head": "completion"},
-    "unsloth": {"engine": "unsloth", "recompute": "all", "loss_head": "full"},
+    "trl-packed": {"engine": "peft", "recompute": "full", "loss_head": "completion"},
+    "peft-off": {"engine": "peft", "recompute": "full", "loss_head": "completion"},
+    "peft": {"engine": "fastprice", "recompute": "full", "loss_head": "completion"},
+    "unsloth": {"engine": "unsloth", "recompute": "full", "loss_head": "full"},
 }
 
 
 def compare_estimates(steps: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
     """A row for each measured step: estimated bytes without the CUDA context, beside peak reserved and allocated.
 
-    steps: `{"model", "peer", "tokens", "texts", "rank", "labeled", "keep", "peak_reserved", "peak_allocated"}`; peaks
+    steps: `{"model", "peer", "tokens", "texts", "rank", "labeled", "recompute", "peak_reserved", "peak_allocated"}`; peaks
     are None on a CPU, where the rows hold the estimate alone.
     """
     from fastprice.benchmarking.random_models import model_config
     from fastprice.memory import estimate_memory
-    from fastprice.memory.recompute_levels import parse_levels
+    from fastprice.memory.recompute_levels import parse_recompute_levels
 
     for step in steps:
         if step["peer"] not in _ARGUMENTS:
             continue
         config = model_config(step["model"])
         arguments = dict(_ARGUMENTS[step["peer"]])
-        if step["keep"] is not None:
-            arguments["recompute"] = parse_levels(step["keep"], config.num_hidden_layers)
+        if step["recompute"] is not None:
+            arguments["recompute"] = parse_recompute_levels(step["recompute"], config.num_hidden_layers)
         estimate = estimate_memory(
             config,
             method="qlora",

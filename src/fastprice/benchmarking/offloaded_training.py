@@ -18,7 +18,7 @@ def offload_cap(model: str, *, tokens: int, rank: int, kernels: bool) -> int:
     """
     from fastprice.benchmarking.random_models import model_config
     from fastprice.memory import estimate_memory
-    from fastprice.memory.estimate import STREAM_SLOTS
+    from fastprice.memory.estimate import DEVICE_BUFFERS
     from fastprice.memory.planner import HEADROOM, LABELED
 
     config = model_config(model)
@@ -28,11 +28,11 @@ def offload_cap(model: str, *, tokens: int, rank: int, kernels: bool) -> int:
         rank=rank,
         tokens=tokens,
         sequences=max(1, tokens // 180),
-        recompute=("host",) * layers,
+        recompute=("offload",) * layers,
         loss_head="completion",
         labeled=LABELED,
         engine="fastprice" if kernels else "peft",
-        streaming=min(layers, math.ceil(_OFFLOADED_SHARE * layers) + STREAM_SLOTS),
+        offloaded_layers=min(layers, math.ceil(_OFFLOADED_SHARE * layers) + DEVICE_BUFFERS),
     )
     return round(estimate.peak_bytes / (1 - HEADROOM)) + 1
 
@@ -55,14 +55,14 @@ def train_offloaded(folder: str, *, cap_bytes: int, tokens: int, steps: int = 6,
     estimator = PriceEstimator(folder, engine="peft", pack_tokens=tokens, max_memory=cap_bytes or None, **options)
     with probe.loading():
         estimator.prepare()
-    plan, offload = estimator.plan_, estimator._streaming
+    plan, offload = estimator.plan_, estimator._layer_offload
     row: dict[str, Any] = {"cap_bytes": cap_bytes, "micro_batch": tokens, "offloaded_layers": 0}
     if plan is not None:
-        row |= {"micro_batch": plan.tokens, "accumulation": plan.accumulation, "layers": plan.layers}
-        row |= {"ceiling_tokens_per_second": plan.tokens_per_second, "ceiling_of": plan.speed_of}
+        row |= {"micro_batch": plan.tokens, "gradient_accumulation": plan.gradient_accumulation, "layers": plan.layers}
+        row |= {"ceiling_tokens_per_second": plan.tokens_per_second, "ceiling_of": plan.gpu}
     if offload is not None:
-        row |= {"offloaded_layers": len(offload.layers), "boundary": type(offload.boundary).__name__}
-        row |= {"slot_bytes": offload.device_bytes, "host_bytes": offload.host_bytes}
+        row |= {"offloaded_layers": len(offload.layers), "transfers": type(offload.transfers).__name__}
+        row |= {"buffer_bytes": offload.device_bytes, "host_bytes": offload.host_bytes}
     try:
         estimator.fit(items, on_trainer=probe.attach)
     except MeasurementDone:

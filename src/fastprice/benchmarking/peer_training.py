@@ -165,7 +165,9 @@ def _run_unsloth(
 def _run_fastprice(
     peer: Peer, case: TrainingCase, rows: Sequence[TrainingRow], probe: StepProbe, settings: dict[str, Any]
 ) -> None:
-    from fastprice.models.engine import choose_engine
+    from fastprice.config import TrainConfig
+    from fastprice.models.engine_choice import choose_engine
+    from fastprice.training.step_options import StepOptions
     from fastprice.training.train import train
 
     engine = choose_engine("unsloth" if peer.engine == "unsloth" else "peft")
@@ -177,7 +179,7 @@ def _run_fastprice(
         settings["attention"] = unsloth_attention()
     else:
         # Packs of one static shape, which graphs need, are served by varlen_attn alone.
-        settings["attention"] = "varlen" if peer.graphs == "on" else backend(probe.device.type, compute_dtype())
+        settings["attention"] = "varlen" if peer.cuda_graphs == "on" else backend(probe.device.type, compute_dtype())
     trainers: list[Any] = []
 
     def start(trainer: Any) -> None:
@@ -193,15 +195,14 @@ def _run_fastprice(
             loaded.tokenizer,
             rows,
             None,
-            epochs=1.0,
-            learning_rate=_LEARNING_RATE,
-            pack_tokens=case.tokens,
-            accumulation=1,
-            evaluations=0,
-            warmup=0.0,
-            seed=0,
-            kernels=peer.kernels,
-            graphs=peer.graphs,
+            TrainConfig(
+                learning_rate=_LEARNING_RATE,
+                pack_tokens=case.tokens,
+                evaluations=0,
+                warmup_ratio=0.0,
+                cuda_graphs=peer.cuda_graphs,
+            ),
+            options=StepOptions(kernels=peer.kernels),
             on_trainer=start,
         )
     finally:

@@ -15,7 +15,7 @@ class Peer:
     description   as its users know it
     trainer       whose trainer runs
     padded        micro-batches are rows padded to the longest, not packs
-    engine, kernels, graphs   settings of fastprice's `train`, for its own trainer
+    engine, kernels, cuda_graphs   settings of fastprice's own trainer
     """
 
     description: str
@@ -23,7 +23,7 @@ class Peer:
     padded: bool = False
     engine: str = "peft"
     kernels: str = "off"
-    graphs: str = "off"
+    cuda_graphs: str = "off"
 
 
 # The most important first: in this order a round runs.
@@ -33,7 +33,7 @@ PEERS = {
     "trl-packed": Peer("transformers + PEFT + TRL with packing=True", "trl"),
     "unsloth": Peer("Unsloth's notebooks: its checkpointing, 8-bit AdamW, rows", "unsloth", padded=True),
     "unsloth-kernels": Peer("fastprice on the unsloth engine", "fastprice", engine="unsloth", kernels="on"),
-    "peft-graphs": Peer("as peft, its steps replayed as CUDA graphs", "fastprice", kernels="on", graphs="on"),
+    "peft-graphs": Peer("as peft, its steps replayed as CUDA graphs", "fastprice", kernels="on", cuda_graphs="on"),
     "peft-off": Peer("fastprice on the peft engine, its kernels off", "fastprice"),
     "trl-padded": Peer("transformers + PEFT + TRL with its defaults, padded rows", "trl", padded=True),
 }

@@ -24,6 +24,7 @@ from typing import Any
 from fastprice.benchmarking.reporting.results import FORMAT, result_path
 from fastprice.benchmarking.reporting.tables import row_line
 from fastprice.benchmarking.worker_process import ROW_MARK
+from fastprice.common.files import write_text_atomically
 
 __all__ = ["ProcessRunner"]
 
@@ -108,9 +109,7 @@ class ProcessRunner:
             "seconds": round(60 * self._minutes - self.seconds_left, 1),
             "rows": self.rows,
         }
-        scratch = self.path.with_suffix(".tmp")
-        scratch.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
-        os.replace(scratch, self.path)
+        write_text_atomically(self.path, json.dumps(whole, indent=1) + "\n")
 
     def _run(
         self, stage: str, case: Mapping[str, Any], command: Sequence[str], allowed: float

@@ -20,7 +20,7 @@ import torch
 from fastprice.benchmarking.random_models import seed_adapters
 from fastprice.benchmarking.reporting.summaries import PHASES
 from fastprice.benchmarking.timing import Stopwatch, spread_of
-from fastprice.memory.recompute_levels import write_levels
+from fastprice.memory.recompute_levels import format_recompute_levels
 from fastprice.models.peft_engine import compute_dtype
 from fastprice.prompts.template import IGNORE
 
@@ -165,11 +165,11 @@ class StepProbe:
         return timed >= self._steps or (timed >= 2 and time.perf_counter() - self._began > self._seconds)
 
     def _finish(self, trainer: Any, inputs: Any, items: Any, run: Callable[[Any, Any], Any]) -> None:
-        controller = getattr(trainer, "keeper", None)  # fastprice's own trainer: what each layer recomputes
+        controller = getattr(trainer, "recompute_controller", None)  # of fastprice's own trainer
         marks = self._watch.intervals()
         self._phases = {name: marks[place :: len(PHASES)] for place, name in enumerate(PHASES)}
         self._figures |= {
-            "keep": None if controller is None else write_levels(controller.levels),
+            "recompute": None if controller is None else format_recompute_levels(controller.levels),
             "peak_allocated": None,
             "peak_reserved": None,
             "memory_curve": [],

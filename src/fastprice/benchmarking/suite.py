@@ -192,7 +192,7 @@ def _memory(run: SuiteRun) -> None:
             "texts": row["items_per_second"] / row["mean_tokens_per_second"] * row["tokens_per_step"],
             "rank": row["case"]["rank"],
             "labeled": row["labeled_share"],
-            "keep": row["keep"],
+            "recompute": row["recompute"],
             "peak_reserved": row["peak_reserved"],
             "peak_allocated": row["peak_allocated"],
         }

@@ -96,8 +96,8 @@ def interleave(
 ) -> dict[str, list[float]]:
     """Seconds of each function, one sample a round, for about `seconds` in all after `warmup` untimed rounds.
 
-    Between `min_rounds` and `max_rounds` rounds are run. Each function must do the same work every time it is called. `clock`
-    serves where there is no device; `time.process_time` leaves out the time of other programs.
+    Between `min_rounds` and `max_rounds` rounds are run. Each function must do the same work every time it is called.
+    `clock` serves where there is no device; `time.process_time` leaves out the time of other programs.
     """
     for _ in range(warmup):
         for function in functions.values():

@@ -9,7 +9,8 @@ right: the histogram loss HL-Gauss (Imani and White, "Improving Regression Perfo
 2018; Farebrother et al., "Stop Regressing", 2024, whose ratio of 0.75 bins to a standard deviation is taken).
 
 `QuantileHead`: B quantiles of the log price, ascending by construction, under the pinball loss (Koenker and Bassett,
-"Regression Quantiles", 1978). That loss is some twenty times smaller than the other's; `head_weight` makes up for it.
+"Regression Quantiles", 1978). That loss is some twenty times smaller than the other's; `price_head_weight` makes up for
+it.
 
 Both start as the distribution of the training prices, whatever the text: weights 0, biases from the prices. Both see
 states that are centered and scaled (`PriceHead.standardize`). Products run in fp32. Both give `PriceDistribution`s, so
@@ -28,17 +29,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastprice.common.arrays import FloatArray
 from fastprice.errors import BaseModelError, ConfigError, nearest_name
 from fastprice.inference.price_distribution import PriceDistribution
 from fastprice.models.parts import decoder_of
 
 __all__ = ["HEADS", "HistogramHead", "PriceHead", "QuantileHead", "head_distributions", "make_head", "prompt_states"]
 
-FloatArray = NDArray[np.float64]
 
 BINS = 128
 QUANTILES = 64
