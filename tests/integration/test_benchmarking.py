@@ -177,20 +177,15 @@ def test_prediction_is_compared_with_generate(folder: str, work: Work) -> None:
 def test_the_memory_estimate_stands_beside_what_was_measured(work: Work) -> None:
     measured = {"model": "llama-3.2-1b", "tokens": 4096, "texts": 29, "rank": 16, "labeled": 0.023, "recompute": None}
     sizes = {"peak_reserved": 5 * 2**30, "peak_allocated": 4 * 2**30}
+    unmeasured = {"peak_reserved": None, "peak_allocated": None}
     rows = work(
         {
             "kind": "estimate",
             "steps": [
                 {**measured, **sizes, "peer": "trl-packed"},
                 {**measured, **sizes, "peer": "unsloth-tuned"},
-                {**measured, "peer": "peft", "peak_reserved": None, "peak_allocated": None},
-                {
-                    **measured,
-                    "peer": "peft",
-                    "recompute": "4 full, 12 none",
-                    "peak_reserved": None,
-                    "peak_allocated": None,
-                },
+                {**measured, **unmeasured, "peer": "peft"},
+                {**measured, **unmeasured, "peer": "peft", "recompute": "4 full, 12 none"},
             ],
         }
     )

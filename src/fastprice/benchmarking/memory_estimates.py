@@ -20,8 +20,8 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
 def compare_estimates(steps: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
     """A row for each measured step: estimated bytes without the CUDA context, beside peak reserved and allocated.
 
-    steps: `{"model", "peer", "tokens", "texts", "rank", "labeled", "recompute", "peak_reserved", "peak_allocated"}`; peaks
-    are None on a CPU, where the rows hold the estimate alone.
+    steps: `{"model", "peer", "tokens", "texts", "rank", "labeled", "recompute", "peak_reserved", "peak_allocated"}`;
+    both peaks are None on a CPU, where the rows hold the estimate alone.
     """
     from fastprice.benchmarking.random_models import model_config
     from fastprice.memory import estimate_memory

@@ -170,7 +170,7 @@ def _run_fastprice(
     from fastprice.training.step_options import StepOptions
     from fastprice.training.train import train
 
-    engine = choose_engine("unsloth" if peer.engine == "unsloth" else "peft")
+    engine = choose_engine(peer.engine)
     with probe.loading():
         loaded = engine.load_base(case.folder, method="qlora", max_tokens=case.tokens)
     model = engine.attach(loaded.model, method="qlora", rank=case.rank, alpha=2.0 * case.rank, dropout=0.0, seed=0)

@@ -21,9 +21,9 @@ class Peer:
     description: str
     trainer: Literal["fastprice", "trl", "unsloth"]
     padded: bool = False
-    engine: str = "peft"
-    kernels: str = "off"
-    cuda_graphs: str = "off"
+    engine: Literal["peft", "unsloth"] = "peft"
+    kernels: Literal["on", "off"] = "off"
+    cuda_graphs: Literal["on", "off"] = "off"
 
 
 # The most important first: in this order a round runs.

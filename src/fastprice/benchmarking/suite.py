@@ -221,6 +221,10 @@ def _offload(run: SuiteRun) -> None:
     folder = run.folder(model)
     if folder is None:
         return
+    if run.runner.seconds_left < _START:
+        case = {"kind": "offload", "model": model}
+        run.runner.add("offload", case, {"status": "skipped", "reason": "no time was left"})
+        return
     cap = offload_cap(model, tokens=plan.tokens, rank=plan.rank, kernels=plan.gpu)
     for cap_bytes in (0, cap):
         case = {"kind": "offload", "model": model, "folder": folder, "cap_bytes": cap_bytes, "tokens": plan.tokens}
