@@ -169,7 +169,7 @@ def _run_fastprice(
     peer: str, folder: str, rows: Sequence[TrainingRow], probe: Probe, settings: dict[str, Any],
     *, tokens: int, batch: int, rank: int,
 ) -> None:  # fmt: skip
-    from fastprice.models.engine import choose_engine
+    from fastprice.models.engine_choice import choose_engine
 
     engine = choose_engine("unsloth" if peer == "unsloth-kernels" else "peft")
     with probe.loading():
@@ -190,12 +190,12 @@ def _run_fastprice(
             epochs=1.0,
             learning_rate=1e-5,
             pack_tokens=tokens,
-            accumulation=1,
+            gradient_accumulation=1,
             evaluations=0,
-            warmup=0.0,
+            warmup_ratio=0.0,
             seed=0,
             kernels=mode,
-            graphs="on" if peer == "peft-graphs" else "off",
+            cuda_graphs="on" if peer == "peft-graphs" else "off",
         )
 
 

@@ -6,7 +6,7 @@ prices. Split conformal prediction corrects that and needs nothing but its inter
 Regression", 2019). Each of n items that were not trained on gets a score: how wide the interval has to be to reach the
 true price. The interval at coverage c is then as wide as the k-th smallest score, k = ceil((n + 1) c). A new item from
 the same source is covered with a probability of at least c (and, without ties, at most c + 1 / (n + 1)) on average over
-draws of the n items. For one draw, the standard deviation of a coverage of 90 % is 2.1 points with n = 200, 0.9 with
+draws of the n. For one draw, the standard deviation of a coverage of 90 % is 2.1 points with n = 200, 0.9 with
 n = 1000.
 
 The score of a price y under a distribution is the coverage of the smallest central interval of the model that contains y:

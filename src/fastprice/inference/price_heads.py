@@ -7,7 +7,7 @@ target is the normal distribution around the true log price, so that near bins a
 "Improving Regression Performance with Distributional Losses", 2018; Farebrother et al., "Stop Regressing", 2024, from
 which the standard deviation of 0.75 bins is taken). `QuantileHead` has B quantiles of the log price, ascending by
 construction, trained with the pinball loss (Koenker and Bassett, "Regression Quantiles", 1978), which is about twenty
-times smaller; `head_weight` can make up for that.
+times smaller; `price_head_weight` can make up for that.
 
 Both begin as the distribution of the training prices, whatever the text: weights 0, biases from the prices. Both read
 hidden states that are centered and scaled (`PriceHead.standardize`), in fp32. Both give `PriceDistribution`s, so that
