@@ -9,8 +9,8 @@ the same source is covered with a probability of at least c (and, without ties, 
 draws of the n. For one draw, the standard deviation of a coverage of 90 % is 2.1 points with n = 200, 0.9 with
 n = 1000.
 
-The score of a price y under a distribution is the coverage of the smallest central interval of the model that contains y:
-0 at its median, 1 at the end of its prices; beyond the end, 1 and the log of y over that end. So one number an item
+The score of a price y under a distribution is the coverage of the model's smallest central interval with y in it: 0
+at its median, 1 at the end of its prices; beyond the end, 1 and the log of y over that end. So one number an item
 serves every coverage, and the intervals of an item are nested in coverage. Other scores were compared (docs/LOG.md).
 
 A score above 1 extends an interval beyond the model's own prices, so intervals are cut at the largest price of the

@@ -40,7 +40,6 @@ __all__ = [
     "SAMPLING_TOLERANCE",
     "NoDistributionsError",
     "PriceDecoder",
-    "price_distributions",
 ]
 
 SAMPLING_TOLERANCE = 0.0625  # of probability: spacing of the scored nodes, for point estimates and intervals

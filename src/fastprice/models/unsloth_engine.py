@@ -41,7 +41,7 @@ class UnslothEngine:
     """See `fastprice.models.engine.Engine`."""
 
     name = "unsloth"
-    # Its inference path builds its own masks: nobody has seen it take one a node. A dense copy of its weights does.
+    # Its inference path builds its own masks: nobody has seen it take one a node. A merged copy of its weights does.
     takes_masks = False
 
     def load_base(self, base: str, *, method: Method, max_tokens: int) -> LoadedModel:
