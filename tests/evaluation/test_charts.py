@@ -1,4 +1,4 @@
-"""The report's charts: every item drawn, the right numbers, the page's colors, text alternatives, odd sets of prices."""
+"""The report's charts: every item drawn, the right numbers, the page's colors, text alternatives, odd prices."""
 
 from __future__ import annotations
 
