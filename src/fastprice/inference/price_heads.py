@@ -90,7 +90,7 @@ class PriceHead(nn.Module):
     def standardize(self, hidden_ND: Tensor) -> None:
         """Hidden state scaling: each of the D features less its mean here, over its standard deviation here.
 
-        Hidden states of prompts that all end alike have much in common: unscaled, the weights that tell them apart are
+        Hidden states of prompts that all end alike have much in common: unscaled, the weights that distinguish them are
         hundreds of steps away (docs/LOG.md). A feature with a standard deviation below `_MIN_DEVIATION` times the root
         mean square of all hidden states is divided by that instead: in 16 bits it is rounding, which must not be scaled
         up to the size of the other features.
