@@ -266,7 +266,7 @@ def test_two_processes_cannot_write_the_same_parts(tmp_path: Path) -> None:
     with open_parts(out, {}):
         pass
     program = (
-        "import sys; from pathlib import Path; from fastprice.predictions.parts import open_parts\n"
+        "import sys; from pathlib import Path; from fastprice.inference.batch.parts import open_parts\n"
         "with open_parts(Path(sys.argv[1]), {}): print('held', flush=True); sys.stdin.read()"
     )
     arguments = [sys.executable, "-c", program, str(out)]
