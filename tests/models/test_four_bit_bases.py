@@ -16,9 +16,9 @@ from fastprice.errors import ConfigError
 from fastprice.inference.scorers.merged_decoder import DenseDecoder, _dense
 from fastprice.models.base_models import resolve_base
 from fastprice.models.peft_engine import PeftEngine
+from fastprice.offload.device_transfers import SimulatedTransfers
 from fastprice.offload.nf4_loading import load_nf4
 from fastprice.offload.quantize import quantize
-from fastprice.offload.device_transfers import SimulatedTransfers
 from fastprice_kernels.reference.nf4 import nf4_reference
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the engine would load onto the CUDA device")

@@ -106,9 +106,8 @@ def train(
     meter         in place of the CUDA device's memory meter
     objective     what is added to the text's loss (fastprice.training.auxiliary_losses); its head trains and is kept with the model
 
-    Raises TrainingError when no row carries a label, the loss stops being finite or memory runs out whatever is recomputed;
-    ConfigError for graphs that are asked for and cannot be had, and for a `recompute` that the model or engine cannot
-    do.
+    Raises TrainingError when no row carries a label, the loss stops being finite or memory runs out in spite of
+    recomputation; ConfigError for graphs that are impossible, and for a `recompute` that the model or engine cannot do.
     """
     from datasets import Dataset
     from transformers import PrinterCallback
