@@ -32,9 +32,11 @@ def test_options_win_over_the_file(tmp_path: Path) -> None:
 
 
 def test_on_and_off_need_no_quotes_in_yaml(tmp_path: Path) -> None:
-    content = MINIMAL + "model: {kernels: off}\ntrain: {graphs: on}\nclean: {mask: off}\n"
-    config = read_config(written(tmp_path, content), {"train.graphs": True})  # what --set train.graphs=on gives
-    assert (config.model.kernels, config.train.graphs, config.clean.mask) == ("off", "on", "off")
+    content = MINIMAL + "model: {kernels: off}\ntrain: {cuda_graphs: on}\nclean: {mask: off}\n"
+    config = read_config(
+        written(tmp_path, content), {"train.cuda_graphs": True}
+    )  # what --set train.cuda_graphs=on gives
+    assert (config.model.kernels, config.train.cuda_graphs, config.clean.mask) == ("off", "on", "off")
     assert read_config(written(tmp_path, config.to_yaml())) == config
     with pytest.raises(ConfigError, match=r"clean.mask: input should be 'own', 'prices' or 'off', not 'on'"):
         read_config(written(tmp_path, MINIMAL), {"clean.mask": True})
@@ -42,14 +44,15 @@ def test_on_and_off_need_no_quotes_in_yaml(tmp_path: Path) -> None:
 
 def test_every_error_is_told_at_once_with_the_nearest_key(tmp_path: Path) -> None:
     content = (
-        "modle: {}\ntrain: {epoch: 1, pack_tokens: many}\nsplit: {test: 0.9}\nmodel: {max_memory: lots, keep: some}\n"
+        "modle: {}\ntrain: {epoch: 1, pack_tokens: many}\nsplit: {test: 0.9}\n"
+        "model: {max_memory: lots, recompute: some}\n"
     )
     path = written(tmp_path, MINIMAL + content)
     with pytest.raises(ConfigError) as caught:
         read_config(path)
     said = str(caught.value)
     for part in ("modle: unknown key (did you mean 'model'?)", "train.epoch: unknown key (did you mean 'epochs'?)",
-                 "train.pack_tokens", "split.test", "model.max_memory: 'lots' is not a size", "model.keep: 'some'",
+                 "train.pack_tokens", "split.test", "model.max_memory: 'lots' is not a size", "model.recompute: 'some'",
                  str(path)):  # fmt: skip
         assert part in said
     assert "\n" not in said
@@ -79,9 +82,9 @@ def test_no_data_and_no_out_say_which_option_to_give(tmp_path: Path) -> None:
         read_config(None, {"data.file": "x"})
 
 
-def test_file_and_catalogue_exclude_each_other() -> None:
+def test_file_and_synthetic_exclude_each_other() -> None:
     with pytest.raises(ConfigError, match="either file"):
-        read_config(None, {"out": "x", "data.file": "x", "data.catalogue": 100})
+        read_config(None, {"out": "x", "data.file": "x", "data.synthetic": 100})
 
 
 def test_the_estimator_takes_every_setting_of_model_and_train() -> None:

@@ -22,17 +22,17 @@ __all__ = ["CleanConfig", "DataConfig", "ModelConfig", "RunConfig", "SplitConfig
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    @field_validator("kernels", "graphs", "mask", mode="before", check_fields=False)
+    @field_validator("kernels", "cuda_graphs", "mask", mode="before", check_fields=False)
     @classmethod
     def _yaml_reads_on_and_off_as_booleans(cls, value: Any) -> Any:
         return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
 
 class DataConfig(_Section):
-    """Where the items come from: a file with its columns, or so many items of the synthetic catalogue."""
+    """Where the items come from: a file with its columns, or so many items of synthetic products."""
 
     file: str | None = None
-    catalogue: int | None = Field(default=None, ge=20)
+    synthetic: int | None = Field(default=None, ge=20)
     text: list[str] = ["text"]
     price: str = "price"
     group: list[str] = []
@@ -46,8 +46,8 @@ class DataConfig(_Section):
 
     @model_validator(mode="after")
     def _one_source(self) -> DataConfig:
-        if (self.file is None) == (self.catalogue is None):
-            raise ValueError("give either file (a JSONL, CSV or Parquet file) or catalogue (a number of items)")
+        if (self.file is None) == (self.synthetic is None):
+            raise ValueError("give either file (a JSONL, CSV or Parquet file) or synthetic (a number of products)")
         return self
 
 
@@ -75,21 +75,21 @@ class ModelConfig(_Section):
     engine: str = "auto"
     kernels: Literal["auto", "on", "off"] = "auto"
     output: Literal["text", "json", "head"] = "text"
-    head: Literal["histogram", "quantile"] = "histogram"
+    price_head: Literal["histogram", "quantile"] = "histogram"
     rank: int = Field(default=16, ge=1)
     alpha: float | None = Field(default=None, gt=0)
     dropout: float = Field(default=0.0, ge=0, lt=1)
     max_tokens: int = Field(default=256, ge=8)
     max_memory: str | int | None = Field(default=None, description="GPU memory to stay within, such as 24GiB")
-    keep: str = Field(default="auto", description="what each layer keeps for its backward pass (docs/fit.md)")
+    recompute: str = Field(default="auto", description="what each layer keeps for its backward pass (docs/fit.md)")
 
-    @field_validator("keep")
+    @field_validator("recompute")
     @classmethod
     def _known_levels(cls, value: str) -> str:
         try:
             return check_keep(value)
         except ConfigError as error:
-            raise ValueError(str(error).removeprefix("keep: ")) from error
+            raise ValueError(str(error).removeprefix("recompute: ")) from error
 
     @field_validator("max_memory")
     @classmethod
@@ -105,13 +105,13 @@ class ModelConfig(_Section):
 class TrainConfig(_Section):
     learning_rate: float | None = Field(default=None, gt=0)
     epochs: float = Field(default=1.0, gt=0)
-    head_weight: float = Field(default=1.0, gt=0)
+    price_head_weight: float = Field(default=1.0, gt=0)
     text_loss: Literal["ce", "number", "number_mse", "wasserstein"] = "ce"
     text_loss_weight: float = Field(default=0.3, gt=0)
     pack_tokens: int = Field(default=2048, ge=72)
-    accumulation: int = Field(default=1, ge=1)
-    graphs: Literal["auto", "on", "off"] = "off"
-    warmup: float = Field(default=0.03, ge=0, le=1)
+    gradient_accumulation: int = Field(default=1, ge=1)
+    cuda_graphs: Literal["auto", "on", "off"] = "off"
+    warmup_ratio: float = Field(default=0.03, ge=0, le=1)
     evaluations: int = Field(default=5, ge=0)
     validation_items: int = Field(default=200, ge=1)
     batch_size: int = Field(default=64, ge=1)

@@ -19,7 +19,7 @@ from fastprice.inference.predictor import PricePredictor
 from fastprice.memory import parse_bytes
 from fastprice.memory.recompute_levels import check_keep
 from fastprice.models.adapters import TEXT_LOSSES, check_method, suggested_learning_rate
-from fastprice.models.engine import choose_engine
+from fastprice.models.engine_choice import choose_engine
 from fastprice.models.saved_folder import ADAPTER, HEAD, MANIFEST, MODEL, read_manifest, write_folder
 from fastprice.prompts.template import encode_rows
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from fastprice.inference.price_heads import PriceHead
     from fastprice.memory import Plan
     from fastprice.models.adapters import Method
-    from fastprice.models.engine import Engine, Loaded
+    from fastprice.models.engine import Engine, LoadedModel
     from fastprice.offload import Streaming
     from fastprice.training.auxiliary_losses import Objective
     from fastprice.training.callbacks import TrainingEvent
@@ -50,25 +50,26 @@ class PriceEstimator(PricePredictor, RegressorMixin, BaseEstimator):  # type: ig
     engine         "auto", "peft" or "unsloth" (CUDA)
     output         "text": the price as digits; "json": as an object held to {"price": number}; "head": digits too, and
                    beside them a head that gives the distribution in one pass (fastprice.inference.price_heads), which `predict` reads
-    head           "histogram" (bins of log price) or "quantile"; head_weight: of its loss beside the text's
+    price_head     "histogram" (bins of log price) or "quantile"; price_head_weight: of its loss beside the text's
     text_loss      "ce": cross-entropy alone; "number", "number_mse", "wasserstein": and with it, times
                    text_loss_weight, a loss that knows which numbers are near each other (fastprice.training.number_losses)
     kernels        "auto": fastprice_kernels under the model while it trains on CUDA; "on" or "off" anywhere
-    graphs         "on": steps replayed as CUDA graphs once a replay agreed with the eager step (fastprice.training.cuda_graphs);
+    cuda_graphs    "on": steps replayed as CUDA graphs once a replay agreed with the eager step (fastprice.training.cuda_graphs);
                    "auto": where that is possible and pays; "off"
-    keep           what each layer keeps for its backward pass: "all", "costly" (cheap things are computed again),
+    recompute      what each layer keeps for its backward pass: "all", "costly" (cheap things are computed again),
                    "input" (its forward pass is done again), "host" (so too, from its input on the host); counts from
                    the first layer on ("12 input, 20 costly"); or "auto": what fits the GPU, on a CPU everything
     rank, alpha    of the adapters; alpha None is 2 x rank; dropout on their input
     learning_rate  peak; None is a width-dependent default (`fastprice.models.adapters.suggested_learning_rate`)
     epochs         passes over the training items
     max_tokens     longest text in tokens; longer ones lose their end
-    pack_tokens    tokens of a micro-batch; accumulation: micro-batches an optimizer step
+    pack_tokens    tokens of a micro-batch; gradient_accumulation: micro-batches an optimizer step
     evaluations    how often the validation error in dollars is taken; the best of them is kept
     validation_items  at most this many validation items are used for it (drawn from `seed`)
     batch_size     prompts predicted at once
-    max_memory     of the GPU, such as "24GiB": the micro-batch may get smaller than `pack_tokens` (`accumulation` makes
-                   up for it), and layers of a "qlora" base that do not fit are streamed from the host (docs/fit.md)
+    max_memory     of the GPU, such as "24GiB": the micro-batch may get smaller than `pack_tokens`
+                   (`gradient_accumulation` makes up for it), and layers of a "qlora" base that do not fit are
+                   streamed from the host (docs/fit.md)
     seed           of adapter weights, order of rows, and the draw of validation items
 
     After `fit`: `fallback_price_` (median training price, for a text that gives no price any probability),
@@ -85,22 +86,22 @@ class PriceEstimator(PricePredictor, RegressorMixin, BaseEstimator):  # type: ig
         method: str = "qlora",
         engine: str = "auto",
         kernels: str = "auto",
-        graphs: str = "off",
-        keep: str = "auto",
+        cuda_graphs: str = "off",
+        recompute: str = "auto",
         output: str = "text",
-        head: str = "histogram",
+        price_head: str = "histogram",
         rank: int = 16,
         alpha: float | None = None,
         dropout: float = 0.0,
         learning_rate: float | None = None,
         epochs: float = 1.0,
-        head_weight: float = 1.0,
+        price_head_weight: float = 1.0,
         text_loss: str = "ce",
         text_loss_weight: float = 0.3,
         max_tokens: int = 256,
         pack_tokens: int = 2048,
-        accumulation: int = 1,
-        warmup: float = 0.03,
+        gradient_accumulation: int = 1,
+        warmup_ratio: float = 0.03,
         evaluations: int = 5,
         validation_items: int = 200,
         batch_size: int = 64,
@@ -111,22 +112,22 @@ class PriceEstimator(PricePredictor, RegressorMixin, BaseEstimator):  # type: ig
         self.method = method
         self.engine = engine
         self.kernels = kernels
-        self.graphs = graphs
-        self.keep = keep
+        self.cuda_graphs = cuda_graphs
+        self.recompute = recompute
         self.output = output
-        self.head = head
+        self.price_head = price_head
         self.rank = rank
         self.alpha = alpha
         self.dropout = dropout
         self.learning_rate = learning_rate
         self.epochs = epochs
-        self.head_weight = head_weight
+        self.price_head_weight = price_head_weight
         self.text_loss = text_loss
         self.text_loss_weight = text_loss_weight
         self.max_tokens = max_tokens
         self.pack_tokens = pack_tokens
-        self.accumulation = accumulation
-        self.warmup = warmup
+        self.gradient_accumulation = gradient_accumulation
+        self.warmup_ratio = warmup_ratio
         self.evaluations = evaluations
         self.validation_items = validation_items
         self.batch_size = batch_size
@@ -206,13 +207,14 @@ class PriceEstimator(PricePredictor, RegressorMixin, BaseEstimator):  # type: ig
                 epochs=self.epochs,
                 learning_rate=learning_rate,
                 pack_tokens=self.pack_tokens if self.plan_ is None else self.plan_.tokens,
-                accumulation=self.accumulation * (1 if self.plan_ is None else self.plan_.accumulation),
+                gradient_accumulation=self.gradient_accumulation
+                * (1 if self.plan_ is None else self.plan_.accumulation),
                 evaluations=self.evaluations,
-                warmup=self.warmup,
+                warmup_ratio=self.warmup_ratio,
                 seed=self.seed,
                 kernels=self.kernels,
-                graphs=self.graphs,
-                keep=self.keep,
+                cuda_graphs=self.cuda_graphs,
+                recompute=self.recompute,
                 budget=None if self.max_memory is None else parse_bytes(self.max_memory),
                 streamed=0 if self.plan_ is None else self.plan_.streamed,
                 objective=objective,
@@ -313,7 +315,7 @@ class PriceEstimator(PricePredictor, RegressorMixin, BaseEstimator):  # type: ig
         if hasattr(self, "_model"):
             del self._model
 
-    def _load_base(self, engine: Engine, method: Method) -> Loaded:
+    def _load_base(self, engine: Engine, method: Method) -> LoadedModel:
         """The base, as a plan for `max_memory` says where that is given; sets `plan_` and `_streaming`."""
         self._drop_model()
         max_tokens = self.max_tokens + _WRAPPER_TOKENS
@@ -358,7 +360,7 @@ class PriceEstimator(PricePredictor, RegressorMixin, BaseEstimator):  # type: ig
             number = NumberLoss(self.text_loss, trie, self._tokenizer)
         if self._head is None and number is None:
             return None
-        return Objective(self._head, self.head_weight, number, self.text_loss_weight)
+        return Objective(self._head, self.price_head_weight, number, self.text_loss_weight)
 
     def _new_head(self, items: list[Item]) -> PriceHead:
         """A head started from the prices of the training items, and from what the untrained model makes of some."""
@@ -370,7 +372,7 @@ class PriceEstimator(PricePredictor, RegressorMixin, BaseEstimator):  # type: ig
         low, high = min(prices), max(prices)
         if low == high:
             low, high = low / 2, high * 2
-        head = make_head(self.head, self._width, low, high).to(self._model.device)
+        head = make_head(self.price_head, self._width, low, high).to(self._model.device)
         head.start_from(prices)
         self._engine.for_prediction(self._model)
         prompts = [prompt.ids for prompt in self.prompts(draw_items(items, STANDARD_ITEMS, self.seed))]
@@ -406,10 +408,10 @@ class PriceEstimator(PricePredictor, RegressorMixin, BaseEstimator):  # type: ig
             f"{name} must be {what}, not {getattr(self, name)!r}"
             for name, what, holds in (
                 ("kernels", "auto, on or off", self.kernels in ("auto", "on", "off")),
-                ("graphs", "auto, on or off", self.graphs in ("auto", "on", "off")),
+                ("cuda_graphs", "auto, on or off", self.cuda_graphs in ("auto", "on", "off")),
                 ("output", "text, json or head", self.output in ("text", "json", "head")),
-                ("head", "histogram or quantile", self.head in ("histogram", "quantile")),
-                ("head_weight", "above 0", self.head_weight > 0),
+                ("price_head", "histogram or quantile", self.price_head in ("histogram", "quantile")),
+                ("price_head_weight", "above 0", self.price_head_weight > 0),
                 ("text_loss", "one of " + ", ".join(TEXT_LOSSES), self.text_loss in TEXT_LOSSES),
                 ("text_loss_weight", "above 0", self.text_loss_weight > 0),
                 ("rank", "at least 1", self.rank >= 1),
@@ -417,8 +419,8 @@ class PriceEstimator(PricePredictor, RegressorMixin, BaseEstimator):  # type: ig
                 ("learning_rate", "above 0", self.learning_rate is None or self.learning_rate > 0),
                 ("epochs", "above 0", self.epochs > 0),
                 ("max_tokens", "at least 8", self.max_tokens >= 8),
-                ("accumulation", "at least 1", self.accumulation >= 1),
-                ("warmup", "from 0 to 1", 0 <= self.warmup <= 1),
+                ("gradient_accumulation", "at least 1", self.gradient_accumulation >= 1),
+                ("warmup_ratio", "from 0 to 1", 0 <= self.warmup_ratio <= 1),
                 ("evaluations", "at least 0", self.evaluations >= 0),
                 ("validation_items", "at least 1", self.validation_items >= 1),
                 ("batch_size", "at least 1", self.batch_size >= 1),
@@ -426,7 +428,7 @@ class PriceEstimator(PricePredictor, RegressorMixin, BaseEstimator):  # type: ig
             if not holds
         ]
         try:
-            check_keep(self.keep)
+            check_keep(self.recompute)
         except ConfigError as error:
             wrong.append(str(error))
         if self.pack_tokens < self.max_tokens + _WRAPPER_TOKENS:

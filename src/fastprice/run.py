@@ -75,10 +75,10 @@ class RunResult:
 def prepare_items(config: RunConfig) -> Prepared:
     """Reads, cleans, draws and splits the items of `config`; raises DataError where nothing usable is left."""
     data = config.data
-    if data.catalogue is not None:
+    if data.synthetic is not None:
         from fastprice.data.synthetic import make_catalogue
 
-        items = Items(make_catalogue(data.catalogue, seed=config.seed), source="synthetic catalogue")
+        items = Items(make_catalogue(data.synthetic, seed=config.seed), source="synthetic products")
     else:
         assert data.file is not None
         items = load_items(
@@ -122,7 +122,7 @@ def run(config: RunConfig, console: Console) -> RunResult:
     # torch comes in only now: everything above fails fast.
     from fastprice.estimator import PriceEstimator
     from fastprice.models.base_models import load_config
-    from fastprice.models.engine import choose_engine
+    from fastprice.models.engine_choice import choose_engine
 
     choose_engine(config.model.engine)
     load_config(config.model.base)
@@ -152,7 +152,7 @@ def run(config: RunConfig, console: Console) -> RunResult:
     console.print(
         f"trained on {training.tokens:,} tokens in {training.seconds:,.0f} s"
         + ("" if training.best_mae is None else f"; kept step {training.best_step} (${training.best_mae:.2f})")
-        + ("" if training.keep is None else f"; each layer kept: {training.keep}")
+        + ("" if training.recompute is None else f"; each layer kept: {training.recompute}")
         + (f"; {estimator.cut_:,} texts cut at {estimator.max_tokens} tokens" if estimator.cut_ else "")
     )
 

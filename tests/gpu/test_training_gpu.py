@@ -71,8 +71,8 @@ def trained(folder: Path, options: str) -> dict[str, Any]:
     [
         {"engine": "peft", "kernels": "off"},
         {"engine": "peft", "kernels": "on"},
-        {"engine": "peft", "kernels": "on", "graphs": "on"},
-        {"engine": "peft", "kernels": "on", "keep": "3 host, 3 costly"},
+        {"engine": "peft", "kernels": "on", "cuda_graphs": "on"},
+        {"engine": "peft", "kernels": "on", "recompute": "3 host, 3 costly"},
         {"engine": "peft", "kernels": "on", "output": "head"},
         pytest.param(
             {"engine": "unsloth"},

@@ -100,13 +100,22 @@ def test_any_text_gets_a_finite_price(with_head: PriceEstimator, text: str) -> N
 
 @pytest.mark.parametrize(
     "settings",
-    [{"output": "head", "text_loss": "wasserstein"}, {"output": "head", "head": "quantile"}, {"text_loss": "number"}],
+    [
+        {"output": "head", "text_loss": "wasserstein"},
+        {"output": "head", "price_head": "quantile"},
+        {"text_loss": "number"},
+    ],
     ids=str,
 )
 def test_kernels_on_and_off_train_alike_also_with_accumulation(settings: dict[str, str]) -> None:
     def losses(kernels: str) -> list[float]:
         estimator = PriceEstimator(
-            **{**SMALL, "pack_tokens": 512}, **settings, epochs=1.0, evaluations=0, accumulation=2, kernels=kernels
+            **{**SMALL, "pack_tokens": 512},
+            **settings,
+            epochs=1.0,
+            evaluations=0,
+            gradient_accumulation=2,
+            kernels=kernels,
         )
         estimator.fit(make_catalogue(60, seed=2))
         return [event.loss for event in estimator.training_.events if event.loss is not None]
@@ -129,19 +138,19 @@ def test_json_answers_are_objects_held_to_the_schema() -> None:
 
 
 def test_what_cannot_be_is_told_in_one_line() -> None:
-    with pytest.raises(ConfigError, match=r"output must be .*head must be .*text_loss must be one of"):
-        PriceEstimator(output="song", head="tail", text_loss="l3").prepare()
+    with pytest.raises(ConfigError, match=r"output must be .*price_head must be .*text_loss must be one of"):
+        PriceEstimator(output="song", price_head="tail", text_loss="l3").prepare()
     for settings in ({"output": "head"}, {"text_loss": "wasserstein"}):
         with pytest.raises(ConfigError, match="use engine='peft'"):
             PriceEstimator(engine="unsloth", **settings).prepare()
-    with pytest.raises(ConfigError, match="graphs: on, but a head"):
-        PriceEstimator(**SMALL, output="head", kernels="on", graphs="on").fit(three_price_items(20))
+    with pytest.raises(ConfigError, match="cuda_graphs: on, but a head"):
+        PriceEstimator(**SMALL, output="head", kernels="on", cuda_graphs="on").fit(three_price_items(20))
 
 
 def test_it_follows_scikit_learn() -> None:
-    estimator = PriceEstimator(output="head", head="quantile", text_loss="number", head_weight=0.5)
+    estimator = PriceEstimator(output="head", price_head="quantile", text_loss="number", price_head_weight=0.5)
     assert clone(estimator).get_params() == estimator.get_params()
-    assert estimator.get_params()["head_weight"] == 0.5
+    assert estimator.get_params()["price_head_weight"] == 0.5
 
 
 def test_items_of_one_price_and_a_head_made_anew() -> None:

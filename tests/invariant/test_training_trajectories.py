@@ -24,5 +24,5 @@ def test_kernels_on_and_off_train_alike(method: str) -> None:
 
 def test_gradient_accumulation_weighs_every_label_alike() -> None:
     """Two packs a step, by our loss head and by TRL's: both divide by the labels of the whole step."""
-    on, off = losses(kernels="on", accumulation=2), losses(kernels="off", accumulation=2)
+    on, off = losses(kernels="on", gradient_accumulation=2), losses(kernels="off", gradient_accumulation=2)
     np.testing.assert_allclose(on, off, rtol=2e-4)

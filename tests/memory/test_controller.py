@@ -277,16 +277,16 @@ class TestTraining:
 
     def test_an_explicit_level_trains_alike_and_is_told(self) -> None:
         plain = self.fit()
-        assert plain.training_.keep is None
+        assert plain.training_.recompute is None
         layers = len(decoder_layers(plain._model))
         for keep in ("input", f"1 host, {layers - 1} input"):
-            found = self.fit(keep=keep)
+            found = self.fit(recompute=keep)
             assert self.losses(found) == self.losses(plain)
-            assert found.training_.keep == keep
+            assert found.training_.recompute == keep
             assert found.training_.tokens == plain.training_.tokens
 
     def test_memory_that_runs_out_changes_no_loss_and_no_count(self) -> None:
-        want = self.fit(accumulation=2)
+        want = self.fit(gradient_accumulation=2)
         calls: list[int] = []
 
         def fail(*_: Any) -> None:
@@ -298,14 +298,14 @@ class TestTraining:
             def peak(self) -> int:
                 return 0
 
-        found = self.fit(Small(1), accumulation=2)
-        assert found.training_.keep == "host"  # nothing is expected to fit in one byte; it is tried all the same
+        found = self.fit(Small(1), gradient_accumulation=2)
+        assert found.training_.recompute == "host"  # nothing is expected to fit in one byte; it is tried all the same
         assert self.losses(found) == self.losses(want)
 
-        roomy = self.fit(Small(10**12), fail, accumulation=2)
+        roomy = self.fit(Small(10**12), fail, gradient_accumulation=2)
         (move,) = roomy.training_.moves
         assert move.startswith("out of memory; now each layer keeps: ")
-        assert roomy.training_.keep == move.rpartition(": ")[2]
+        assert roomy.training_.recompute == move.rpartition(": ")[2]
         assert self.losses(roomy) == pytest.approx(self.losses(want), rel=1e-5)
         assert roomy.training_.tokens == want.training_.tokens
 
@@ -313,17 +313,17 @@ class TestTraining:
         def fail(*_: Any) -> None:
             raise torch.OutOfMemoryError("pretended")
 
-        with pytest.raises(TrainingError, match="out of memory with keep='all'; leave keep='auto'"):
-            self.fit(fail=fail, keep="all")
+        with pytest.raises(TrainingError, match="out of memory with recompute='all'; leave recompute='auto'"):
+            self.fit(fail=fail, recompute="all")
 
     def test_settings_that_cannot_be(self) -> None:
         from fastprice import PriceEstimator
         from fastprice.training.train import _layers
 
-        with pytest.raises(ConfigError, match="keep: 'inputs' is neither"):
-            PriceEstimator(keep="inputs").prepare()
+        with pytest.raises(ConfigError, match="recompute: 'inputs' is neither"):
+            PriceEstimator(recompute="inputs").prepare()
         with pytest.raises(ConfigError, match="does not name the model's"):
-            self.fit(keep="99 input")
+            self.fit(recompute="99 input")
 
         class Unsloth:
             name = "unsloth"

@@ -222,12 +222,12 @@ def test_impossible_settings_are_told(options: dict[str, Any], said: str) -> Non
 def test_the_yaml_is_a_config_that_only_wants_data_and_out(tmp_path: Path) -> None:
     plan = make_plan("unsloth/Llama-3.1-8B", "16GiB", rank=32)
     (tmp_path / "plan.yaml").write_text(plan.yaml())
-    config = read_config(tmp_path / "plan.yaml", {"data.catalogue": 100, "out": "run"})
+    config = read_config(tmp_path / "plan.yaml", {"data.synthetic": 100, "out": "run"})
     assert config.model.base == "unsloth/Llama-3.1-8B"
     assert (config.model.method, config.model.rank) == ("qlora", 32)
-    assert parse_levels(config.model.keep, plan.layers) == plan.levels
-    assert f"keep: {config.model.keep}" in plan.summary()
-    assert (config.train.pack_tokens, config.train.accumulation) == (plan.tokens, plan.accumulation)
+    assert parse_levels(config.model.recompute, plan.layers) == plan.levels
+    assert f"keep: {config.model.recompute}" in plan.summary()
+    assert (config.train.pack_tokens, config.train.gradient_accumulation) == (plan.tokens, plan.accumulation)
 
 
 def test_the_next_larger_model() -> None:

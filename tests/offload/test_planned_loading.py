@@ -21,12 +21,12 @@ SETTINGS: dict[str, Any] = {
     "rank": 4,
     "max_tokens": 64,
     "pack_tokens": 400,
-    "accumulation": 2,
+    "gradient_accumulation": 2,
     "evaluations": 2,
     "validation_items": 4,
     "epochs": 1.0,
     "learning_rate": 1.5e-3,
-    "warmup": 0.0,
+    "warmup_ratio": 0.0,
 }
 
 
@@ -143,7 +143,7 @@ def test_what_cannot_be():
 
 def test_the_command_line_takes_it(fastprice, tmp_path):
     status, said, _ = fastprice(
-        "train", "--set", "data.catalogue=60", f"model.max_memory={smallest_budget('peft')}", "model.rank=4",
+        "train", "--set", "data.synthetic=60", f"model.max_memory={smallest_budget('peft')}", "model.rank=4",
         "model.max_tokens=64", "train.pack_tokens=400", "train.epochs=0.2", "train.evaluations=1",
         "train.validation_items=4", "--out", tmp_path / "run",
     )  # fmt: skip

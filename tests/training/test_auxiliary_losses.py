@@ -63,7 +63,7 @@ def by_texts(model: Any, objective: Objective) -> Tensor:
         begin = sum(label == IGNORE for label in row.labels)
         output = model(input_ids=torch.tensor([row.ids]), output_hidden_states=True)
         last = output.hidden_states[-1][:, begin - 1]
-        total = total + objective.head_weight * head.loss(head(last), torch.tensor([item.price])).sum()
+        total = total + objective.price_head_weight * head.loss(head(last), torch.tensor([item.price])).sum()
         table = number.batch([max(1, round(item.price))])
         logits = output.logits[:, begin - 1 : -1][:, table["steps"][0]][..., number.alphabet]
         cost = expected_cost(number.kind, logits, table["right"], table["costs"], table["counts"])

@@ -98,7 +98,7 @@ def test_every_pack_fits_the_smallest_shape(lengths: list[int]) -> None:
     assert shape.tokens <= 64
     for pack in packs:
         batch = collator([pack])
-        borders, positions, labels = batch["pack_borders"], batch["label_positions"], batch["labels"][0]
+        borders, positions, labels = batch["cu_seqlens"], batch["label_positions"], batch["labels"][0]
         assert batch["input_ids"].shape == batch["labels"].shape == batch["position_ids"].shape == (1, shape.tokens)
         assert borders.shape == (shape.texts + 1,)
         assert positions.shape == (shape.labels,)
@@ -115,9 +115,9 @@ def test_every_pack_fits_the_smallest_shape(lengths: list[int]) -> None:
 def test_a_pack_that_the_shape_does_not_hold_is_refused() -> None:
     packs = pack_rows(rows_of(LENGTHS), 30)
     shape = StaticShape.of(packs)
-    with pytest.raises(ConfigError, match="does not fit StaticShape"):
+    with pytest.raises(ConfigError, match="exceeds the static shape StaticShape"):
         PackCollator(static=shape)(packs)
-    with pytest.raises(ConfigError, match="labeled positions does not fit"):
+    with pytest.raises(ConfigError, match="labeled positions exceeds"):
         PackCollator(static=StaticShape(shape.tokens, shape.texts, 1, shape.longest))(packs[:1])
 
 
@@ -278,8 +278,8 @@ def test_a_batch_of_another_shape_is_refused() -> None:
     graphed(first)
     with pytest.raises(ValueError, match=r"labels is \(1, 4\) torch.int64, the recorded step takes \(1, 32\)"):
         graphed({**second, "labels": torch.zeros(1, 4, dtype=torch.long)})
-    with pytest.raises(ValueError, match="pack_longest is 3, the recorded step takes 13"):
-        graphed({**second, "pack_longest": 3})
+    with pytest.raises(ValueError, match="max_seqlen is 3, the recorded step takes 13"):
+        graphed({**second, "max_seqlen": 3})
     with pytest.raises(ValueError, match="the batch has"):
         graphed({"labels": second["labels"]})
 
@@ -297,7 +297,7 @@ def test_a_training_with_graphs_tells_the_same_story(monkeypatch: pytest.MonkeyP
 
     def losses(graphs: str) -> list[float]:
         options = {"base": "nano", "epochs": 1.0, "max_tokens": 96, "pack_tokens": 512, "evaluations": 1}
-        estimator = PriceEstimator(**options, accumulation=2, kernels="on", graphs=graphs)
+        estimator = PriceEstimator(**options, gradient_accumulation=2, kernels="on", cuda_graphs=graphs)
         estimator.fit(make_catalogue(100, seed=2), make_catalogue(20, seed=5))
         assert estimator.training_.tokens == tokens.setdefault("all", estimator.training_.tokens)
         return [event.loss for event in estimator.training_.events if event.loss is not None]
@@ -317,10 +317,10 @@ def test_graphs_that_cannot_be_had_are_said_or_left_out() -> None:
     options = {"base": "nano", "epochs": 0.1, "max_tokens": 96, "pack_tokens": 512, "evaluations": 0, "kernels": "on"}
     items = make_catalogue(40, seed=2)
     if not torch.cuda.is_available():
-        with pytest.raises(ConfigError, match="graphs: on, but there is no CUDA device; use graphs='auto' or 'off'"):
-            PriceEstimator(**options, graphs="on").fit(items)
-    with pytest.raises(ConfigError, match="graphs must be auto, on or off, not 'yes'"):
-        PriceEstimator(graphs="yes").fit(items)
+        with pytest.raises(ConfigError, match="cuda_graphs: on, but there is no CUDA device; use cuda_graphs="):
+            PriceEstimator(**options, cuda_graphs="on").fit(items)
+    with pytest.raises(ConfigError, match="cuda_graphs must be auto, on or off, not 'yes'"):
+        PriceEstimator(cuda_graphs="yes").fit(items)
 
 
 def test_layers_keep_dense_weights_only_where_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,7 @@ import torch
 
 from fastprice.benchmarking.cases import draw_rows, shape_of, step_flops
 from fastprice.benchmarking.probe import WARMUP, Enough, Probe, summarize_probe
-from fastprice.models.adapters import TARGETS
+from fastprice.models.families import lora_targets
 from fastprice.models.peft_engine import compute_dtype
 from fastprice.prompts.template import IGNORE, TrainingRow
 
@@ -140,7 +140,7 @@ def _run_unsloth(
     model = engine.FastLanguageModel.get_peft_model(
         model,
         r=rank,
-        target_modules=list(TARGETS),
+        target_modules=lora_targets(model),
         lora_alpha=2 * rank,
         lora_dropout=0,
         bias="none",
@@ -169,7 +169,7 @@ def _run_fastprice(
     peer: str, folder: str, rows: Sequence[TrainingRow], probe: Probe, settings: dict[str, Any],
     *, tokens: int, batch: int, rank: int,
 ) -> None:  # fmt: skip
-    from fastprice.models.engine import choose_engine
+    from fastprice.models.engine_choice import choose_engine
 
     engine = choose_engine("unsloth" if peer == "unsloth-kernels" else "peft")
     with probe.loading():
@@ -190,12 +190,12 @@ def _run_fastprice(
             epochs=1.0,
             learning_rate=1e-5,
             pack_tokens=tokens,
-            accumulation=1,
+            gradient_accumulation=1,
             evaluations=0,
-            warmup=0.0,
+            warmup_ratio=0.0,
             seed=0,
             kernels=mode,
-            graphs="on" if peer == "peft-graphs" else "off",
+            cuda_graphs="on" if peer == "peft-graphs" else "off",
         )
 
 

@@ -35,7 +35,7 @@ def demo(
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     overrides: dict[str, Any] = {"out": out, "seed": seed}
     if items is not None:
-        overrides["data.catalogue"] = items
+        overrides["data.synthetic"] = items
     _run(Path(str(files("fastprice") / "configs" / "demo.yaml")), overrides)
 
 

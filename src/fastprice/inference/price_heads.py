@@ -9,7 +9,8 @@ right: the histogram loss HL-Gauss (Imani and White, "Improving Regression Perfo
 2018; Farebrother et al., "Stop Regressing", 2024, whose ratio of 0.75 bins to a standard deviation is taken).
 
 `QuantileHead`: B quantiles of the log price, ascending by construction, under the pinball loss (Koenker and Bassett,
-"Regression Quantiles", 1978). That loss is some twenty times smaller than the other's; `head_weight` makes up for it.
+"Regression Quantiles", 1978). That loss is some twenty times smaller than the other's; `price_head_weight` makes up for
+it.
 
 Both start as the distribution of the training prices, whatever the text: weights 0, biases from the prices. Both see
 states that are centered and scaled (`PriceHead.standardize`). Products run in fp32. Both give `PriceDistribution`s, so

@@ -76,7 +76,7 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     layers = layers_of(model)
     if not layers or not all(hasattr(layer, _SLOTS[0]) for layer in layers):
         name = type(plain_model(model)).__name__
-        raise ConfigError(f"keep: the layers of a {name} cannot be told apart; use keep='all'")
+        raise ConfigError(f"recompute: the layers of a {name} cannot be told apart; use recompute='all'")
     return list(layers)
 
 
@@ -146,9 +146,11 @@ class _Recipe:
         """The tensor with its graph, and the leaves that stand for the inputs."""
         if self._made is None:
             if not self._inputs:
-                raise RuntimeError("a layer at keep='costly' gives one backward pass: retain_graph needs keep='all'")
+                raise RuntimeError(
+                    "a layer at recompute='costly' gives one backward pass: retain_graph needs recompute='all'"
+                )
             if any(x._version != version for x, _, version in self._inputs):
-                raise RuntimeError("the input of a norm or an activation was modified in place: use keep='all'")
+                raise RuntimeError("the input of a norm or an activation was modified in place: use recompute='all'")
             leaves = [x.detach().requires_grad_(wanted) for x, wanted, _ in self._inputs]
             with torch.enable_grad(), torch.autocast(**self._autocast):
                 self._made = self._function(*leaves), leaves

@@ -238,7 +238,7 @@ def _weights(shape: ModelShape, method: str, streaming: int) -> dict[str, int]:
 
 def _embedding_on_host(shape: ModelShape, streaming: int) -> int:
     """Bytes of the embedding where it is on the host: beside streamed layers, if it is not the head as well."""
-    return 2 * shape.head_weights if streaming and not shape.tied else 0
+    return 2 * shape.lm_head_weights if streaming and not shape.tied else 0
 
 
 def _layer_statistics(shape: ModelShape) -> int:
@@ -328,7 +328,7 @@ def _training(
             # While the forward pass is done again, the gradient of the layer's output waits; where the layer ends with
             # a norm (Gemma 2), so does its upcast to fp32, as that takes place before the first saved tensor is asked
             # for.
-            upcast = 4 * work.tokens * shape.width if shape.layer_norms == 4 else 0
+            upcast = 4 * work.tokens * shape.width if shape.family.layer_norms == 4 else 0
             for peak, waiting in ((layer.again, stream + upcast), (layer.backward, 0)):
                 parts = _split(peak, 0, "recompute peak", 0)
                 parts["recompute peak"] += parts["activations kept"] + waiting

@@ -76,14 +76,14 @@ def layer_forward(tape: Tape, shape: ModelShape, work: Work, x: Value, *, cache:
     normed = _norm(tape, shape, work, x)
     attended = _attention(tape, shape, work, normed, cache)
     tape.drop(normed)
-    if shape.layer_norms == 4:
+    if shape.family.layer_norms == 4:
         attended = _replaced(tape, attended, _norm(tape, shape, work, attended, source=2))
     middle = tape.apply(stream, [x, attended], passes=True)
     tape.drop(attended)
     normed = _norm(tape, shape, work, middle)
     mixed = _mlp(tape, shape, work, normed)
     tape.drop(normed)
-    if shape.layer_norms == 4:
+    if shape.family.layer_norms == 4:
         mixed = _replaced(tape, mixed, _norm(tape, shape, work, mixed, source=2))
     output = tape.apply(stream, [middle, mixed], passes=True)
     tape.drop(middle, mixed)
@@ -112,7 +112,7 @@ def _rms(tape: Tape, shape: ModelShape, work: Work, x: Value, width: int, rows: 
     normed = tape.apply(full, [x32, scale], saves=[x32, scale], scratch_backward=full)
     tape.drop(x32, scale)
     trained = work.method == "full"
-    if shape.gemma:
+    if shape.family.norm == "rms_plus_one":
         # (1 + weight) in fp32, then back to the dtype of x
         factor = tape.hold(4 * width, "flow")
         scaled = tape.apply(full, [normed], saves=[factor, normed] if trained else [factor])
@@ -177,7 +177,7 @@ def _attention(tape: Tape, shape: ModelShape, work: Work, x: Value, cache: bool)
     width = work.stream
     q_proj, k_proj, v_proj, o_proj = shape.linears[:4]
     q, k, v = (_linear(tape, linear, work, x, width) for linear in (q_proj, k_proj, v_proj))
-    if shape.head_norms:
+    if shape.family.query_key_norms:
         q = _replaced(tape, q, _rms(tape, shape, work, q, shape.head_dim, work.tokens * shape.heads, 2))
         k = _replaced(tape, k, _rms(tape, shape, work, k, shape.head_dim, work.tokens * shape.key_heads, 2))
     rotated_q, rotated_k = _rotated(tape, q), _rotated(tape, k)
@@ -297,12 +297,14 @@ def _full_loss(tape: Tape, shape: ModelShape, work: Work, hidden: Value) -> Valu
     cells = work.tokens * shape.vocabulary
     if work.method == "full":
         xb = tape.apply(2 * work.tokens * shape.width, [hidden])
-        weight = tape.hold(2 * shape.head_weights, "copies")
-        logits = tape.apply(2 * cells, [xb], saves=[xb, weight], trains=True, scratch_backward=6 * shape.head_weights)
+        weight = tape.hold(2 * shape.lm_head_weights, "copies")
+        logits = tape.apply(
+            2 * cells, [xb], saves=[xb, weight], trains=True, scratch_backward=6 * shape.lm_head_weights
+        )
         tape.drop(xb, weight)
     else:
         logits = tape.apply(2 * cells, [hidden])
-    if shape.head_softcap:
+    if shape.logit_softcap:
         logits = _replaced(tape, logits, tape.apply(2 * cells, [logits]))
         logits = _replaced(tape, logits, tape.apply(2 * cells, [logits], saves_output=True))
         logits = _replaced(tape, logits, tape.apply(2 * cells, [logits]))
@@ -327,12 +329,12 @@ def _chunked_loss(tape: Tape, shape: ModelShape, work: Work, hidden: Value, rows
     # both; recomputed under a soft cap also its tanh, which is saved. fastprice's loss has the logits in bf16 and in
     # fp32, and turns the latter into the gradient.
     cell = (6 if work.fused else 16) * chunk * shape.vocabulary
-    again = cell + (4 * chunk * shape.vocabulary if shape.head_softcap else 0)
+    again = cell + (4 * chunk * shape.vocabulary if shape.logit_softcap else 0)
     copy = []
     if work.method == "full":
         # The head's bf16 copy; the sum of its gradient over the chunks so far, and this chunk's in bf16 and in fp32.
-        copy = [tape.hold(2 * shape.head_weights, "copies")]
-        again = max(again + 6 * shape.head_weights, 12 * shape.head_weights + 2 * chunk * shape.vocabulary)
+        copy = [tape.hold(2 * shape.lm_head_weights, "copies")]
+        again = max(again + 6 * shape.lm_head_weights, 12 * shape.lm_head_weights + 2 * chunk * shape.vocabulary)
     losses = []
     for _ in range(max(1, -(-rows // _CHUNK))):
         part = tape.apply(chunk * shape.width * work.stream, [gathered])
@@ -347,6 +349,6 @@ def evaluation_head(tape: Tape, shape: ModelShape, work: Work, x: Value, rows: i
     """Last norm and the logits of `rows` positions, in bf16 and again in fp32."""
     hidden = _norm(tape, shape, work, x)
     logits = tape.apply(2 * rows * shape.vocabulary, [hidden])
-    if shape.head_softcap:
+    if shape.logit_softcap:
         logits = _replaced(tape, logits, tape.apply(2 * rows * shape.vocabulary, [logits]))
     tape.apply(4 * rows * shape.vocabulary, [logits])

@@ -107,7 +107,7 @@ class Plan:
 
         kernels = {"fastprice": "on", "peft": "off", "unsloth": "auto"}[self.engine]
         # Streaming comes with a limit, by which a run plans what its layers keep too; Unsloth recomputes by itself.
-        fitting = {"max_memory": _gib(self.gpu_bytes)} if self.streamed else {"keep": write_levels(self.levels)}
+        fitting = {"max_memory": _gib(self.gpu_bytes)} if self.streamed else {"recompute": write_levels(self.levels)}
         settings = {
             "model": {
                 "base": self.base,
@@ -117,7 +117,7 @@ class Plan:
                 "rank": self.rank,
                 **({} if self.engine == "unsloth" else fitting),
             },
-            "train": {"pack_tokens": self.tokens, "accumulation": self.accumulation},
+            "train": {"pack_tokens": self.tokens, "gradient_accumulation": self.accumulation},
         }
         return str(yaml.safe_dump(settings, sort_keys=False))
 

@@ -23,7 +23,7 @@ LEVELS = ("all", "costly", "input", "host")
 _COUNTED = re.compile(r"([0-9]{1,6}) +([a-z]+)")
 
 
-def check_levels(levels: Sequence[str], layers: int, name: str = "keep") -> tuple[str, ...]:
+def check_levels(levels: Sequence[str], layers: int, name: str = "recompute") -> tuple[str, ...]:
     """`levels` itself as a tuple; ConfigError unless there are `layers` of them, each known."""
     unknown = next((level for level in levels if level not in LEVELS), None)
     if unknown is not None:
@@ -34,13 +34,13 @@ def check_levels(levels: Sequence[str], layers: int, name: str = "keep") -> tupl
 
 
 def check_keep(text: str) -> str:
-    """`text` itself when it can be a setting `keep`: "auto", or what `parse_levels` reads. ConfigError for others."""
+    """`text` itself when it can be a setting `recompute`: "auto", or what `parse_levels` reads; else ConfigError."""
     if text != "auto":
-        _runs(text, "keep")
+        _runs(text, "recompute")
     return text
 
 
-def parse_levels(text: str, layers: int, name: str = "keep") -> tuple[str, ...]:
+def parse_levels(text: str, layers: int, name: str = "recompute") -> tuple[str, ...]:
     """The level of each of `layers` layers from "costly" or "12 input, 20 costly"; ConfigError for anything else."""
     runs = _runs(text, name)
     if runs == [(None, text)]:

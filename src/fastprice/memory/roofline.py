@@ -90,7 +90,7 @@ def flops_per_token(shape: ModelShape, step: Step) -> float:
     own = 2.0 if step.method == "full" else 0.0
     linear = (4 + own + again) * shape.layers * shape.layer_linear_weights
     adapters = 0.0 if step.method == "full" else (6 + again) * shape.layers * shape.adapter_weights(step.rank)
-    head = (4 + own) * shape.head_weights * step.labeled
+    head = (4 + own) * shape.lm_head_weights * step.labeled
     attention = (3.5 + again / 2) * 2 * step.text * shape.query_width * shape.layers
     return linear + adapters + head + attention
 
@@ -101,8 +101,8 @@ def step_seconds(shape: ModelShape, step: Step, gpu: Gpu) -> float:
     each input on the host back once, if that hides behind the rest."""
     width = 4 if step.method == "full" else 2  # bytes an element of the residual stream
     seconds = step.tokens * flops_per_token(shape, step) / gpu.flops
-    again = 2 * width * shape.layer_norms * shape.width + (0 if step.fused else 6 * shape.inner)
-    if shape.head_norms:
+    again = 2 * width * shape.family.layer_norms * shape.width + (0 if step.fused else 6 * shape.inner)
+    if shape.family.query_key_norms:
         again += 4 * (shape.query_width + shape.key_width)
     seconds += step.tokens * step.costly * again / gpu.bandwidth
     layer = shape.layer_linear_weights

@@ -1,10 +1,12 @@
-"""Ways to fine-tune: which weights train, and in what precision the rest is kept."""
+"""Fine-tuning methods: which weights train, and in what precision the frozen ones are stored."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from fastprice.errors import ConfigError, nearest_name
+from fastprice.models.families import LLAMA_LINEARS
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -17,9 +19,6 @@ METHODS: tuple[Method, ...] = get_args(Method)
 TEXT_LOSSES = ("ce", "number", "number_mse", "wasserstein")  # fastprice.training.number_losses
 
 HIGHEST_RATE = 1.5e-3
-# Every linear layer of a decoder block carries an adapter; attention alone is worse at equal size (Dettmers et al.,
-# "QLoRA", 2023, section 4).
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def check_method(method: str) -> Method:
@@ -30,8 +29,11 @@ def check_method(method: str) -> Method:
     raise ConfigError(f"method: {method!r} is not one of {', '.join(METHODS)}{nearest_name(method, METHODS)}")
 
 
-def lora_config(*, rank: int, alpha: float, dropout: float) -> LoraConfig:
-    """The PEFT configuration of a LoRA adapter on every linear layer of the decoder (Hu et al., 2021)."""
+def lora_config(*, rank: int, alpha: float, dropout: float, targets: Sequence[str] = LLAMA_LINEARS) -> LoraConfig:
+    """The PEFT configuration of LoRA adapters (Hu et al., 2021) on the linear layers named `targets`.
+
+    `fastprice.models.families.lora_targets` names those of a model.
+    """
     from peft import LoraConfig
 
     settings: dict[str, Any] = {
@@ -39,7 +41,7 @@ def lora_config(*, rank: int, alpha: float, dropout: float) -> LoraConfig:
         "lora_alpha": alpha,
         "lora_dropout": dropout,
         "bias": "none",
-        "target_modules": list(TARGETS),
+        "target_modules": list(targets),
         "task_type": "CAUSAL_LM",
     }
     return LoraConfig(**settings)

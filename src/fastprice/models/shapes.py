@@ -1,7 +1,8 @@
-"""The numbers of a model's configuration that its memory and arithmetic follow from; no weights, no torch.
+"""The sizes of a model that its memory and arithmetic follow from, read from its configuration: no weights, no torch.
 
-Shipped with fastprice: the configurations of common models (`models/*.json`: the published values of their
-`config.json`, only the keys that are read here). A folder, a hub id or a transformers configuration serves as well.
+`published_shapes/*.json` holds the configurations of common models (the published values of their `config.json`, only
+the keys that are read here), so that planning needs no network. A folder, a hub id or a transformers configuration
+serves as well. What the configuration does not say comes from `fastprice.models.families`.
 """
 
 from __future__ import annotations
@@ -16,11 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from fastprice.errors import BaseModelError, nearest_name
+from fastprice.models.families import FAMILIES, Family
 
 __all__ = ["Linear", "ModelShape", "read_shape", "settings_of", "shipped_names"]
 
-# The kinds of decoder whose layers are described in layers.py. Gemma 2 has norms before and after each block.
-_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2")
 _PUBLISHERS = ("meta-llama", "unsloth", "qwen", "google", "mistralai", "huggingfacetb")
 _SAME_SHAPE = re.compile(r"(-unsloth)?(-bnb-4bit)?$")
 _TUNED = re.compile(r"-(instruct|it|base)$")
@@ -45,14 +45,13 @@ class ModelShape:
     """A decoder-only language model with gated MLPs, as numbers.
 
     width          hidden size                        inner         intermediate size of the MLP
-    key_heads      heads of keys and values           vocabulary    rows of the embedding and of the head
-    tied           the head is the embedding          gemma         Gemma's norms and scaled embedding
-    layer_norms    norms of a layer (Gemma 2: 4)      head_norms    norms of queries and keys (Qwen 3)
-    softcap, head_softcap   whether attention scores, logits are soft-capped
+    key_heads      heads of keys and values           vocabulary    rows of the embedding and of lm_head
+    tied           lm_head is the embedding           family        what all models of its kind share
+    softcap, logit_softcap   whether attention scores, logits are soft-capped
     """
 
     name: str
-    family: str
+    family: Family
     width: int
     inner: int
     layers: int
@@ -62,7 +61,7 @@ class ModelShape:
     vocabulary: int
     tied: bool
     softcap: bool
-    head_softcap: bool
+    logit_softcap: bool
     attention_bias: bool
     output_bias: bool
     mlp_bias: bool
@@ -76,30 +75,13 @@ class ModelShape:
         return self.key_heads * self.head_dim
 
     @property
-    def gemma(self) -> bool:
-        return self.family.startswith("gemma")
-
-    @property
-    def layer_norms(self) -> int:
-        return 4 if self.family == "gemma2" else 2
-
-    @property
-    def head_norms(self) -> bool:
-        return self.family == "qwen3"
-
-    @property
     def linears(self) -> tuple[Linear, ...]:
-        """The seven linear layers of a decoder layer, in the order in which they run."""
+        """The seven linear layers of a decoder layer, in the order in which they run: q, k, v, o, gate, up, down."""
         h, q, k, i = self.width, self.query_width, self.key_width, self.inner
-        return (
-            Linear("q_proj", h, q, self.attention_bias),
-            Linear("k_proj", h, k, self.attention_bias),
-            Linear("v_proj", h, k, self.attention_bias),
-            Linear("o_proj", q, h, self.output_bias),
-            Linear("gate_proj", h, i, self.mlp_bias),
-            Linear("up_proj", h, i, self.mlp_bias),
-            Linear("down_proj", i, h, self.mlp_bias),
-        )
+        inputs = (h, h, h, q, h, h, i)
+        outputs = (q, k, k, h, i, i, h)
+        biases = (*3 * (self.attention_bias,), self.output_bias, *3 * (self.mlp_bias,))
+        return tuple(map(Linear, self.family.linears, inputs, outputs, biases))
 
     @property
     def layer_linear_weights(self) -> int:
@@ -109,17 +91,18 @@ class ModelShape:
     def layer_other_weights(self) -> int:
         """Norms and biases of one layer."""
         biases = sum(linear.outputs for linear in self.linears if linear.bias)
-        return self.layer_norms * self.width + (2 * self.head_dim if self.head_norms else 0) + biases
+        per_head = 2 * self.head_dim if self.family.query_key_norms else 0
+        return self.family.layer_norms * self.width + per_head + biases
 
     @property
-    def head_weights(self) -> int:
-        """Weights of the language-model head, shared with the embedding when tied."""
+    def lm_head_weights(self) -> int:
+        """Weights of lm_head, shared with the embedding when tied."""
         return self.vocabulary * self.width
 
     @property
     def outer_weights(self) -> int:
-        """Embedding, last norm, and the head unless tied."""
-        return self.head_weights * (1 if self.tied else 2) + self.width
+        """Embedding, last norm, and lm_head unless tied."""
+        return self.lm_head_weights * (1 if self.tied else 2) + self.width
 
     @property
     def parameters(self) -> int:
@@ -217,11 +200,11 @@ def _from_config(config: Any) -> ModelShape:
 
 
 def _from_settings(settings: dict[str, Any], name: str) -> ModelShape:
-    family = settings.get("model_type")
-    if family not in _FAMILIES:
+    family = FAMILIES.get(settings.get("model_type") or "")
+    if family is None:
         raise BaseModelError(
-            f"base: the memory of {name} cannot be estimated: its model_type is {family!r}, not one of "
-            f"{', '.join(_FAMILIES)}"
+            f"base: the memory of {name} cannot be estimated: its model_type is {settings.get('model_type')!r}, not "
+            f"one of {', '.join(FAMILIES)}"
         )
 
     def number(key: str, default: int | None = None) -> int:
@@ -232,8 +215,9 @@ def _from_settings(settings: dict[str, Any], name: str) -> ModelShape:
         return value
 
     width, heads = number("hidden_size"), number("num_attention_heads")
-    bias = bool(settings.get("attention_bias", False))
-    # Defaults of the transformers configuration classes, for keys that a config.json may leave out.
+    configured_bias = bool(settings.get("attention_bias", False))
+    # A config.json may leave keys out: the defaults are those of the transformers configuration classes. A softcap of
+    # null turns it off.
     return ModelShape(
         name=name,
         family=family,
@@ -242,12 +226,12 @@ def _from_settings(settings: dict[str, Any], name: str) -> ModelShape:
         layers=number("num_hidden_layers"),
         heads=heads,
         key_heads=number("num_key_value_heads", heads),
-        head_dim=number("head_dim", {"qwen3": 128, "gemma": 256, "gemma2": 256}.get(family, width // heads)),
+        head_dim=number("head_dim", family.head_dim or width // heads),
         vocabulary=number("vocab_size"),
-        tied=bool(settings.get("tie_word_embeddings", family.startswith("gemma"))),
-        softcap=family == "gemma2" and settings.get("attn_logit_softcapping", 50.0) is not None,
-        head_softcap=family == "gemma2" and settings.get("final_logit_softcapping", 30.0) is not None,
-        attention_bias=family == "qwen2" or bias,
-        output_bias=family != "qwen2" and bias,
+        tied=bool(settings.get("tie_word_embeddings", family.tied)),
+        softcap=family.softcaps and settings.get("attn_logit_softcapping", True) is not None,
+        logit_softcap=family.softcaps and settings.get("final_logit_softcapping", True) is not None,
+        attention_bias=configured_bias if family.attention_bias == "config" else family.attention_bias,
+        output_bias=configured_bias if family.output_bias == "config" else family.output_bias,
         mlp_bias=bool(settings.get("mlp_bias", False)),
     )

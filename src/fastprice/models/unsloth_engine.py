@@ -1,8 +1,8 @@
 """The Unsloth engine: its patched models, its checkpointing, its fused LoRA. The only module that imports unsloth.
 
-Unsloth patches trl, transformers and peft when it is imported, and wants to be first. `fastprice` imports those lazily,
-and `choose_engine` comes before any of them, so it is. `REQUIRED` lists every Unsloth name used here, with the
-parameters passed: a contract test checks them on a machine without a GPU, where no model can be loaded.
+Unsloth patches trl, transformers and peft when it is imported, and must be imported before them. `fastprice` imports
+those lazily, after `choose_engine`, so it is. `REQUIRED` lists every Unsloth name used here with the parameters passed:
+a contract test checks them on machines without a GPU, where no model can be loaded.
 """
 
 from __future__ import annotations
@@ -11,16 +11,17 @@ import os
 import tempfile
 from typing import Any
 
-# Unsloth writes its compile cache into the current folder unless told otherwise.
+# By default Unsloth writes its compile cache into the current folder.
 os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", os.path.join(tempfile.gettempdir(), "fastprice-unsloth-cache"))
 
 import unsloth  # noqa: F401  (first, before anything that it patches)
 from unsloth import FastLanguageModel
 
 from fastprice.errors import ConfigError
-from fastprice.models.adapters import TARGETS, Method
+from fastprice.models.adapters import Method
 from fastprice.models.base_models import base_error, load_tokenizer, resolve_base
-from fastprice.models.engine import Loaded
+from fastprice.models.engine import LoadedModel
+from fastprice.models.families import lora_targets
 from fastprice.prompts.packing import PackCollator
 
 __all__ = ["REQUIRED", "UnslothEngine"]
@@ -40,10 +41,10 @@ class UnslothEngine:
     """See `fastprice.models.engine.Engine`."""
 
     name = "unsloth"
-    # Its inference path builds its own masks: nobody has seen it take one a node. A dense copy of its weights does.
+    # Its inference path builds its own masks and was never seen to take a mask for each token. The merged decoder does.
     takes_masks = False
 
-    def load_base(self, base: str, *, method: Method, max_tokens: int) -> Loaded:
+    def load_base(self, base: str, *, method: Method, max_tokens: int) -> LoadedModel:
         if method == "full":
             raise ConfigError("method: 'full' trains every weight, which the unsloth engine here does not; use 'peft'")
         folder = resolve_base(base)
@@ -59,13 +60,13 @@ class UnslothEngine:
             raise base_error(base, "weights", error) from error
         self._max_tokens = max_tokens
         # Unsloth may swap the tokenizer's special tokens; prompts must be tokenized alike on every engine.
-        return Loaded(model, load_tokenizer(base), folder)
+        return LoadedModel(model, load_tokenizer(base), folder)
 
     def attach(self, model: Any, *, method: Method, rank: int, alpha: float, dropout: float, seed: int) -> Any:
         return FastLanguageModel.get_peft_model(
             model,
             r=rank,
-            target_modules=list(TARGETS),
+            target_modules=lora_targets(model),
             lora_alpha=alpha,
             lora_dropout=dropout,
             bias="none",

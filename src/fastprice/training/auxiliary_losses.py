@@ -36,7 +36,7 @@ class Objective:
     """The losses added to the text's, their weights, and the hidden states of the forward pass under way."""
 
     head: PriceHead | None = None
-    head_weight: float = 1.0
+    price_head_weight: float = 1.0
     number: NumberLoss | None = None
     number_weight: float = 0.3
 
@@ -90,7 +90,9 @@ class Objective:
         first = targets["first" if hidden_TD.shape[0] == tokens else "predicts"]  # M < T: no text begins with a label
         total = torch.zeros((), device=hidden_TD.device)
         if self.head is not None:
-            total = total + self.head_weight * self.head.loss(self.head(hidden_TD[first]), targets["prices"]).sum()
+            total = (
+                total + self.price_head_weight * self.head.loss(self.head(hidden_TD[first]), targets["prices"]).sum()
+            )
         if self.number is not None:
             logits = self._logits(model, hidden_TD[first[:, None] + targets["steps"]])
             costs = expected_cost(self.number.kind, logits, targets["right"], targets["costs"], targets["counts"])

@@ -32,7 +32,7 @@ from fastprice.models.packed_attention import varlen_works
 
 __all__ = ["AUTO_PARAMETERS", "BANDS", "Capture", "CudaCapture", "GraphedStep", "hindrance", "parameter_count"]
 
-AUTO_PARAMETERS = 2.5e9  # up to which graphs="auto" captures: above, arithmetic bounds a step and not its launches
+AUTO_PARAMETERS = 2.5e9  # up to which cuda_graphs="auto" captures: above, arithmetic bounds a step, not its launches
 # How far replay and eager step may lie apart, relative to the gradient's norm: the same kernels on the same numbers,
 # but atomic additions of attention and indexing in another order.
 BANDS = {torch.bfloat16: 2e-2, torch.float16: 5e-3, torch.float32: 1e-4}

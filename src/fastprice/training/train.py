@@ -46,7 +46,8 @@ _PRICE_HEAD = "price_head"  # its name in a model that trains
 class TrainingResult:
     """What a run left behind: every logged event, the kept step and its validation error in dollars, the cost.
 
-    keep: what each layer kept at the end (fastprice.memory.recompute_levels); None: the engine's own way, or everything on a CPU.
+    recompute: what each layer kept at the end (fastprice.memory.recompute_levels); None: the engine's own way, or
+               everything on a CPU.
     moves: what was changed about that on the way, and why.
     """
 
@@ -55,7 +56,7 @@ class TrainingResult:
     best_mae: float | None
     tokens: int
     seconds: float
-    keep: str | None = None
+    recompute: str | None = None
     moves: tuple[str, ...] = ()
 
 
@@ -69,13 +70,13 @@ def train(
     epochs: float,
     learning_rate: float,
     pack_tokens: int,
-    accumulation: int,
+    gradient_accumulation: int,
     evaluations: int,
-    warmup: float,
+    warmup_ratio: float,
     seed: int,
     kernels: str,
-    graphs: str = "off",
-    keep: str = "auto",
+    cuda_graphs: str = "off",
+    recompute: str = "auto",
     budget: int | None = None,
     streamed: int = 0,
     meter: Meter | None = None,
@@ -85,14 +86,14 @@ def train(
     """Trains whatever in `model` requires a gradient on `rows`, in place.
 
     validate      the validation error in dollars of the model as it stands; None: no evaluation, the last step is kept
-    pack_tokens   tokens of one pack (a micro-batch); accumulation: packs an optimizer step
+    pack_tokens   tokens of one pack (a micro-batch); gradient_accumulation: packs an optimizer step
     evaluations   how many times `validate` runs over the whole training, evenly spread, the end included
-    warmup        share of the steps over which the learning rate rises; it then falls along a cosine
+    warmup_ratio  share of the steps over which the learning rate rises; it then falls along a cosine
     kernels       "on", "off", or "auto": fastprice_kernels under the model on CUDA, the stock path elsewhere
-    graphs        "on": packs of one static shape and their steps replayed as CUDA graphs (graphs.py), ConfigError where
+    cuda_graphs   "on": packs of one static shape and their steps replayed as CUDA graphs (graphs.py), ConfigError where
                   that is impossible; "auto": so where it is possible, for models that launches bound; "off"
-    keep          what each layer keeps for its backward pass (fastprice.memory.recompute_levels): a level, counts of levels, or
-                  "auto": on CUDA what fits, on a CPU everything. On CUDA a micro-batch that runs out of memory is done
+    recompute     what each layer keeps for its backward pass (fastprice.memory.recompute_levels): a level, counts of
+                  levels, or "auto": on CUDA what fits, on a CPU everything. On CUDA a micro-batch that runs out of memory is done
                   again with less kept, whatever was asked for (fastprice.memory.controller)
     budget        bytes of the GPU's memory that "auto" may use in all; None: what is free
     streamed      layers whose weights come from the host (fastprice.offload)
@@ -100,7 +101,8 @@ def train(
     objective     what is added to the text's loss (fastprice.training.auxiliary_losses); its head trains and is kept with the model
 
     Raises TrainingError when no row carries a label, the loss stops being finite or memory runs out whatever is kept;
-    ConfigError for graphs that are asked for and cannot be had, and for a `keep` that the model or engine cannot do.
+    ConfigError for graphs that are asked for and cannot be had, and for a `recompute` that the model or engine cannot
+    do.
     """
     from datasets import Dataset
     from transformers import PrinterCallback
@@ -110,12 +112,12 @@ def train(
     packed = pack_rows(rows, pack_tokens, seed)
     packs = Dataset.from_list(packed)
     ours = uses_kernels(kernels)
-    captures = _captures(graphs, model, engine, kernels=ours, objective=objective)
-    layers = _layers(model, engine, keep, captures=captures)
+    captures = _captures(cuda_graphs, model, engine, kernels=ours, objective=objective)
+    layers = _layers(model, engine, recompute, captures=captures)
     collator = engine.collator()
     if ours and engine.name == "peft":
         collator = replace(collator, positions=True, static=StaticShape.of(packed) if captures else None)
-    steps = max(1, round(epochs * -(-len(packs) // accumulation)))
+    steps = max(1, round(epochs * -(-len(packs) // gradient_accumulation)))
     curves = Curves(on_event)
     with tempfile.TemporaryDirectory(prefix="fastprice-") as folder, _beside(model, objective):
         with _quiet():
@@ -132,8 +134,8 @@ def train(
                     steps=steps,
                     evaluate_every=max(1, -(-steps // evaluations)) if validate and evaluations else None,
                     learning_rate=learning_rate,
-                    accumulation=accumulation,
-                    warmup_steps=round(warmup * steps),
+                    gradient_accumulation=gradient_accumulation,
+                    warmup_steps=round(warmup_ratio * steps),
                     seed=seed,
                     loss_type="nll" if ours and engine.name == "peft" else None,
                     captures=captures,
@@ -153,7 +155,16 @@ def train(
         with (
             _kernels_under(model, engine, kernels) if ours else nullcontext() as report,
             _kept(
-                model, layers, keep, budget, streamed, meter, packed, accumulation, report is not None, captures
+                model,
+                layers,
+                recompute,
+                budget,
+                streamed,
+                meter,
+                packed,
+                gradient_accumulation,
+                report is not None,
+                captures,
             ) as keeper,
             _quiet(),
         ):
@@ -167,7 +178,7 @@ def train(
             try:
                 trainer.train()
             except torch.OutOfMemoryError as error:
-                told = f" with keep='{keep}'; leave keep='auto'," if keep != "auto" else ";"
+                told = f" with recompute='{recompute}'; leave recompute='auto'," if recompute != "auto" else ";"
                 raise TrainingError(f"out of memory{told} lower pack_tokens, or take a smaller base") from error
     best = trainer.state.best_metric
     return TrainingResult(
@@ -176,7 +187,7 @@ def train(
         best_mae=None if best is None else float(best),
         tokens=int(trainer._total_train_tokens),
         seconds=curves.seconds,
-        keep=write_levels(keeper.levels) if keeper is not None else None if keep == "auto" else keep,
+        recompute=write_levels(keeper.levels) if keeper is not None else None if recompute == "auto" else recompute,
         moves=tuple(keeper.moves) if keeper is not None else (),
     )
 
@@ -189,7 +200,7 @@ def _arguments(
     steps: int,
     evaluate_every: int | None,
     learning_rate: float,
-    accumulation: int,
+    gradient_accumulation: int,
     warmup_steps: int,
     seed: int,
     loss_type: str | None,
@@ -223,7 +234,7 @@ def _arguments(
         output_dir=folder,
         max_steps=steps,
         per_device_train_batch_size=1,
-        gradient_accumulation_steps=accumulation,
+        gradient_accumulation_steps=gradient_accumulation,
         learning_rate=learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=warmup_steps,
@@ -271,21 +282,25 @@ def uses_kernels(kernels: str) -> bool:
     return kernels == "on" or (kernels == "auto" and torch.cuda.is_available())
 
 
-def _layers(model: Any, engine: Engine, keep: str, *, captures: bool) -> int | None:
-    """How many layers the model has, each of which can keep what it is told; None if none can. ConfigError where `keep`
-    asks for it all the same, or for what a CUDA graph cannot do."""
+def _layers(model: Any, engine: Engine, recompute: str, *, captures: bool) -> int | None:
+    """How many layers the model has, each of which can keep what it is told; None if none can. ConfigError where
+    `recompute` asks for it all the same, or for what a CUDA graph cannot do."""
     if engine.name != "peft":
-        if keep != "auto":
-            raise ConfigError(f"keep: {engine.name} recomputes every layer itself; use keep='auto', or engine='peft'")
+        if recompute != "auto":
+            raise ConfigError(
+                f"recompute: {engine.name} recomputes every layer itself; use recompute='auto', or engine='peft'"
+            )
         return None
     try:
         layers = len(decoder_layers(model))
     except ConfigError:
-        if keep != "auto":
+        if recompute != "auto":
             raise
         return None
-    if keep != "auto" and captures and "host" in parse_levels(keep, layers):
-        raise ConfigError("keep: inputs on the host cannot be part of a CUDA graph; use keep='input', or graphs='off'")
+    if recompute != "auto" and captures and "host" in parse_levels(recompute, layers):
+        raise ConfigError(
+            "recompute: inputs on the host cannot be part of a CUDA graph; use recompute='input', or cuda_graphs='off'"
+        )
     return layers
 
 
@@ -293,19 +308,19 @@ def _layers(model: Any, engine: Engine, keep: str, *, captures: bool) -> int | N
 def _kept(
     model: Any,
     layers: int | None,
-    keep: str,
+    recompute: str,
     budget: int | None,
     streamed: int,
     meter: Meter | None,
     packed: Sequence[dict[str, list[int]]],
-    accumulation: int,
+    gradient_accumulation: int,
     kernels: bool,
     captures: bool,
 ) -> Iterator[Keeper | None]:
-    """The layers keep what `keep` says for the time of the training; gives what watches over it on a device."""
+    """The layers keep what `recompute` says for the time of the training; gives what watches over it on a device."""
     adapters = getattr(model, "peft_config", {}).values()
     dropout = any(getattr(adapter, "lora_dropout", 0.0) for adapter in adapters)
-    levels = None if keep == "auto" or layers is None else parse_levels(keep, layers)
+    levels = None if recompute == "auto" or layers is None else parse_levels(recompute, layers)
     if layers is None or (meter is None and not torch.cuda.is_available()):
         with nullcontext() if levels is None else keeping(model, levels):
             yield None
@@ -324,7 +339,7 @@ def _kept(
         model,
         Ladder(layers, expected, host=not captures, first=levels),
         CudaMeter(budget) if meter is None else meter,
-        warmup=accumulation,
+        warmup=gradient_accumulation,
         measures=levels is None and not captures,  # what was captured stays as it is
         random=not captures,
     )
@@ -334,16 +349,16 @@ def _kept(
         keeper.remove()
 
 
-def _captures(graphs: str, model: Any, engine: Engine, *, kernels: bool, objective: Objective | None) -> bool:
-    """Whether steps are to be captured: `graphs` is "on", "off" or "auto". ConfigError for an "on" that cannot be."""
-    if graphs == "off" or (graphs == "auto" and parameter_count(model) > AUTO_PARAMETERS):
+def _captures(cuda_graphs: str, model: Any, engine: Engine, *, kernels: bool, objective: Objective | None) -> bool:
+    """Whether steps are to be captured: `cuda_graphs` is "on", "off" or "auto". ConfigError for "on" that cannot be."""
+    if cuda_graphs == "off" or (cuda_graphs == "auto" and parameter_count(model) > AUTO_PARAMETERS):
         return False
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     trouble = hindrance(model, engine.name, kernels=kernels, dtype=compute_dtype(), processes=processes)
     if objective is not None:
         trouble = "a head or a number loss reads hidden states beside the model's own loss"
-    if trouble is not None and graphs == "on":
-        raise ConfigError(f"graphs: on, but {trouble}; use graphs='auto' or 'off'")
+    if trouble is not None and cuda_graphs == "on":
+        raise ConfigError(f"cuda_graphs: on, but {trouble}; use cuda_graphs='auto' or 'off'")
     return trouble is None
 
 

@@ -31,12 +31,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastprice.models.families import family_of
 from fastprice.models.parts import plain_model
 
 __all__ = ["DenseDecoder", "Queries", "Tokens", "dense_bytes", "free_bytes"]
 
-_CLASSES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-_ROPES = ("default", "linear", "llama3", "yarn")  # a position's angle depends on nothing else
 _SHARE = 0.5  # of free memory
 _LOGITS = {"cpu": 2**18, "cuda": 2**25}  # elements upcast to fp32 at once: what caches hold, and 128 MiB
 _ROUNDING = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 2e-1}  # of logits, whose spread is about 1 to 5
@@ -282,11 +281,12 @@ def free_bytes(device: torch.device) -> int:
 
 
 def _is_known(plain: Any) -> bool:
-    if type(plain).__name__ not in _CLASSES:
+    family = family_of(plain)
+    if family is None or type(plain).__name__ != family.merged_decoder:
         return False
     device = plain.model.embed_tokens.weight.device
     return (
-        plain.config.rope_parameters.get("rope_type", "default") in _ROPES
+        plain.config.rope_parameters.get("rope_type", "default") in family.merged_ropes
         and type(plain.model.embed_tokens) is nn.Embedding
         and all(parameter.device == device for parameter in plain.parameters())
         and device.type != "meta"
@@ -299,7 +299,11 @@ def _is_known(plain: Any) -> bool:
 def _readable(linear: Any) -> bool:
     """Whether `_dense` knows what `linear` computes: a plain or 4-bit layer, with any number of plain LoRA adapters."""
     if not hasattr(linear, "base_layer"):
-        return type(linear) is nn.Linear or getattr(linear.weight, "quant_state", None) is not None
+        state = getattr(linear.weight, "quant_state", None)
+        # bitsandbytes repacks weights in place on some CPUs, see `settle_four_bit`.
+        return type(linear) is nn.Linear or (
+            state is not None and state.quant_type == "nf4" and not getattr(state, "packing_format_for_cpu", False)
+        )
     if type(linear).__qualname__ not in ("Linear", "Linear4bit") or not hasattr(linear, "lora_A"):
         return False
     return (
@@ -328,10 +332,11 @@ def _dense(linear: Any) -> _Linear:
     state = getattr(linear.weight, "quant_state", None)
     if state is None:
         return _Linear(linear.weight.detach(), bias)
-    from bitsandbytes.functional import dequantize_4bit
+    from fastprice_kernels import dequantize_nf4
 
-    dtype = linear.compute_dtype or state.dtype
-    return _Linear(dequantize_4bit(linear.weight.data, state).to(dtype), bias)
+    # Not bitsandbytes' own function: on CPUs with AVX-512 it takes wrong scales for some widths.
+    dense = dequantize_nf4(linear.weight.data.view(torch.uint8), state)
+    return _Linear(dense.to(linear.compute_dtype or state.dtype), bias)
 
 
 def _transposed(linear: _Linear) -> _Linear:
