@@ -8,9 +8,9 @@ from html import unescape
 from pathlib import Path
 
 import pytest
-from fastprice.evaluation.evaluate import Evaluation, evaluate_models
 
 from fastprice.data.items import Item
+from fastprice.evaluation.evaluate import Evaluation, evaluate_models
 from fastprice.evaluation.report import write_report
 
 TRUTHS = [100.0, 200.0, 300.0, 400.0]

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from fastprice.benchmarking.models import model_config, random_nf4_model
 from fastprice.errors import ConfigError
-from fastprice.inference.scorers.merged_decoder import MergedDecoder, _dense
+from fastprice.inference.scorers.merged_decoder import MergedDecoder, _merged
 from fastprice.models.base_models import resolve_base
 from fastprice.models.peft_engine import PeftEngine
 from fastprice.offload.device_transfers import SimulatedTransfers
@@ -102,7 +102,7 @@ def test_the_dense_copy_has_the_exact_weights(cpu_kind: str, columns: int, stora
         linear.weight.data.view(torch.uint8), state.code, state.absmax, state.state2.code, state.state2.absmax,
         state.offset, 64, 256, (96, columns), torch.float32,
     )  # fmt: skip
-    assert torch.equal(_dense(linear).weight, exact)
+    assert torch.equal(_merged(linear).weight, exact)
 
 
 @torch.inference_mode()
