@@ -102,7 +102,7 @@ def row(model: Any, plain: Any, tokenizer: Any, decoder: PriceDecoder, prompts: 
 
 def merged(model: Any) -> Any:
     """A plain transformers model in fp32 whose weights are those of `model` and its adapters."""
-    from bitsandbytes.functional import dequantize_4bit
+    from fastprice_kernels import dequantize_nf4
 
     source = plain_model(model)
     weights = {}
@@ -110,7 +110,7 @@ def merged(model: Any) -> Any:
         if hasattr(module, "base_layer"):
             base = module.base_layer.weight
             state = getattr(base, "quant_state", None)
-            dense = base.detach().float() if state is None else dequantize_4bit(base.data, state).float()
+            dense = base.detach().float() if state is None else dequantize_nf4(base.data, state).float()
             deltas = [module.get_delta_weight(adapter).detach().float() for adapter in module.active_adapters]
             weights[f"{name}.weight"] = sum(deltas, dense)
     for name, value in source.state_dict().items():

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,33 @@ from tests.paths import SHARED
 # Before any Hugging Face import: look-ups on the hub then fail at once instead of after a minute of retries.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+_CPU = pytest.StashKey[ExitStack]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """`FASTPRICE_TEST_CPU=avx512_bf16` (or avx2): the session as on a CPU of that kind, see tests/cpu_kinds.py."""
+    kind = os.environ.get("FASTPRICE_TEST_CPU")
+    if kind:
+        from tests.cpu_kinds import emulate
+
+        config.stash[_CPU] = ExitStack()
+        config.stash[_CPU].enter_context(emulate(kind))
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if _CPU in config.stash:
+        config.stash[_CPU].close()
+
+
+@pytest.fixture(params=["avx2", "avx512_bf16"])
+def cpu_kind(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Both kinds of CPU that bitsandbytes tells apart, one after the other, whatever the CPU at hand."""
+    from tests.cpu_kinds import emulate
+
+    with emulate(request.param):
+        yield request.param
+
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ from fastprice.inference.predictor import PricePredictor
 from fastprice.memory import parse_bytes
 from fastprice.memory.recompute_levels import check_keep
 from fastprice.models.adapters import TEXT_LOSSES, check_method, suggested_learning_rate
-from fastprice.models.engine import choose_engine
+from fastprice.models.engine_choice import choose_engine
 from fastprice.models.saved_folder import ADAPTER, HEAD, MANIFEST, MODEL, read_manifest, write_folder
 from fastprice.prompts.template import encode_rows
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from fastprice.inference.price_heads import PriceHead
     from fastprice.memory import Plan
     from fastprice.models.adapters import Method
-    from fastprice.models.engine import Engine, Loaded
+    from fastprice.models.engine import Engine, LoadedModel
     from fastprice.offload import Streaming
     from fastprice.training.auxiliary_losses import Objective
     from fastprice.training.callbacks import TrainingEvent
@@ -315,7 +315,7 @@ class PriceEstimator(PricePredictor, RegressorMixin, BaseEstimator):  # type: ig
         if hasattr(self, "_model"):
             del self._model
 
-    def _load_base(self, engine: Engine, method: Method) -> Loaded:
+    def _load_base(self, engine: Engine, method: Method) -> LoadedModel:
         """The base, as a plan for `max_memory` says where that is given; sets `plan_` and `_streaming`."""
         self._drop_model()
         max_tokens = self.max_tokens + _WRAPPER_TOKENS

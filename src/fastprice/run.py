@@ -122,7 +122,7 @@ def run(config: RunConfig, console: Console) -> RunResult:
     # torch comes in only now: everything above fails fast.
     from fastprice.estimator import PriceEstimator
     from fastprice.models.base_models import load_config
-    from fastprice.models.engine import choose_engine
+    from fastprice.models.engine_choice import choose_engine
 
     choose_engine(config.model.engine)
     load_config(config.model.base)

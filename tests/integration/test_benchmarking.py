@@ -17,6 +17,7 @@ from fastprice.benchmarking.comparison import Comparison, run_comparison
 from fastprice.benchmarking.models import model_config, random_nf4_model, save_model, seed_adapters
 from fastprice.benchmarking.suite import Plan, run_suite
 from fastprice.benchmarking.worker import MARK, main
+from fastprice.models.peft_engine import settle_four_bit
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="runs the CPU's side; on a GPU: python -m benchmarks.gpu"),
@@ -59,6 +60,7 @@ def test_a_saved_model_is_loaded_bit_for_bit(folder: str) -> None:
 
     made = random_nf4_model(model_config("nano", layers=2), "cpu", torch.float32)
     loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    settle_four_bit(loaded, torch.float32)
     ids = torch.randint(16, 2048, (2, 30), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         truth, logits = made(input_ids=ids).logits, loaded(input_ids=ids).logits

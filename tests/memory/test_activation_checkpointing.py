@@ -20,8 +20,8 @@ from fastprice.models.packed_attention import PACKED_ATTENTION, register_packed_
 
 LAYERS = 4
 COMMON = {
-    "vocab_size": 97, "hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": LAYERS,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64,
+    "vocab_size": 97, "hidden_size": 40, "intermediate_size": 56, "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 10, "max_position_embeddings": 64,
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -29,7 +29,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {},
     "qwen3": {},
     "mistral": {"sliding_window": None},
-    "gemma2": {"query_pre_attn_scalar": 8, "attn_logit_softcapping": 50.0},
+    "gemma2": {"query_pre_attn_scalar": 10, "attn_logit_softcapping": 50.0},
 }
 PLANS = {level: (level,) * LAYERS for level in LEVELS} | {
     "mixed": ("host", "input", "costly", "all"),

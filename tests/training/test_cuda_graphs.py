@@ -98,7 +98,7 @@ def test_every_pack_fits_the_smallest_shape(lengths: list[int]) -> None:
     assert shape.tokens <= 64
     for pack in packs:
         batch = collator([pack])
-        borders, positions, labels = batch["pack_borders"], batch["label_positions"], batch["labels"][0]
+        borders, positions, labels = batch["cu_seqlens"], batch["label_positions"], batch["labels"][0]
         assert batch["input_ids"].shape == batch["labels"].shape == batch["position_ids"].shape == (1, shape.tokens)
         assert borders.shape == (shape.texts + 1,)
         assert positions.shape == (shape.labels,)
@@ -115,9 +115,9 @@ def test_every_pack_fits_the_smallest_shape(lengths: list[int]) -> None:
 def test_a_pack_that_the_shape_does_not_hold_is_refused() -> None:
     packs = pack_rows(rows_of(LENGTHS), 30)
     shape = StaticShape.of(packs)
-    with pytest.raises(ConfigError, match="does not fit StaticShape"):
+    with pytest.raises(ConfigError, match="exceeds the static shape StaticShape"):
         PackCollator(static=shape)(packs)
-    with pytest.raises(ConfigError, match="labeled positions does not fit"):
+    with pytest.raises(ConfigError, match="labeled positions exceeds"):
         PackCollator(static=StaticShape(shape.tokens, shape.texts, 1, shape.longest))(packs[:1])
 
 
@@ -278,8 +278,8 @@ def test_a_batch_of_another_shape_is_refused() -> None:
     graphed(first)
     with pytest.raises(ValueError, match=r"labels is \(1, 4\) torch.int64, the recorded step takes \(1, 32\)"):
         graphed({**second, "labels": torch.zeros(1, 4, dtype=torch.long)})
-    with pytest.raises(ValueError, match="pack_longest is 3, the recorded step takes 13"):
-        graphed({**second, "pack_longest": 3})
+    with pytest.raises(ValueError, match="max_seqlen is 3, the recorded step takes 13"):
+        graphed({**second, "max_seqlen": 3})
     with pytest.raises(ValueError, match="the batch has"):
         graphed({"labels": second["labels"]})
 

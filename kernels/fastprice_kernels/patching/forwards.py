@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastprice_kernels.ops.lora import Projection, lora_mlp, lora_projections
+from fastprice_kernels.patching.cpu_faults import is_at_risk
 from fastprice_kernels.patching.last_layer import PATCH
 from fastprice_kernels.patching.layers import Layer, hooked, read, together
 
@@ -111,7 +112,10 @@ def layers_for(patch: Patch, x: Tensor, reads: Sequence[Layer | str | None]) -> 
                 warnings.warn(f"fastprice_kernels goes back to the stock path: {reason}", stacklevel=4)
         return None
     decodes = not torch.is_grad_enabled() and x.numel() <= _DECODE_ROWS * x.shape[-1]
-    return None if decodes and layers[0].projection.quant_state is not None else layers
+    states = [layer.projection.quant_state for layer in layers]
+    if not decodes or states[0] is None or (not x.is_cuda and any(map(is_at_risk, states))):
+        return layers
+    return None
 
 
 def run(function: Callable[..., Any], x: Tensor, layers: Sequence[Layer], **options: Any) -> tuple[Tensor, ...]:

@@ -34,8 +34,8 @@ from typing import Any
 
 from torch import nn
 
+from fastprice_kernels.patching import cpu_faults, unsloth_functions
 from fastprice_kernels.patching import last_layer as heads
-from fastprice_kernels.patching import unsloth_functions
 from fastprice_kernels.patching.forwards import (
     Installation,
     InstallReport,
@@ -76,8 +76,12 @@ def install(
 
     Installing again changes nothing, or the options. Layers that stay stock are in the report, and in one warning.
 
+    While the kernels are in, no 4-bit layer, stock or not, is repacked by bitsandbytes for inference on a CPU. Layers
+    that an evaluation has repacked before are unpacked, with a warning: their scales stay rounded to bf16.
+
     Raises:
         ValueError: `last_layer` without `loss_head`.
+        RuntimeError: repacked 4-bit layers whose layout is another than that of bitsandbytes 0.50.2.
         RuntimeError: an Unsloth whose functions have another shape than the ones this was written for.
     """
     if last_layer and not loss_head:
@@ -88,7 +92,12 @@ def install(
         if before.options == options:
             return before.report
         uninstall(model)
-    made = Installation(options)
+    repacked = [module for module in model.modules() if cpu_faults.is_repacked(module)]
+    for layer in repacked:
+        cpu_faults.unpack(layer)
+    if repacked:
+        warnings.warn(cpu_faults.unpacked_warning(len(repacked)), stacklevel=2)
+    made = Installation(options, spared=cpu_faults.spare(model))
     done: set[nn.Module] = set()
     if unsloth_functions.is_unsloth(model):
         _install_unsloth(model, made, done)
@@ -163,7 +172,6 @@ def _install_layers(model: nn.Module, made: Installation, done: set[nn.Module]) 
         for name, module in zip(names, modules, strict=True):
             _replace(made, [name], module, "forward", MethodType(forward, module), patch, kernel)
             done.update(module.modules())
-            _spare_weights(made, module)
 
     for name, module, children in named:
         if module in done or any(child in done for child in children.values()):
@@ -190,12 +198,22 @@ def _install_layers(model: nn.Module, made: Installation, done: set[nn.Module]) 
         elif isinstance(found, Layer):
             take([name], [module], linear_forward, Patch(made, _around(model, name)), "lora_linear")
         else:
-            made.report.kept[name] = found or "an adapter that is merged or switched off"
+            reason = found or "an adapter that is merged or switched off"
+            made.report.kept[name] = reason + _stock_fault(module)
         done.update(module.modules())  # a base layer is no candidate of its own
 
 
 def _is_replaced(module: nn.Module) -> bool:
     return "forward" in module.__dict__
+
+
+def _stock_fault(module: nn.Module) -> str:
+    """What is wrong with the stock path of a layer that stays on it, to be added to the reason."""
+    weight: Any = getattr(getattr(module, "base_layer", module), "weight", None)
+    state = getattr(weight, "quant_state", None)
+    if state is None or weight.device.type != "cpu" or cpu_faults.stock_is_exact(state.shape[-1], state.blocksize):
+        return ""
+    return f" (and bitsandbytes computes rows of {state.shape[-1]} 4-bit weights with wrong scales on this CPU)"
 
 
 def _is_lora_mlp(module: nn.Module, parts: Sequence[nn.Module]) -> bool:
@@ -225,15 +243,6 @@ def _replace(
     made.attributes.append((module, attribute, module.__dict__.get(attribute), ours))
     module.__dict__[attribute], module.__dict__[PATCH] = ours, patch
     made.report.replaced.update(dict.fromkeys(names, kernel))
-
-
-def _spare_weights(made: Installation, module: nn.Module) -> None:
-    """Stops bitsandbytes from repacking 4-bit weights in place when a model is evaluated on a CPU with AVX512-BF16:
-    only its inference kernel reads what it leaves there, and training would go on with wrong weights."""
-    for part in module.modules():
-        if getattr(part, "support_avx512bf16_for_cpu", False):
-            part.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
-            made.spared.append(part)
 
 
 def _install_head(model: nn.Module, made: Installation) -> None:

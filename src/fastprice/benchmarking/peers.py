@@ -169,7 +169,7 @@ def _run_fastprice(
     peer: str, folder: str, rows: Sequence[TrainingRow], probe: Probe, settings: dict[str, Any],
     *, tokens: int, batch: int, rank: int,
 ) -> None:  # fmt: skip
-    from fastprice.models.engine import choose_engine
+    from fastprice.models.engine_choice import choose_engine
 
     engine = choose_engine("unsloth" if peer == "unsloth-kernels" else "peft")
     with probe.loading():

@@ -37,7 +37,7 @@ def compare_prediction(folder: str, *, items: int, batch: int, seconds: float) -
     prompts: the probability found, and where the medians lie. A red check gives no ratio.
     """
     from fastprice.inference.price_decoder import QUICK, PriceDecoder
-    from fastprice.models.engine import choose_engine
+    from fastprice.models.engine_choice import choose_engine
 
     engine = choose_engine("peft")
     loaded = engine.load_base(folder, method="qlora", max_tokens=512)

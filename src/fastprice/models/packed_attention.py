@@ -1,12 +1,12 @@
 """Causal attention within each text of a pack, as one of transformers' attention implementations.
 
-On CUDA: xformers' memory-efficient attention under a `BlockDiagonalCausalMask` where xformers loads and takes the
-inputs, else PyTorch's `varlen_attn` (Flash Attention). On a CPU, and for soft-capped scores (Gemma 2), which neither of
-them offers with a backward pass: one call a text, which still beats a padded batch, as that would compute the padding.
+On CUDA: xformers' memory-efficient attention under a `BlockDiagonalCausalMask` where xformers has a kernel for the
+inputs, else PyTorch's `varlen_attn` (Flash Attention). On a CPU, and for soft-capped scores (Gemma 2), for which neither
+has a backward pass: one call a text, which still beats a padded batch, where the padding would be computed too.
 
-Packs of one static shape (packing.py) bring the texts' borders as a tensor on the device, whose values the host never
-reads, and so go to `varlen_attn`, which takes them like that: a `BlockDiagonalCausalMask` is built from lengths on the
-host, which a CUDA graph would freeze. On a CPU they go through one masked call over the whole pack.
+Packs of one static shape (`fastprice.prompts.packing.StaticShape`) carry `cu_seqlens` as a device tensor whose values
+the host never reads, so they go to `varlen_attn`: a `BlockDiagonalCausalMask` is built from lengths on the host, which a
+CUDA graph would freeze. On a CPU they go through one masked call over the whole pack.
 
 Legend: T tokens of the pack, H query heads, G key heads, D head dimension. q is (1, H, T, D); k, v are (1, G, T, D).
 """
@@ -31,7 +31,7 @@ PACKED_ATTENTION = "fastprice_packed"
 
 
 def register_packed_attention() -> None:
-    """Makes `PACKED_ATTENTION` known to transformers; `model.set_attn_implementation(PACKED_ATTENTION)` then uses it.
+    """Registers `PACKED_ATTENTION` with transformers; `model.set_attn_implementation(PACKED_ATTENTION)` selects it.
 
     No mask function is registered under that name, so transformers builds no (T, T) mask.
     """
@@ -48,8 +48,8 @@ def packed_attention(
     attention_mask: Tensor | None,
     *,
     pack_lengths: tuple[int, ...] | None = None,
-    pack_borders: Tensor | None = None,
-    pack_longest: int = 0,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int = 0,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -58,30 +58,30 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """Attention in transformers' interface: q, k, v as in the legend; returns ((1, T, H, D), None).
 
-    `pack_lengths` are the tokens of each text, adding up to T; `sliding_window` counts the query's own position. A pack
-    of one static shape has `pack_borders` instead, int32 (texts + 1,) from 0 to T, no text above `pack_longest` tokens.
-    Raises ConfigError without lengths: attention over a whole pack would be silently wrong.
+    `pack_lengths` are the tokens of each text, adding up to T; `sliding_window` includes the query's own position. A
+    pack of one static shape has `cu_seqlens` instead: int32 (texts + 1,) from 0 to T, no text above `max_seqlen` tokens.
+    Raises ConfigError without either: attention over a whole pack would be silently wrong.
     """
-    if pack_borders is not None:
+    if cu_seqlens is not None:
         if softcap is not None or dropout:
             raise ConfigError(
-                "packs of one static shape: this model caps or drops attention scores; cuda_graphs='off' trains it"
+                "packs of one static shape: this model caps or drops attention scores; use cuda_graphs='off'"
             )
-        window = None if sliding_window is None or pack_longest <= sliding_window else sliding_window
+        window = None if sliding_window is None or max_seqlen <= sliding_window else sliding_window
         if query.is_cuda:
-            return _varlen_attention(query, key, value, pack_borders, pack_longest, scaling, window), None
-        return _masked_attention(query, key, value, pack_borders, scaling, window), None
+            return _varlen_attention(query, key, value, cu_seqlens, max_seqlen, scaling, window), None
+        return _masked_attention(query, key, value, cu_seqlens, scaling, window), None
     if pack_lengths is None:
         raise ConfigError(
             "packed attention was called without pack_lengths: collate batches with fastprice.prompts.packing.PackCollator"
         )
     window = None if sliding_window is None or max(pack_lengths) <= sliding_window else sliding_window
-    way = "texts" if softcap is not None or dropout else backend(query.device.type, query.dtype)
-    if way == "xformers":
+    chosen = "texts" if softcap is not None or dropout else backend(query.device.type, query.dtype)
+    if chosen == "xformers":
         return _xformers_attention(query, key, value, pack_lengths, scaling, window), None
-    if way == "varlen":
-        borders = _borders(pack_lengths, query.device)
-        return _varlen_attention(query, key, value, borders, max(pack_lengths), scaling, window), None
+    if chosen == "varlen":
+        offsets = _cu_seqlens(pack_lengths, query.device)
+        return _varlen_attention(query, key, value, offsets, max(pack_lengths), scaling, window), None
     outputs = [
         _text_attention(q, k, v, scaling=scaling, dropout=dropout, window=window, softcap=softcap)
         for q, k, v in zip(
@@ -96,10 +96,10 @@ def packed_attention(
 
 @cache
 def backend(device: str, dtype: torch.dtype) -> str:
-    """ "xformers", "varlen" or "texts" (one call a text): what serves packs on this device in this dtype.
+    """ "xformers", "varlen" or "texts" (one call a text): the attention of packs on this device in this dtype.
 
-    A backend is taken only after it ran forward and backward on a tiny input here: xformers may import without having
-    a kernel for the card or the PyTorch at hand, and Flash Attention needs compute capability 8.0.
+    A backend is chosen only after it ran forward and backward on a tiny input: xformers may import without a kernel
+    for this card or this PyTorch, and Flash Attention needs compute capability 8.0.
     """
     if device != "cuda" or dtype not in (torch.float16, torch.bfloat16):
         return "texts"
@@ -113,8 +113,8 @@ def varlen_works(device: str, dtype: torch.dtype) -> bool:
     """Whether PyTorch's `varlen_attn` runs forward and backward on this device in this dtype."""
     if device != "cuda" or dtype not in (torch.float16, torch.bfloat16):
         return False
-    borders = _borders((8, 8), torch.device(device))
-    return _works(lambda x: _varlen_attention(x, x[:, :1], x[:, :1], borders, 8, None, None), device, dtype)
+    offsets = _cu_seqlens((8, 8), torch.device(device))
+    return _works(lambda x: _varlen_attention(x, x[:, :1], x[:, :1], offsets, 8, None, None), device, dtype)
 
 
 def _works(attention: Callable[[Tensor], Tensor], device: str, dtype: torch.dtype) -> bool:
@@ -142,7 +142,7 @@ def _xformers_attention(
 
 @lru_cache(maxsize=8)
 def _block_mask(lengths: tuple[int, ...], window: int | None) -> Any:
-    """xformers' mask for texts of these lengths; every layer of a step asks for the same one or two."""
+    """xformers' mask for texts of these lengths; all layers of a step share one or two."""
     from xformers.ops.fmha.attn_bias import BlockDiagonalCausalMask
 
     mask = BlockDiagonalCausalMask.from_seqlens(list(lengths))
@@ -153,8 +153,8 @@ def _varlen_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    borders: Tensor,
-    longest: int,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
     scaling: float | None,
     window: int | None,
 ) -> Tensor:
@@ -167,30 +167,30 @@ def _varlen_attention(
             options["enable_gqa"] = True
         else:
             k, v = (side.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for side in (k, v))
-    output = varlen_attn(q, k, v, borders, borders, longest, longest, **options)
-    assert isinstance(output, Tensor)  # a tuple only where auxiliary outputs are asked for
+    output = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **options)
+    assert isinstance(output, Tensor)  # a tuple only with auxiliary outputs
     return output[None]
 
 
 @cache
 def _varlen_groups() -> bool:
-    """Whether this PyTorch's `varlen_attn` knows grouped heads (2.12 does)."""
+    """Whether this PyTorch's `varlen_attn` takes grouped heads (from 2.12 on)."""
     from torch.nn.attention.varlen import varlen_attn
 
     return "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 @lru_cache(maxsize=8)
-def _borders(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+def _cu_seqlens(lengths: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
 
 
 def _masked_attention(
-    query: Tensor, key: Tensor, value: Tensor, borders: Tensor, scaling: float | None, window: int | None
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, scaling: float | None, window: int | None
 ) -> Tensor:
-    """Attention over a whole pack under a (T, T) mask, (1, T, H, D) out; never reads `borders` on the host."""
+    """Attention over a whole pack under a (T, T) mask, (1, T, H, D) out; never reads `cu_seqlens` on the host."""
     at = torch.arange(query.shape[2], device=query.device)
-    text = torch.searchsorted(borders, at.to(borders.dtype), right=True)
+    text = torch.searchsorted(cu_seqlens, at.to(cu_seqlens.dtype), right=True)
     allowed = (text[:, None] == text[None, :]) & (at[:, None] >= at[None, :])
     if window is not None:
         allowed = allowed & (at[:, None] - at[None, :] < window)

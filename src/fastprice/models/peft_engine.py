@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
+from fastprice.errors import ConfigError
 from fastprice.models.adapters import Method, lora_config
 from fastprice.models.base_models import base_error, load_config, load_tokenizer, resolve_base
-from fastprice.models.engine import Loaded
+from fastprice.models.engine import LoadedModel
 from fastprice.models.families import lora_targets
 from fastprice.models.packed_attention import PACKED_ATTENTION, register_packed_attention
 from fastprice.models.parts import plain_model
@@ -24,10 +25,12 @@ class PeftEngine:
     name = "peft"
     takes_masks = True
 
-    def load_base(self, base: str, *, method: Method, max_tokens: int) -> Loaded:
+    def load_base(self, base: str, *, method: Method, max_tokens: int) -> LoadedModel:
         """The base in NF4 with double quantization for "qlora" (Dettmers et al., 2023), else in its compute dtype.
 
-        Compute dtype: bf16 on CUDA cards that have it, fp16 on those that do not, fp32 on a CPU.
+        Compute dtype: bf16 on CUDA cards that have it, fp16 on those that do not, fp32 on a CPU. A base that is in
+        4 bits already stays so, for "lora" too; its weights cannot train, so "full" raises ConfigError. So do widths
+        that bitsandbytes computes wrongly on this CPU.
         """
         from transformers import AutoModelForCausalLM, BitsAndBytesConfig
         from transformers.utils import logging
@@ -51,11 +54,13 @@ class PeftEngine:
             model = AutoModelForCausalLM.from_pretrained(folder, **options)
         except (OSError, ValueError, KeyError) as error:
             raise base_error(base, "weights", error) from error
-        if method == "qlora":
+        if getattr(model, "is_loaded_in_4bit", False):
+            if method == "full":
+                raise ConfigError(f"method: 'full' trains all weights, those of {base!r} are in 4 bits; use 'qlora'")
             settle_four_bit(model, dtype)
         if model.config.pad_token_id is None:
             model.config.pad_token_id = tokenizer.pad_token_id
-        return Loaded(model, tokenizer, folder)
+        return LoadedModel(model, tokenizer, folder)
 
     def attach(self, model: Any, *, method: Method, rank: int, alpha: float, dropout: float, seed: int) -> Any:
         """Fresh adapters in fp32 on every linear layer of the decoder, or every weight trainable for "full"."""
@@ -100,11 +105,23 @@ def settle_four_bit(model: Any, dtype: torch.dtype) -> None:
 
     It does so at the first forward in eval mode without gradients, and backward then reads the new layout as the old:
     after the first evaluation, training would go on with wrong gradients (bitsandbytes 0.50.2).
+
+    Raises ConfigError where bitsandbytes would compute with wrong weights: on a CPU with AVX-512, layers whose rows are
+    a multiple of 16 but not of the quantization block (0.50.2).
     """
     import bitsandbytes
 
-    for module in model.modules():
+    from fastprice_kernels.patching.cpu_faults import stock_is_exact
+
+    for name, module in model.named_modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
+            columns, blocksize = module.in_features, module.weight.quant_state.blocksize
+            if not torch.cuda.is_available() and not stock_is_exact(columns, blocksize):
+                raise ConfigError(
+                    f"method: on this CPU bitsandbytes computes with wrong weights where rows of 4-bit layers are no "
+                    f"multiple of the block of {blocksize}: {name} has rows of {columns}; use method='lora' with a "
+                    "base that is not in 4 bits, or a CUDA device"
+                )
             module.support_avx512bf16_for_cpu = False
             module.compute_dtype = module.weight.quant_state.dtype = dtype
             module.compute_type_is_set = True

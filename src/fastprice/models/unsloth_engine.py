@@ -20,7 +20,7 @@ from unsloth import FastLanguageModel
 from fastprice.errors import ConfigError
 from fastprice.models.adapters import Method
 from fastprice.models.base_models import base_error, load_tokenizer, resolve_base
-from fastprice.models.engine import Loaded
+from fastprice.models.engine import LoadedModel
 from fastprice.models.families import lora_targets
 from fastprice.prompts.packing import PackCollator
 
@@ -44,7 +44,7 @@ class UnslothEngine:
     # Its inference path builds its own masks: nobody has seen it take one a node. A dense copy of its weights does.
     takes_masks = False
 
-    def load_base(self, base: str, *, method: Method, max_tokens: int) -> Loaded:
+    def load_base(self, base: str, *, method: Method, max_tokens: int) -> LoadedModel:
         if method == "full":
             raise ConfigError("method: 'full' trains every weight, which the unsloth engine here does not; use 'peft'")
         folder = resolve_base(base)
@@ -60,7 +60,7 @@ class UnslothEngine:
             raise base_error(base, "weights", error) from error
         self._max_tokens = max_tokens
         # Unsloth may swap the tokenizer's special tokens; prompts must be tokenized alike on every engine.
-        return Loaded(model, load_tokenizer(base), folder)
+        return LoadedModel(model, load_tokenizer(base), folder)
 
     def attach(self, model: Any, *, method: Method, rank: int, alpha: float, dropout: float, seed: int) -> Any:
         return FastLanguageModel.get_peft_model(

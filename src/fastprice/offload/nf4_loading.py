@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from fastprice.errors import BaseModelError, ConfigError
 from fastprice.models.base_models import load_config, load_tokenizer, resolve_base
-from fastprice.models.engine import Loaded
+from fastprice.models.engine import LoadedModel
 from fastprice.models.peft_engine import compute_dtype, settle_four_bit
 from fastprice.offload.host_embedding import has_own_table
 from fastprice.offload.host_layer import HostLayer, decoder_layers, frozen_linears
@@ -35,7 +35,7 @@ BLOCK = 64
 _PIECE = {"cpu": 1 << 18, "cuda": 1 << 27}  # weights quantized at once: bitsandbytes' CPU form takes 20 bytes for each
 
 
-def load_streamed(base: str, streamed_layers: int | Sequence[int], *, slots: int = 2) -> tuple[Loaded, Streaming]:
+def load_streamed(base: str, streamed_layers: int | Sequence[int], *, slots: int = 2) -> tuple[LoadedModel, Streaming]:
     """`base` in NF4 on this machine's device, with so many (or those) decoder layers streamed from the host.
 
     The streamed layers' weights never lie on the device as a whole. An embedding with a table of its own stays on the
@@ -47,7 +47,7 @@ def load_streamed(base: str, streamed_layers: int | Sequence[int], *, slots: int
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     streaming = Streaming(model, hosts, slots=slots, boundary=boundary, host_embedding=has_own_table(model))
-    return Loaded(model, tokenizer, resolve_base(base)), streaming
+    return LoadedModel(model, tokenizer, resolve_base(base)), streaming
 
 
 def load_nf4(

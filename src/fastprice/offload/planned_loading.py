@@ -9,7 +9,7 @@ from fastprice.memory.estimate import STREAM_SLOTS
 from fastprice.memory.planner import LEAST_TOKENS, Plan, make_plan
 from fastprice.models.adapters import Method
 from fastprice.models.base_models import load_config
-from fastprice.models.engine import Engine, Loaded
+from fastprice.models.engine import Engine, LoadedModel
 from fastprice.offload.layer_offload import Streaming
 from fastprice.offload.nf4_loading import load_streamed
 
@@ -20,7 +20,7 @@ __all__ = ["Planned", "load_planned"]
 class Planned:
     """A loaded base, the plan it follows, and the streaming of its layers (None where all are resident)."""
 
-    loaded: Loaded
+    loaded: LoadedModel
     plan: Plan
     streaming: Streaming | None
 

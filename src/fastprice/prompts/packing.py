@@ -1,17 +1,15 @@
-"""Packs: many short texts in one row of tokens, with no padding, and no text that sees another.
+"""Packing: many short texts in one row of tokens, without padding, and their collator.
 
-Price texts are short (about 100-180 tokens) and uneven, so a padded batch computes a third or more of its positions for
-nothing. Here the texts of a micro-batch are laid end to end in one row of T tokens, position ids restart at each text,
-and attention runs within each text alone (attention.py).
+Price texts are short (about 100-180 tokens) and uneven: in a padded batch a third or more of the positions are padding.
+Here the texts of a micro-batch are concatenated into one row of T tokens, position ids restart at each text, and
+attention stays within each text (`fastprice.models.packed_attention`). Rows are shuffled, then packed by best-fit-
+decreasing (Johnson, 1973; "bfd" in TRL) within windows of a few hundred rows: over the whole set, texts of equal length,
+and so of like content, would share an optimizer step. The emptiest pack of a window is reopened with the next window,
+which fills packs to 98-99 % instead of 96-97 % (4,000 synthetic items, packs of 1,024 to 4,096 tokens).
 
-Rows are shuffled, then filled best-fit-decreasing (Johnson 1973; TRL calls it "bfd") within windows of a few hundred
-rows. Best fit over the whole set would put texts of equal length, and so of like content, into one optimizer step. The
-emptiest pack of a window is opened again with the next one: 98 to 99 % full instead of 96 to 97 % (4,000 items of the
-synthetic catalogue, packs of 1,024 to 4,096 tokens).
-
-Packs of one static shape (`StaticShape`), for CUDA graphs: the row is filled up to T tokens with texts of padding that
-nobody else sees and that carry no label, the borders of texts and the labeled positions with entries that mean
-nothing. All packs of a run are known before it starts, so the shape is the smallest that holds every one of them.
+CUDA graphs need packs of one static shape (`StaticShape`): padding texts without labels fill the row up to T tokens, and
+padding entries fill `cu_seqlens` and the labeled positions. All packs of a run are known before it starts, so the shape
+is the smallest that holds every one of them.
 """
 
 from __future__ import annotations
@@ -36,7 +34,7 @@ _WINDOW = 512  # rows shuffled together before they are fitted
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Indices of `lengths` (tokens) in groups of at most `capacity` tokens, each index in exactly one group.
 
-    A length above `capacity` raises ConfigError: nothing is cut here.
+    Raises ConfigError for a length above `capacity`: rows are never truncated here.
     """
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     if order and lengths[order[0]] > capacity:
@@ -93,8 +91,8 @@ def pack_rows(rows: Sequence[TrainingRow], capacity: int, seed: int = 0) -> list
 class StaticShape:
     """One shape for every pack of a run.
 
-    tokens: of the row; texts: borders there are for, padding counted in texts of at most `longest` tokens; labels: that
-    are predicted; longest: tokens of the longest text.
+    tokens: of the row; texts: that `cu_seqlens` has room for, padding being split into texts of at most `longest`
+    tokens; labels: labeled positions; longest: tokens of the longest text.
     """
 
     tokens: int
@@ -112,16 +110,16 @@ class StaticShape:
         return cls(tokens, texts, max(labels for _, labels in sizes), longest)
 
     def pad(self, lengths: list[int]) -> list[int]:
-        """`lengths` and those of the padding, zeros last: `texts` numbers that add up to `tokens`.
+        """`lengths` followed by those of the padding texts, zeros last: `texts` numbers that add up to `tokens`.
 
-        Raises ConfigError for a pack that the shape does not hold.
+        Raises ConfigError for a pack that exceeds the shape.
         """
         padded = list(lengths)
         while sum(padded) < self.tokens:
             padded.append(min(self.longest, self.tokens - sum(padded)))
         if max(lengths) > self.longest or sum(padded) > self.tokens or len(padded) > self.texts:
-            told = f"{len(lengths)} texts, {sum(lengths)} tokens, the longest {max(lengths)}"
-            raise ConfigError(f"a pack of {told}, does not fit {self}")
+            size = f"{len(lengths)} texts, {sum(lengths)} tokens, the longest {max(lengths)}"
+            raise ConfigError(f"a pack of {size}, exceeds the static shape {self}")
         return padded + [0] * (self.texts - len(padded))
 
 
@@ -133,14 +131,14 @@ def _predicting(labels: Sequence[int], lengths: Sequence[int]) -> list[int]:
 
 @dataclass(frozen=True)
 class PackCollator:
-    """Lays the packs of a micro-batch end to end in one row: `input_ids`, `labels`, `position_ids` of shape (1, T).
+    """Concatenates the packs of a micro-batch into one row: `input_ids`, `labels`, `position_ids` of shape (1, T).
 
-    The lengths of the texts travel beside them under `lengths_key`, where the engine's attention looks for them: a
-    tuple of ints for our own attention, an int32 tensor for Unsloth (`packed_seq_lengths`).
+    The lengths of the texts go under `lengths_key`, where the engine's attention reads them: a tuple of ints for our
+    own attention, an int32 tensor for Unsloth (`packed_seq_lengths`).
 
-    positions   also the labeled positions, `label_positions` of int64 (M,), so that the loss need not look for them
-    static      that shape for every batch, which implies `positions`: M is its `labels`, and attention finds the texts
-                by `pack_borders`, int32 (texts + 1,), and `pack_longest`. ConfigError for a batch it cannot hold.
+    positions   add the labeled positions, `label_positions` of int64 (M,), so that the loss need not search for them
+    static      pad every batch to this shape, which implies `positions`: M is its `labels`, and attention gets the texts
+                as `cu_seqlens`, int32 (texts + 1,), and `max_seqlen`. ConfigError for a batch that exceeds it.
     """
 
     lengths_key: str = "pack_lengths"
@@ -153,7 +151,7 @@ class PackCollator:
         ids = [token for pack in packs for token in pack["input_ids"]]
         labels = [label for pack in packs for label in pack["labels"]]
         for start in accumulate(lengths[:-1], initial=0):
-            labels[start] = IGNORE  # the last token of one text must never be asked for the first of the next
+            labels[start] = IGNORE  # the last token of a text must not predict the first of the next
         predicting = _predicting(labels, lengths) if self.positions or self.static else []
         batch: dict[str, Any] = {
             self.lengths_key: torch.tensor(lengths, dtype=torch.int32) if self.as_tensor else tuple(lengths)
@@ -162,11 +160,11 @@ class PackCollator:
             shape, spare = self.static, self.static.tokens - len(ids)
             lengths = shape.pad(lengths)
             if len(predicting) > shape.labels:
-                raise ConfigError(f"a pack of {len(predicting)} labeled positions does not fit {shape}")
+                raise ConfigError(f"a pack of {len(predicting)} labeled positions exceeds the static shape {shape}")
             ids, labels = ids + [0] * spare, labels + [IGNORE] * spare
             predicting = predicting + [shape.tokens - 1] * (shape.labels - len(predicting))  # the last predicts nothing
-            batch["pack_borders"] = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
-            batch["pack_longest"] = shape.longest
+            batch["cu_seqlens"] = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+            batch["max_seqlen"] = shape.longest
         if self.positions or self.static:
             batch["label_positions"] = torch.tensor(predicting, dtype=torch.long)
         return batch | {

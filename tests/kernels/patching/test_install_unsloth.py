@@ -9,7 +9,7 @@ from types import MethodType, ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from tests.kernels.adapted_models import LAYERS, WIDTH, assert_close, batch, gradients, make
+from tests.kernels.adapted_models import HEAD_WIDTH, LAYERS, WIDTH, assert_close, batch, gradients, make
 from torch import nn
 
 from fastprice_kernels.patching import last_layer as heads
@@ -98,7 +98,7 @@ def unsloth_model(modules, **options) -> nn.Module:
         mlp.forward = MethodType(names.apply_lora_mlp_swiglu, mlp)
 
         def attend(x, a=attention, **kwargs):
-            q, k, v = (part.view(*x.shape[:-1], -1, 8).transpose(1, 2) for part in a.apply_qkv(a, x))
+            q, k, v = (part.view(*x.shape[:-1], -1, HEAD_WIDTH).transpose(1, 2) for part in a.apply_qkv(a, x))
             y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
             return a.apply_o(a, y.transpose(1, 2).flatten(2)), None
 

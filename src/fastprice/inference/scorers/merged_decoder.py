@@ -299,7 +299,11 @@ def _is_known(plain: Any) -> bool:
 def _readable(linear: Any) -> bool:
     """Whether `_dense` knows what `linear` computes: a plain or 4-bit layer, with any number of plain LoRA adapters."""
     if not hasattr(linear, "base_layer"):
-        return type(linear) is nn.Linear or getattr(linear.weight, "quant_state", None) is not None
+        state = getattr(linear.weight, "quant_state", None)
+        # bitsandbytes repacks weights in place on some CPUs, see `settle_four_bit`.
+        return type(linear) is nn.Linear or (
+            state is not None and state.quant_type == "nf4" and not getattr(state, "packing_format_for_cpu", False)
+        )
     if type(linear).__qualname__ not in ("Linear", "Linear4bit") or not hasattr(linear, "lora_A"):
         return False
     return (
@@ -328,10 +332,11 @@ def _dense(linear: Any) -> _Linear:
     state = getattr(linear.weight, "quant_state", None)
     if state is None:
         return _Linear(linear.weight.detach(), bias)
-    from bitsandbytes.functional import dequantize_4bit
+    from fastprice_kernels import dequantize_nf4
 
-    dtype = linear.compute_dtype or state.dtype
-    return _Linear(dequantize_4bit(linear.weight.data, state).to(dtype), bias)
+    # Not bitsandbytes' own function: on CPUs with AVX-512 it takes wrong scales for some widths.
+    dense = dequantize_nf4(linear.weight.data.view(torch.uint8), state)
+    return _Linear(dense.to(linear.compute_dtype or state.dtype), bias)
 
 
 def _transposed(linear: _Linear) -> _Linear:
