@@ -41,7 +41,6 @@ def cpu_kind(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
-
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of real data and models beside the checkout; tests that want it are skipped without it."""

@@ -1,4 +1,4 @@
-"""A saved estimator: one folder with the settings, the adapter or the whole model, and a head's weights."""
+"""A saved estimator: one folder with its settings, the adapter or the whole model, and a price head's weights."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ MODEL = "model"
 
 
 def write_folder(folder: str | os.PathLike[str], manifest: dict[str, Any], write: Callable[[Path], object]) -> Path:
-    """`folder` with what `write` puts there and its manifest: it appears whole or not at all.
+    """Writes `folder`: the manifest, and the files that `write` puts there. It appears complete or not at all.
 
-    An older save in it is replaced; any other non-empty folder is refused with ConfigError.
+    An older saved estimator in it is replaced; any other non-empty folder is refused with ConfigError.
     """
     target = Path(folder)
     if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not (target / MANIFEST).is_file())):
@@ -43,7 +43,7 @@ def write_folder(folder: str | os.PathLike[str], manifest: dict[str, Any], write
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of the saved estimator in `folder`; BaseModelError for another folder, format or damage."""
+    """The manifest of the saved estimator in `folder`; BaseModelError for another folder, another format, or damage."""
     path = folder / MANIFEST
     if not path.is_file():
         raise BaseModelError(
