@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import wraps
 from inspect import signature
 from pathlib import Path
@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from sklearn.base import BaseEstimator, RegressorMixin
 
-from fastprice.config import PROMPT_TOKENS, EstimatorConfig, check_params, describe_parameters
+from fastprice.config import PROMPT_TOKENS, EstimatorConfig, TrainConfig, check_params, describe_parameters
 from fastprice.data.inputs import draw_items, price_of, training_items
 from fastprice.data.items import Item
 from fastprice.errors import BaseModelError, ConfigError, DataError, NotFittedError, nearest_name
@@ -28,10 +28,10 @@ from fastprice.prompts.template import encode_rows
 
 if TYPE_CHECKING:
     from fastprice.inference.price_heads import PriceHead
-    from fastprice.memory import Plan
+    from fastprice.memory import MemoryPlan
     from fastprice.models.engine import Engine, LoadedModel
-    from fastprice.offload import Streaming
-    from fastprice.training.auxiliary_losses import Objective
+    from fastprice.offload import LayerOffload
+    from fastprice.training.auxiliary_losses import AuxiliaryLosses
     from fastprice.training.callbacks import TrainingEvent
     from fastprice.training.train import TrainingResult
 
@@ -74,7 +74,7 @@ class PriceEstimator(EstimatorConfig, PricePredictor, RegressorMixin, BaseEstima
     training_        fastprice.training.train.TrainingResult
     cut_             number of training texts that were shortened to `max_tokens`
     calibration_     fastprice.inference.conformal.Calibration of the intervals; None without validation items
-    plan_            fastprice.memory.Plan; None without `max_memory`
+    plan_            fastprice.memory.MemoryPlan; None without `max_memory`
     """
 
     # scikit-learn's, not the dataclass's: estimators are compared and hashed by identity.
@@ -119,6 +119,7 @@ class PriceEstimator(EstimatorConfig, PricePredictor, RegressorMixin, BaseEstima
 
         Raises DataError for items without a price, ConfigError, BaseModelError, TrainingError.
         """
+        from fastprice.training.step_options import StepOptions
         from fastprice.training.train import train as run_training
 
         items, validation_items = training_items(train, validation)
@@ -129,7 +130,7 @@ class PriceEstimator(EstimatorConfig, PricePredictor, RegressorMixin, BaseEstima
         self.fallback_price_, self.ceiling_price_ = float(np.median(prices)), max(prices)
         self._decoder = None
         rows = encode_rows(self._tokenizer, items, self.max_tokens, self.form)
-        objective = self._objective(items)
+        auxiliary = self._auxiliary_losses(items)
         self.cut_ = sum(row.cut > 0 for row in rows)
         watched = draw_items(validation_items, self.validation_items, self.seed)
         truths = np.array([price_of(item) for item in watched])
@@ -141,9 +142,6 @@ class PriceEstimator(EstimatorConfig, PricePredictor, RegressorMixin, BaseEstima
             finally:
                 self._decoder = None  # room for training
 
-        learning_rate = self.learning_rate
-        if learning_rate is None:
-            learning_rate = suggested_learning_rate(self._model.config.hidden_size, self.method)
         try:
             self.training_: TrainingResult = run_training(
                 self._engine,
@@ -151,20 +149,15 @@ class PriceEstimator(EstimatorConfig, PricePredictor, RegressorMixin, BaseEstima
                 self._tokenizer,
                 rows,
                 validation_error if watched else None,
-                epochs=self.epochs,
-                learning_rate=learning_rate,
-                pack_tokens=self.pack_tokens if self.plan_ is None else self.plan_.tokens,
-                gradient_accumulation=self.gradient_accumulation
-                * (1 if self.plan_ is None else self.plan_.accumulation),
-                evaluations=self.evaluations,
-                warmup_ratio=self.warmup_ratio,
+                self._training_settings(),
                 seed=self.seed,
-                kernels=self.kernels,
-                cuda_graphs=self.cuda_graphs,
-                recompute=self.recompute,
-                budget=None if self.max_memory is None else parse_bytes(self.max_memory),
-                streamed=0 if self.plan_ is None else self.plan_.streamed,
-                objective=objective,
+                options=StepOptions(
+                    kernels=self.kernels,
+                    recompute=self.recompute,
+                    memory_budget=None if self.max_memory is None else parse_bytes(self.max_memory),
+                    offloaded_layers=0 if self.plan_ is None else self.plan_.offloaded_layers,
+                ),
+                auxiliary=auxiliary,
                 on_event=on_event,
             )
         except BaseException:
@@ -257,22 +250,22 @@ class PriceEstimator(EstimatorConfig, PricePredictor, RegressorMixin, BaseEstima
         return choose_engine("peft" if self.engine == "auto" and needs_peft else self.engine)
 
     def _drop_model(self) -> None:
-        """Releases the model and the host memory of its offloaded layers."""
-        streaming = getattr(self, "_streaming", None)
-        if streaming is not None:
-            streaming.close()
-        self.plan_: Plan | None = None
-        self._streaming: Streaming | None = None
+        """Releases the model and the device buffers of its offloaded layers."""
+        layer_offload = getattr(self, "_layer_offload", None)
+        if layer_offload is not None:
+            layer_offload.close()
+        self.plan_: MemoryPlan | None = None
+        self._layer_offload: LayerOffload | None = None
         if hasattr(self, "_model"):
             del self._model
 
     def _load_base(self, engine: Engine) -> LoadedModel:
-        """The base model, within `max_memory` if that is given; sets `plan_` and `_streaming`."""
+        """The base model, within `max_memory` if that is given; sets `plan_` and `_layer_offload`."""
         self._drop_model()
         if self.max_memory is None:
             return engine.load_base(self.base, method=self.method, max_tokens=self._sequence_tokens)
         from fastprice.offload.planned_loading import load_planned
-        from fastprice.training.train import uses_kernels
+        from fastprice.training.step_options import uses_kernels
 
         planned = load_planned(
             self.base,
@@ -284,7 +277,7 @@ class PriceEstimator(EstimatorConfig, PricePredictor, RegressorMixin, BaseEstima
             max_tokens=self._sequence_tokens,
             kernels=uses_kernels(self.kernels),
         )
-        self.plan_, self._streaming = planned.plan, planned.streaming
+        self.plan_, self._layer_offload = planned.plan, planned.layer_offload
         return planned.loaded
 
     def _write_weights(self, folder: Path) -> None:
@@ -296,21 +289,32 @@ class PriceEstimator(EstimatorConfig, PricePredictor, RegressorMixin, BaseEstima
         else:
             self._model.save_pretrained(folder / ADAPTER)
 
-    def _objective(self, items: list[Item]) -> Objective | None:
-        """The losses added to the text's cross-entropy, None for none; makes the price head."""
-        from fastprice.training.auxiliary_losses import Objective
+    def _training_settings(self) -> TrainConfig:
+        """The settings of training, with the learning rate and the sizes of the memory plan filled in."""
+        settings = TrainConfig(**{each.name: getattr(self, each.name) for each in fields(TrainConfig)})
+        changes: dict[str, Any] = {}
+        if settings.learning_rate is None:
+            changes["learning_rate"] = suggested_learning_rate(self._model.config.hidden_size, self.method)
+        if self.plan_ is not None:
+            changes["pack_tokens"] = self.plan_.tokens
+            changes["gradient_accumulation"] = self.gradient_accumulation * self.plan_.gradient_accumulation
+        return replace(settings, **changes)
+
+    def _auxiliary_losses(self, items: list[Item]) -> AuxiliaryLosses | None:
+        """The losses added to that of the text, if any; makes the price head."""
+        from fastprice.training.auxiliary_losses import AuxiliaryLosses
 
         self._head = self._new_head(items) if self.output == "head" else None
         number = None
         if self.text_loss != "ce":
-            from fastprice.inference.price_decoder import PriceTrie
+            from fastprice.inference.price_trie import PriceTrie
             from fastprice.training.number_losses import NumberLoss
 
             trie = PriceTrie.of(self._tokenizer, max(1, round(self.ceiling_price_)), self.form)
             number = NumberLoss(self.text_loss, trie, self._tokenizer)
         if self._head is None and number is None:
             return None
-        return Objective(self._head, self.price_head_weight, number, self.text_loss_weight)
+        return AuxiliaryLosses(self._head, self.price_head_weight, number, self.text_loss_weight)
 
     def _new_head(self, items: list[Item]) -> PriceHead:
         """A price head initialized with the training prices and scaled by hidden states of the untrained model."""

@@ -82,9 +82,9 @@ def _check_size(size: str | int) -> None:
 
 
 def _check_recompute(levels: str) -> None:
-    from fastprice.memory.recompute_levels import check_keep
+    from fastprice.memory.recompute_levels import check_recompute
 
-    check_keep(levels)
+    check_recompute(levels)
 
 
 def _metavar(name: str) -> Any:

@@ -30,11 +30,13 @@ from matplotlib.path import Path as Outline
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from fastprice import __version__
+from fastprice.common.files import atomic_file
 from fastprice.errors import DataError
 from fastprice.evaluation.metrics import HIT_DOLLARS, HIT_SHARE, paired_difference
 
 if TYPE_CHECKING:
-    from fastprice.evaluation.compare import Evaluation, FloatArray, ModelResult
+    from fastprice.common.arrays import FloatArray
+    from fastprice.evaluation.compare import Evaluation, ModelResult
 
 __all__ = ["write_report"]
 
@@ -127,15 +129,11 @@ def _environment() -> Environment:
 
 
 def _write_whole(path: Path, page: str) -> None:
-    half = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with atomic_file(path) as half:
             # "replace": an item's text may hold a lone surrogate, which is no character and has no UTF-8.
             half.write_bytes(page.encode("utf-8", "replace"))
-            half.replace(path)
-        finally:
-            half.unlink(missing_ok=True)
     except OSError as error:
         raise DataError(f"{path}: cannot write the report: {error.strerror}; name another place for it") from error
 

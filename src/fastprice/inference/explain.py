@@ -101,7 +101,7 @@ class Explanation:
     def plot(self, path: str | Path) -> Path:
         """Writes a bar for each of the strongest spans, in the order of the text, as PNG, SVG or PDF by the ending.
 
-        Raises as fastprice.common.plots.check_plot does: ConfigError for another ending or a folder that does not exist.
+        Raises as fastprice.common.plots.check_plot: ConfigError for another ending or a folder that does not exist.
         """
         target = check_plot(path)
         save_plot(self._figure(), target)

@@ -51,10 +51,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fastprice.common.arrays import FloatArray, IntArray
 from fastprice.errors import ConfigError, DataError
 from fastprice.inference.greedy import write_greedily
 from fastprice.inference.price_distribution import PriceDistribution
-from fastprice.inference.price_trie import FloatArray, IntArray, PriceTrie
+from fastprice.inference.price_trie import PriceTrie
 from fastprice.inference.scorers.merged import DenseReader
 from fastprice.inference.scorers.merged_decoder import DenseDecoder
 from fastprice.inference.scorers.scorer import Reader, Reading
@@ -377,7 +378,7 @@ def greedy_prices(
     batch_size: int = 64,
     form: Form = TEXT,
     on_batch: Callable[[int], None] | None = None,
-) -> NDArray[np.float64]:
+) -> FloatArray:
     """The price a model writes after each prompt (token ids) in its `form`, in dollars; NaN where it writes none.
 
     Prompts are sorted by length, so that batches hold little padding; `on_batch` is told how many are done.

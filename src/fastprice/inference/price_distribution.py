@@ -22,14 +22,14 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
+from fastprice.common.arrays import FloatArray
 from fastprice.errors import ConfigError, DataError, nearest_name
 from fastprice.evaluation.metrics import HIT_DOLLARS, HIT_SHARE
 
 __all__ = ["LOSSES", "PriceDistribution"]
 
-FloatArray = NDArray[np.float64]
 
 _ROUNDING = 1e-4  # float32 softmaxes may sum to a little more than 1
 

@@ -29,17 +29,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastprice.common.arrays import FloatArray
 from fastprice.errors import BaseModelError, ConfigError, nearest_name
 from fastprice.inference.price_distribution import PriceDistribution
 from fastprice.models.parts import decoder_of
 
 __all__ = ["HEADS", "HistogramHead", "PriceHead", "QuantileHead", "head_distributions", "make_head", "prompt_states"]
 
-FloatArray = NDArray[np.float64]
 
 BINS = 128
 QUANTILES = 64

@@ -21,7 +21,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastprice.inference.price_trie import FloatArray, IntArray, PriceTrie
+from fastprice.common.arrays import FloatArray, IntArray
+from fastprice.inference.price_trie import PriceTrie
 from fastprice.inference.scorers.merged_decoder import DenseDecoder, Queries, Tokens
 from fastprice.inference.scorers.scorer import TRUNK, Prompts, Reading, common_length, on_host
 

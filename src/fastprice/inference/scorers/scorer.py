@@ -16,7 +16,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fastprice.inference.price_trie import FloatArray, IntArray, PriceTrie
+from fastprice.common.arrays import FloatArray, IntArray
+from fastprice.inference.price_trie import PriceTrie
 
 __all__ = ["TRUNK", "Prompts", "Reader", "Reading", "common_length", "on_host"]
 
