@@ -100,8 +100,9 @@ class PriceEstimator(EstimatorConfig, PricePredictor, RegressorMixin, BaseEstima
             seed=self.seed,
         )
         self.fallback_price_, self.ceiling_price_ = float("nan"), UNTRAINED_CEILING
-        self._head, self._decoder, self._distributions_missing = None, None, False
+        self._head = None
         self.calibration_: Calibration | None = None
+        self._decide_distributions()
         return self
 
     def fit(
@@ -208,6 +209,7 @@ class PriceEstimator(EstimatorConfig, PricePredictor, RegressorMixin, BaseEstima
         if head is not None:
             estimator._load_head(source, head)
         estimator.fallback_price_, estimator.ceiling_price_ = fallback_price, ceiling_price
+        estimator._decide_distributions()
         return estimator
 
     def _load_weights(self, source: Path) -> None:
@@ -320,7 +322,7 @@ class PriceEstimator(EstimatorConfig, PricePredictor, RegressorMixin, BaseEstima
         """A price head initialized with the training prices and scaled by hidden states of the untrained model."""
         import torch
 
-        from fastprice.inference.price_heads import make_head, prompt_states
+        from fastprice.inference.price_heads import make_head, prompt_hidden_states
 
         prices = [price_of(item) for item in items]
         low, high = min(prices), max(prices)
@@ -330,13 +332,13 @@ class PriceEstimator(EstimatorConfig, PricePredictor, RegressorMixin, BaseEstima
         head.start_from(prices)
         self._engine.for_prediction(self._model)
         prompts = [prompt.ids for prompt in self.prompts(draw_items(items, SCALING_ITEMS, self.seed))]
-        batches = prompt_states(self._model, prompts, batch_size=self.batch_size)
-        head.standardize(torch.cat([states for _, states in batches]))
+        batches = prompt_hidden_states(self._model, prompts, batch_size=self.batch_size)
+        head.standardize(torch.cat([hidden for _, hidden in batches]))
         return head
 
     def _calibrated(self, items: list[Item]) -> Calibration | None:
         """Split-conformal calibration of the intervals on at most `CALIBRATION_ITEMS` of `items`; None without any."""
-        if not self.reads_distributions:
+        if not items or self._usable_decoder() is None:
             return None
         drawn = draw_items(items, CALIBRATION_ITEMS, self.seed)
         scored = [

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fastprice.cli.options import ConfigFile, Plot, make_console, settings_options
+from fastprice.cli.options import ConfigFile, Criterion, Plot, make_console, settings_options
 from fastprice.cli.saved_runs import load_estimator, saved_estimator_folder
 from fastprice.common.files import write_text_atomically
 from fastprice.common.plots import check_plot
@@ -40,7 +40,7 @@ def compare(
     ] = None,
     items: Annotated[int, typer.Option(help="Test items, drawn with the seed.", min=1)] = 200,
     calibrate: Annotated[int, typer.Option(help="Validation items for the intervals; 0: none.", min=0)] = 100,
-    loss: Annotated[str, typer.Option(help="What the estimates minimize: mae, mse, rmsle, mape or hits.")] = "mae",
+    criterion: Criterion = "mae",
     out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Folder for compare.json.")] = None,
     plot: Plot = None,
 ) -> None:
@@ -50,7 +50,7 @@ def compare(
     from fastprice.prompting.compare import check_names, compare_strategies, metric_of
     from fastprice.run import prepare_items
 
-    metric_of(loss)
+    metric_of(criterion)
     if model is not None and {"model.base", "model.method"} & set(given):
         raise ConfigError("compare: give --model (a run's) or --base, not both; a run knows its base and method")
     settings = _settings(config, model, given)
@@ -84,7 +84,7 @@ def compare(
             split.train,
             calibration,
             test,
-            loss=loss,
+            criterion=criterion,
             on_items=lambda name, more: progress.update(task, description=name, advance=more),
         )
     console.print(comparison.table())

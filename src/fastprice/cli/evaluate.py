@@ -34,10 +34,10 @@ def evaluate(
     items = clean_items(items, **asdict(trained_cleaning(model)))
     estimator = load_estimator(model)
 
-    from fastprice.evaluation.compare import evaluate_all
+    from fastprice.evaluation.evaluate import evaluate_models
 
     console = make_console()
-    console.print(evaluate_all({str(model): estimator.predict}, items).table())
+    console.print(evaluate_models({str(model): estimator.predict}, items).table())
     if items.rejects:
         console.print(f"{len(items.rejects):,} rows were not used, such as row {items.rejects[0].row}: "
                       f"{items.rejects[0].reason}", highlight=False, markup=False)  # fmt: skip

@@ -17,13 +17,26 @@ from fastprice.errors import ConfigError
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["MANY_VALUES", "ConfigFile", "ModelDir", "Plot", "Price", "Text", "make_console", "settings_options"]
+__all__ = [
+    "MANY_VALUES",
+    "ConfigFile",
+    "Criterion",
+    "ModelDir",
+    "Plot",
+    "Price",
+    "Text",
+    "make_console",
+    "settings_options",
+]
 
 ConfigFile = Annotated[
     Path | None, typer.Argument(metavar="CONFIG.yaml", help="YAML file of settings; options override it.")
 ]
 ModelDir = Annotated[Path, typer.Option("--model", metavar="DIR", help="A run's folder, or a saved estimator.")]
 Plot = Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Also draw a plot: PNG, SVG or PDF.")]
+Criterion = Annotated[
+    str, typer.Option("--criterion", help="What the estimates minimize: mae, mse, rmsle, mape or hits.")
+]
 Text = Annotated[list[str] | None, typer.Option("--text", metavar="COL...", help="Text columns; else the run's.")]
 Price = Annotated[str | None, typer.Option("--price", metavar="COL", help="Price column; else the run's.")]
 

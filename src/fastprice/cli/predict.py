@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fastprice.cli.options import ModelDir, Text, make_console
+from fastprice.cli.options import Criterion, ModelDir, Text, make_console
 from fastprice.cli.saved_runs import load_estimator, saved_estimator_folder, text_columns, trained_cleaning
 from fastprice.errors import ConfigError
 
@@ -23,7 +23,7 @@ def predict(
     item: Annotated[list[str] | None, typer.Option("--item", metavar="TEXT...", help="Texts to price.")] = None,
     text: Text = None,
     out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="CSV, JSONL or Parquet to write.")] = None,
-    loss: Annotated[str, typer.Option(help="What the estimates make small: mae, mse, rmsle, mape or hits.")] = "mae",
+    criterion: Criterion = "mae",
     interval: Annotated[
         float | None, typer.Option(metavar="SHARE", help="Add low and high that hold this share, such as 0.9.")
     ] = None,
@@ -42,7 +42,7 @@ def predict(
     from fastprice.data.items import Item, open_items
     from fastprice.inference.batch import check_options, check_target, estimate_rows, predict_file
 
-    check_options(loss, interval)
+    check_options(criterion, interval)
     console = make_console()
     mask = trained_cleaning(model).mask
     columns, drop = text_columns(model, text, price=None)
@@ -52,7 +52,7 @@ def predict(
         with _Bar(console) as bar:
             totals, notes = predict_file(
                 file, out, model=folder, load=lambda _: load_estimator(model), text=columns, drop=drop, mask=mask,
-                loss=loss, interval=interval, on_progress=bar,
+                criterion=criterion, interval=interval, on_progress=bar,
             )  # fmt: skip
         _say_totals(console, out, totals, notes)
         return
@@ -60,7 +60,7 @@ def predict(
     def show(rows: Any) -> None:
         estimator = load_estimator(model)
         cut = 0
-        for estimates in estimate_rows(estimator, rows, loss=loss, interval=interval, mask=mask):
+        for estimates in estimate_rows(estimator, rows, criterion=criterion, interval=interval, mask=mask):
             _say_estimates(console, estimates)
             cut += estimates.cut
         if cut:
