@@ -34,7 +34,7 @@ import torch
 from fastprice import Item, PriceEstimator
 from fastprice.benchmarking.prediction import check_prediction, generate_prices
 from fastprice.benchmarking.timing import interleave, spread_of
-from fastprice.cli.options import saved_estimator_folder
+from fastprice.cli.saved_runs import saved_estimator_folder
 from fastprice.config import read_config
 from fastprice.errors import BaseModelError
 from fastprice.inference.price_decoder import DISTRIBUTION_TOLERANCE, SAMPLING_TOLERANCE, PriceDecoder

@@ -26,7 +26,6 @@ from fastprice.data.cleaning import clean_items
 from fastprice.data.items import Item, Items, load_items
 from fastprice.data.splitting import Split, split_items
 from fastprice.errors import ConfigError, DataError
-from fastprice.models.adapters import check_method
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -114,7 +113,6 @@ def prepare_items(config: RunConfig) -> Prepared:
 def run(config: RunConfig, console: Console) -> RunResult:
     """Does the whole job of `config`, showing it on `console`; see the module's docstring."""
     out = _output_folder(config)
-    check_method(config.model.method)
     prepared = prepare_items(config)
     split = prepared.split
     _say_counts(console, prepared)
@@ -218,7 +216,7 @@ def _write_results(
         title=f"fastprice: {config.model.base} on {prepared.items.source or 'items'}",
         evaluation=evaluation,
         curves=curves,
-        settings={**config.model_dump(), "versions": _versions()},
+        settings={**asdict(config), "versions": _versions()},
         counts=prepared.counts(),
         notes=prepared.notes,
         focus=evaluation.results[-1].name,
