@@ -182,7 +182,7 @@ def _training(model: Any, controller: RecomputeController | None, *, fail: Any =
 def test_a_repeated_micro_batch_changes_no_loss_and_no_weight(dropout: float) -> None:
     """Memory runs out in the middle of a backward pass, when some layers have their gradients already: in the first
     and in the second micro-batch of a step, and twice in a row."""
-    want = _training(make_model(dropout=dropout), None)
+    expected_run = _training(make_model(dropout=dropout), None)
     model = make_model(dropout=dropout)
     costs = {(0, 1): 1, (3, 2): 2, (5, 0): 1}
 
@@ -194,12 +194,12 @@ def test_a_repeated_micro_batch_changes_no_loss_and_no_weight(dropout: float) ->
     # It begins at "full": this level and "offload" are bitwise equal in an fp32 model too.
     controller = controller_on(model, SimulatedMeter(42))
     assert list(controller.levels) == ["full"] * 4
-    got = _training(model, controller, fail=fail)
+    actual_run = _training(model, controller, fail=fail)
     assert controller.retries == 4
     assert not any(costs.values())
     assert list(controller.levels) == ["offload"] * 4
     assert len(controller.changes) == 4
-    for a, b in zip(got, want, strict=True):
+    for a, b in zip(actual_run, expected_run, strict=True):
         assert torch.equal(a, b)
     assert all(p.requires_grad for n, p in model.named_parameters() if "lora" in n)
     controller.remove()
@@ -293,7 +293,7 @@ class TestTraining:
             assert found.training_.tokens == plain.training_.tokens
 
     def test_running_out_of_memory_changes_no_loss_and_no_token_count(self) -> None:
-        want = self.fit(gradient_accumulation=2)
+        expected_run = self.fit(gradient_accumulation=2)
         calls: list[int] = []
 
         def fail(*_: Any) -> None:
@@ -309,14 +309,14 @@ class TestTraining:
         assert (
             found.training_.recompute == "offload"
         )  # nothing is expected to fit in one byte: the last candidate is tried
-        assert self.losses(found) == self.losses(want)
+        assert self.losses(found) == self.losses(expected_run)
 
         roomy = self.fit(Small(10**12), fail, gradient_accumulation=2)
         (change,) = roomy.training_.moves
         assert change.startswith("out of memory; recompute is now: ")
         assert roomy.training_.recompute == change.rpartition(": ")[2]
-        assert self.losses(roomy) == pytest.approx(self.losses(want), rel=1e-5)
-        assert roomy.training_.tokens == want.training_.tokens
+        assert self.losses(roomy) == pytest.approx(self.losses(expected_run), rel=1e-5)
+        assert roomy.training_.tokens == expected_run.training_.tokens
 
     def test_an_explicit_level_that_does_not_fit_is_one_line(self) -> None:
         def fail(*_: Any) -> None:
