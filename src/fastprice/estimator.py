@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from sklearn.base import BaseEstimator, RegressorMixin
 
+from fastprice.config import TrainConfig
 from fastprice.data.inputs import draw_items, price_of, training_items
 from fastprice.data.items import Item
 from fastprice.errors import BaseModelError, ConfigError, DataError, NotFittedError
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from fastprice.models.adapters import Method
     from fastprice.models.engine import Engine, LoadedModel
     from fastprice.offload import LayerOffload
-    from fastprice.training.auxiliary_losses import Objective
+    from fastprice.training.auxiliary_losses import AuxiliaryLosses
     from fastprice.training.callbacks import TrainingEvent
     from fastprice.training.train import TrainingResult
 
@@ -153,8 +154,9 @@ class PriceEstimator(PricePredictor, RegressorMixin, BaseEstimator):  # type: ig
             seed=self.seed,
         )
         self.fallback_price_, self.ceiling_price_ = float("nan"), UNTRAINED_CEILING
-        self._head, self._decoder, self._distributions_missing = None, None, False
+        self._head = None
         self.calibration_: Calibration | None = None
+        self._decide_distributions()
         return self
 
     def fit(
@@ -172,6 +174,7 @@ class PriceEstimator(PricePredictor, RegressorMixin, BaseEstimator):  # type: ig
 
         Raises DataError for items without a price, ConfigError, BaseModelError, TrainingError.
         """
+        from fastprice.training.step_options import StepOptions
         from fastprice.training.train import train as run_training
 
         items, validation_items = training_items(train, validation)
@@ -182,7 +185,7 @@ class PriceEstimator(PricePredictor, RegressorMixin, BaseEstimator):  # type: ig
         self.fallback_price_, self.ceiling_price_ = float(np.median(prices)), max(prices)
         self._decoder = None
         rows = encode_rows(self._tokenizer, items, self.max_tokens, self.form)
-        objective = self._objective(items)
+        auxiliary = self._auxiliary_losses(items)
         self.cut_ = sum(row.cut > 0 for row in rows)
         watched = draw_items(validation_items, self.validation_items, self.seed)
         truths = np.array([price_of(item) for item in watched])
@@ -194,9 +197,6 @@ class PriceEstimator(PricePredictor, RegressorMixin, BaseEstimator):  # type: ig
             finally:
                 self._decoder = None  # room for training
 
-        learning_rate = self.learning_rate
-        if learning_rate is None:
-            learning_rate = suggested_learning_rate(self._model.config.hidden_size, check_method(self.method))
         try:
             self.training_: TrainingResult = run_training(
                 self._engine,
@@ -204,20 +204,15 @@ class PriceEstimator(PricePredictor, RegressorMixin, BaseEstimator):  # type: ig
                 self._tokenizer,
                 rows,
                 validation_error if watched else None,
-                epochs=self.epochs,
-                learning_rate=learning_rate,
-                pack_tokens=self.pack_tokens if self.plan_ is None else self.plan_.tokens,
-                gradient_accumulation=self.gradient_accumulation
-                * (1 if self.plan_ is None else self.plan_.gradient_accumulation),
-                evaluations=self.evaluations,
-                warmup_ratio=self.warmup_ratio,
+                self._training_settings(),
                 seed=self.seed,
-                kernels=self.kernels,
-                cuda_graphs=self.cuda_graphs,
-                recompute=self.recompute,
-                budget=None if self.max_memory is None else parse_bytes(self.max_memory),
-                offloaded_layers=0 if self.plan_ is None else self.plan_.offloaded_layers,
-                objective=objective,
+                options=StepOptions(
+                    kernels=self.kernels,
+                    recompute=self.recompute,
+                    memory_budget=None if self.max_memory is None else parse_bytes(self.max_memory),
+                    offloaded_layers=0 if self.plan_ is None else self.plan_.offloaded_layers,
+                ),
+                auxiliary=auxiliary,
                 on_event=on_event,
             )
         except BaseException:
@@ -290,6 +285,7 @@ class PriceEstimator(PricePredictor, RegressorMixin, BaseEstimator):  # type: ig
         estimator._tokenizer = loaded.tokenizer
         estimator.fallback_price_, estimator.ceiling_price_ = fallback_price, ceiling_price
         chosen.for_prediction(estimator._model)
+        estimator._decide_distributions()
         return estimator
 
     def _choose_engine(self) -> Engine:
@@ -322,7 +318,7 @@ class PriceEstimator(PricePredictor, RegressorMixin, BaseEstimator):  # type: ig
         if self.max_memory is None:
             return engine.load_base(self.base, method=method, max_tokens=max_tokens)
         from fastprice.offload.planned_loading import load_planned
-        from fastprice.training.train import uses_kernels
+        from fastprice.training.step_options import uses_kernels
 
         planned = load_planned(
             self.base,
@@ -346,27 +342,39 @@ class PriceEstimator(PricePredictor, RegressorMixin, BaseEstimator):  # type: ig
         else:
             self._model.save_pretrained(folder / ADAPTER)
 
-    def _objective(self, items: list[Item]) -> Objective | None:
-        """What is added to the text's cross-entropy; makes the head."""
-        from fastprice.training.auxiliary_losses import Objective
+    def _training_settings(self) -> TrainConfig:
+        """The settings of training, with the learning rate and the sizes of the memory plan filled in."""
+        settings = TrainConfig(**{name: getattr(self, name) for name in TrainConfig.model_fields})
+        changes: dict[str, float] = {}
+        if settings.learning_rate is None:
+            hidden_size = self._model.config.hidden_size
+            changes["learning_rate"] = suggested_learning_rate(hidden_size, check_method(self.method))
+        if self.plan_ is not None:
+            changes["pack_tokens"] = self.plan_.tokens
+            changes["gradient_accumulation"] = self.gradient_accumulation * self.plan_.gradient_accumulation
+        return settings.model_copy(update=changes)
+
+    def _auxiliary_losses(self, items: list[Item]) -> AuxiliaryLosses | None:
+        """The losses added to that of the text, if any; makes the price head."""
+        from fastprice.training.auxiliary_losses import AuxiliaryLosses
 
         self._head = self._new_head(items) if self.output == "head" else None
         number = None
         if self.text_loss != "ce":
-            from fastprice.inference.price_decoder import PriceTrie
+            from fastprice.inference.price_trie import PriceTrie
             from fastprice.training.number_losses import NumberLoss
 
             trie = PriceTrie.of(self._tokenizer, max(1, round(self.ceiling_price_)), self.form)
             number = NumberLoss(self.text_loss, trie, self._tokenizer)
         if self._head is None and number is None:
             return None
-        return Objective(self._head, self.price_head_weight, number, self.text_loss_weight)
+        return AuxiliaryLosses(self._head, self.price_head_weight, number, self.text_loss_weight)
 
     def _new_head(self, items: list[Item]) -> PriceHead:
         """A head started from the prices of the training items, and from what the untrained model makes of some."""
         import torch
 
-        from fastprice.inference.price_heads import make_head, prompt_states
+        from fastprice.inference.price_heads import make_head, prompt_hidden_states
 
         prices = [price_of(item) for item in items]
         low, high = min(prices), max(prices)
@@ -376,13 +384,13 @@ class PriceEstimator(PricePredictor, RegressorMixin, BaseEstimator):  # type: ig
         head.start_from(prices)
         self._engine.for_prediction(self._model)
         prompts = [prompt.ids for prompt in self.prompts(draw_items(items, STANDARD_ITEMS, self.seed))]
-        batches = prompt_states(self._model, prompts, batch_size=self.batch_size)
-        head.standardize(torch.cat([states for _, states in batches]))
+        batches = prompt_hidden_states(self._model, prompts, batch_size=self.batch_size)
+        head.standardize(torch.cat([hidden for _, hidden in batches]))
         return head
 
     def _calibrated(self, items: list[Item]) -> Calibration | None:
         """How far the intervals of the trained model must be widened, from at most `CALIBRATION_ITEMS` of `items`."""
-        if not self.reads_distributions:
+        if not items or self._usable_decoder() is None:
             return None
         drawn = draw_items(items, CALIBRATION_ITEMS, self.seed)
         scored = [

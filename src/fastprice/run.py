@@ -9,7 +9,6 @@ The model is written as soon as it is trained, before the evaluation. Every file
 from __future__ import annotations
 
 import json
-import os
 import random
 from collections import Counter
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastprice import __version__
+from fastprice.common.files import write_text_atomically
 from fastprice.config import RunConfig
 from fastprice.data.cleaning import clean_items
 from fastprice.data.items import Item, Items, load_items
@@ -31,7 +31,7 @@ from fastprice.models.adapters import check_method
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from fastprice.evaluation.compare import Evaluation
+    from fastprice.evaluation.evaluate import Evaluation
     from fastprice.training.callbacks import TrainingEvent
 
 __all__ = ["CONFIG", "MODEL", "Prepared", "RunResult", "prepare_items", "run"]
@@ -132,12 +132,12 @@ def run(config: RunConfig, console: Console) -> RunResult:
 
     out.mkdir(parents=True, exist_ok=True)
     prepared.items.write_rejects(out / REJECTS)
-    _write(out / CONFIG, config.to_yaml())
+    write_text_atomically(out / CONFIG, config.to_yaml())
     if prepared.items.rejects:
         console.print(f"{len(prepared.items.rejects):,} rows that cannot be used, with reasons: {out / REJECTS}")
 
     from fastprice.evaluation.baselines import default_baselines
-    from fastprice.evaluation.compare import Evaluation, evaluate_model, true_prices
+    from fastprice.evaluation.evaluate import Evaluation, evaluate_model, true_prices
     from fastprice.training.callbacks import Progress
 
     train_prices = np.array([item.price for item in split.train])
@@ -156,7 +156,7 @@ def run(config: RunConfig, console: Console) -> RunResult:
         + (f"; {estimator.cut_:,} texts cut at {estimator.max_tokens} tokens" if estimator.cut_ else "")
     )
 
-    for move in training.moves:
+    for move in training.recompute_changes:
         console.print(f"  memory: {move}", highlight=False)
 
     results = []
@@ -169,7 +169,7 @@ def run(config: RunConfig, console: Console) -> RunResult:
         name = f"{config.model.base}, tuned"
         greedy = evaluate_model(f"{name}, greedy text", estimator.predict_greedy, split.test, fallback=median)
         last = [greedy]
-        if estimator.reads_distributions:  # else `predict` is the greedy text
+        if estimator.gives_distributions_:  # else `predict` is the greedy text
             last.append(evaluate_model(name, estimator.predict, split.test))
         if config.model.output == "head":
             results.append(evaluate_model(f"{name}, text", partial(_text_medians, estimator), split.test))
@@ -184,7 +184,7 @@ def run(config: RunConfig, console: Console) -> RunResult:
 
 def _text_medians(estimator: Any, texts: Sequence[str]) -> Any:
     """What the digits of an estimator with a head say."""
-    return estimator.guesses(estimator.distributions(estimator.prompts(texts), output="text"))
+    return estimator.estimates(estimator.distributions(estimator.prompts(texts), output="text"))
 
 
 def _told_intervals(estimator: Any, test: Sequence[Item]) -> str:
@@ -212,7 +212,7 @@ def _write_results(
         "curves": curves,
         "versions": _versions(),
     }
-    _write(out / RESULTS, json.dumps(results, indent=1) + "\n")
+    write_text_atomically(out / RESULTS, json.dumps(results, indent=1) + "\n")
     write_report(
         out / REPORT,
         title=f"fastprice: {config.model.base} on {prepared.items.source or 'items'}",
@@ -270,12 +270,3 @@ def _versions() -> dict[str, str]:
 
     libraries = ("torch", "transformers", "trl", "peft", "bitsandbytes")
     return {"fastprice": __version__, **{name: version(name) for name in libraries}}
-
-
-def _write(path: Path, content: str) -> None:
-    half = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        half.write_text(content, encoding="utf-8")
-        half.replace(path)
-    finally:
-        half.unlink(missing_ok=True)

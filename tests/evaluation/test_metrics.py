@@ -1,4 +1,4 @@
-"""Scores against plain arithmetic, their intervals against what they promise, and every refusal."""
+"""Metrics against plain arithmetic, the coverage of their intervals, and every error."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ prices = st.floats(0.01, 1e5)
 
 
 def naive(truths: list[float], guesses: list[float]) -> dict[str, float]:
-    """The definitions, item by item, with nothing of numpy."""
+    """The definitions, item by item, without numpy."""
     n = len(truths)
     pairs = list(zip(truths, guesses, strict=True))
     mean = sum(truths) / n
@@ -104,12 +104,32 @@ def test_r2_survives_resamples_without_variation() -> None:
     assert scores.r2.low <= scores.r2 <= scores.r2.high
 
 
+def test_one_resample_without_variation_gives_r2_no_interval() -> None:
+    figures = [score([10.0, 20.0], [11.0, 22.0], resamples=1, seed=seed).r2 for seed in range(8)]
+    assert figures == pytest.approx([1 - 5 / 50] * 8)
+    assert {math.isnan(figure.low) for figure in figures} == {True, False}  # half the draws are one item twice
+
+
+def test_r2_keeps_its_digits_where_prices_are_large_and_vary_little() -> None:
+    assert score([1e6, 1e6 + 1, 1e6 + 2], [1e6, 1e6 + 1, 1e6 + 3]).r2 == pytest.approx(0.5, rel=1e-9)
+
+
 def test_same_seed_same_interval_and_another_seed_another() -> None:
     random = np.random.default_rng(1)
     truths = random.lognormal(4, 1, 200)
     guesses = truths * random.lognormal(0, 0.3, 200)
     assert score(truths, guesses).as_dict() == score(list(truths), list(guesses)).as_dict()
     assert score(truths, guesses, seed=1).mae.low != score(truths, guesses).mae.low
+
+
+def test_the_defaults_are_1000_resamples_from_seed_0() -> None:
+    random = np.random.default_rng(1)
+    truths, a, b = random.lognormal(4, 1, (3, 50))
+    assert score(truths, a).as_dict() == score(truths, a, resamples=1000, seed=0).as_dict()
+    gap = paired_difference(truths, a, b)
+    for seed, same in ((0, True), (1, False)):
+        other = paired_difference(truths, a, b, resamples=1000, seed=seed)
+        assert ((gap.low, gap.high) == (other.low, other.high)) is same
 
 
 def test_interval_does_not_depend_on_the_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,8 +142,8 @@ def test_interval_does_not_depend_on_the_chunks(monkeypatch: pytest.MonkeyPatch)
         assert getattr(chunked, metric).high == pytest.approx(getattr(whole, metric).high, rel=1e-12)
 
 
-def test_interval_covers_the_true_error_as_often_as_it_says() -> None:
-    """300 sets of 100 items with |error| of mean $10: a 90 % interval holds the 10 in about 90 % of them."""
+def test_the_interval_has_the_coverage_of_its_confidence() -> None:
+    """300 sets of 100 items with |error| of mean $10: a 90 % interval has the 10 in it in about 90 % of them."""
     random = np.random.default_rng(3)
     covered = 0
     for seed in range(300):
@@ -177,7 +197,7 @@ def test_figure_is_a_float_with_an_interval() -> None:
         assert (twin, twin.low, twin.high) == (3, 1, 5)
 
 
-def test_as_dict_goes_through_json() -> None:
+def test_as_dict_is_valid_json() -> None:
     scores = score([10.0, 20.0], [11.0, 25.0])
     read = json.loads(json.dumps(scores.as_dict(), allow_nan=False))
     assert read["mae"] == {"value": 3.0, "low": 1.0, "high": 5.0}
@@ -213,3 +233,6 @@ def test_impossible_settings_are_refused() -> None:
         score([1.0], [1.0], resamples=0)
     with pytest.raises(ConfigError, match="unknown metric 'mea'"):
         paired_difference([1.0], [1.0], [1.0], "mea")
+    for a, b, name in (([math.nan], [1.0], "guesses_a"), ([1.0], [math.nan], "guesses_b")):
+        with pytest.raises(DataError, match=rf"^{name}\[0\] is nan"):
+            paired_difference([1.0], a, b)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -272,8 +273,8 @@ class TestTraining:
             checkpointable_layers(estimator._model)[0].mlp.register_forward_pre_hook(fail)
         original = training.train
 
-        def with_meter(*args: Any, **kwargs: Any) -> Any:
-            return original(*args, **kwargs, meter=meter)
+        def with_meter(*args: Any, options: Any, **kwargs: Any) -> Any:
+            return original(*args, options=replace(options, meter=meter), **kwargs)
 
         with patch.object(training, "train", with_meter):
             return estimator.fit(make_catalogue(60, seed=2))
@@ -306,13 +307,11 @@ class TestTraining:
                 return 0
 
         found = self.fit(Small(1), gradient_accumulation=2)
-        assert (
-            found.training_.recompute == "offload"
-        )  # nothing is expected to fit in one byte: the last candidate is tried
+        assert found.training_.recompute == "offload"  # nothing is expected to fit in one byte
         assert self.losses(found) == self.losses(expected_run)
 
         roomy = self.fit(Small(10**12), fail, gradient_accumulation=2)
-        (change,) = roomy.training_.moves
+        (change,) = roomy.training_.recompute_changes
         assert change.startswith("out of memory; recompute is now: ")
         assert roomy.training_.recompute == change.rpartition(": ")[2]
         assert self.losses(roomy) == pytest.approx(self.losses(expected_run), rel=1e-5)
@@ -322,12 +321,12 @@ class TestTraining:
         def fail(*_: Any) -> None:
             raise torch.OutOfMemoryError("simulated")
 
-        with pytest.raises(TrainingError, match="out of memory with recompute='none'; leave recompute='auto'"):
+        with pytest.raises(TrainingError, match="out of memory with recompute='none'; use recompute='auto'"):
             self.fit(fail=fail, recompute="none")
 
     def test_impossible_settings(self) -> None:
         from fastprice import PriceEstimator
-        from fastprice.training.train import _layers
+        from fastprice.training.step_options import count_checkpointable_layers
 
         with pytest.raises(ConfigError, match="recompute: 'fulls' is neither"):
             PriceEstimator(recompute="fulls").prepare()
@@ -338,5 +337,5 @@ class TestTraining:
             name = "unsloth"
 
         with pytest.raises(ConfigError, match="unsloth recomputes every layer itself"):
-            _layers(make_model(), Unsloth(), "full", captures=False)  # type: ignore[arg-type]
-        assert _layers(make_model(), Unsloth(), "auto", captures=False) is None  # type: ignore[arg-type]
+            count_checkpointable_layers(make_model(), Unsloth(), "full", cuda_graphs=False)  # type: ignore[arg-type]
+        assert count_checkpointable_layers(make_model(), Unsloth(), "auto", cuda_graphs=False) is None  # type: ignore[arg-type]

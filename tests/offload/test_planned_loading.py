@@ -15,7 +15,7 @@ from fastprice.errors import ConfigError, TrainingError
 from fastprice.memory.planner import find_plan
 from fastprice.models.base_models import load_config
 from fastprice.offload.device_transfers import SimulatedTransfers
-from fastprice.training.cuda_graphs import hindrance
+from fastprice.training.cuda_graphs import unsupported_reason
 
 SETTINGS: dict[str, Any] = {
     "rank": 4,
@@ -123,7 +123,7 @@ def test_fitting_again_loads_again(split, transfers):
 def test_a_model_with_offloaded_layers_is_not_captured_in_a_graph(monkeypatch):
     estimator = PriceEstimator(max_memory=smallest_budget("peft"), **SETTINGS).prepare()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert "offloaded" in hindrance(estimator._model, "peft", kernels=True, dtype=torch.bfloat16, processes=1)
+    assert "offloaded" in unsupported_reason(estimator._model, "peft", kernels=True, dtype=torch.bfloat16, processes=1)
 
 
 def test_impossible_settings():

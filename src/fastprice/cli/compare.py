@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,6 +23,7 @@ from fastprice.cli.options import (
     overrides_of,
     saved_estimator_folder,
 )
+from fastprice.common.files import write_text_atomically
 from fastprice.common.plots import check_plot
 from fastprice.errors import ConfigError
 
@@ -55,7 +55,7 @@ def compare(
     ] = None,
     items: Annotated[int, typer.Option(help="Test items, drawn with the seed.", min=1)] = 200,
     calibrate: Annotated[int, typer.Option(help="Validation items for the intervals; 0: none.", min=0)] = 100,
-    loss: Annotated[str, typer.Option(help="What the estimates make small: mae, mse, rmsle, mape or hits.")] = "mae",
+    criterion: Annotated[str, typer.Option(help="What the estimates minimize: mae, mse, rmsle, mape or hits.")] = "mae",
     limit: Annotated[int | None, typer.Option(help="Use only so many items, drawn with the seed.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of draw and split.")] = None,
     out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Folder for compare.json.")] = None,
@@ -68,7 +68,7 @@ def compare(
     from fastprice.prompting.compare import check_names, compare_strategies, metric_of
     from fastprice.run import prepare_items
 
-    metric_of(loss)
+    metric_of(criterion)
     if model is not None and (base is not None or method is not None):
         raise ConfigError("compare: give --model (a run's) or --base, not both; a run knows its base and method")
     given = overrides_of(
@@ -107,7 +107,7 @@ def compare(
             split.train,
             calibration,
             test,
-            loss=loss,
+            criterion=criterion,
             on_items=lambda name, more: progress.update(task, description=name, advance=more),
         )
     console.print(comparison.table())
@@ -200,10 +200,5 @@ def _write(out: Path, settings: RunConfig, model: str, comparison: Comparison) -
     from fastprice import __version__
 
     about = {"model": model, "data": settings.data.model_dump(), "seed": settings.seed, "fastprice": __version__}
-    half = out / f".{RESULT}.{os.getpid()}.tmp"
-    try:
-        half.write_text(json.dumps({**about, **comparison.as_dict()}, indent=1) + "\n", encoding="utf-8")
-        half.replace(out / RESULT)
-    finally:
-        half.unlink(missing_ok=True)
+    write_text_atomically(out / RESULT, json.dumps({**about, **comparison.as_dict()}, indent=1) + "\n")
     return out / RESULT

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from fastprice.common.files import atomic_folder
 from fastprice.errors import BaseModelError, ConfigError
 
 __all__ = ["ADAPTER", "FORMAT", "HEAD", "MANIFEST", "MODEL", "read_manifest", "write_folder"]
@@ -29,16 +28,10 @@ def write_folder(folder: str | os.PathLike[str], manifest: dict[str, Any], write
     target = Path(folder)
     if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not (target / MANIFEST).is_file())):
         raise ConfigError(f"save: {target} exists and is not a saved estimator; give a new or empty folder")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
-        whole = Path(scratch) / "whole"
-        whole.mkdir()
+    with atomic_folder(target) as whole:
         write(whole)
         text = json.dumps({"format": FORMAT, **manifest}, indent=2) + "\n"
         (whole / MANIFEST).write_text(text, encoding="utf-8")
-        if target.exists():
-            shutil.move(target, Path(scratch) / "replaced")
-        shutil.move(whole, target)
     return target
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastprice.common.files import atomic_folder
 from fastprice.errors import BaseModelError, ConfigError
 from fastprice.models.base_models import load_config, load_tokenizer
 from fastprice.offload.nf4_loading import copy_unmapped, empty_model, iterate_nf4_weights
@@ -42,15 +42,11 @@ def quantize(base: str, out: str | Path, *, shard_bytes: int = SHARD_BYTES) -> P
     dtype = config.dtype or torch.float32
     model, quantizer = empty_model(base, dtype)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
-            complete = Path(scratch) / "complete"
-            complete.mkdir()
+        with atomic_folder(target) as complete:
             _write_shards(complete, _tensors(model, base, dtype), shard_bytes)
             _write_configuration(complete, model, quantizer, base)
             if target.exists():
-                target.rmdir()
-            shutil.move(complete, target)
+                target.rmdir()  # refuses what was put there meanwhile
     except OSError as error:
         raise BaseModelError(
             f"quantize: {target} cannot be written ({error.strerror or error}); free space or give another folder"
