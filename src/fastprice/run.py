@@ -26,12 +26,11 @@ from fastprice.data.cleaning import clean_items
 from fastprice.data.items import Item, Items, load_items
 from fastprice.data.splitting import Split, split_items
 from fastprice.errors import ConfigError, DataError
-from fastprice.models.adapters import check_method
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from fastprice.evaluation.compare import Evaluation
+    from fastprice.evaluation.evaluate import Evaluation
     from fastprice.training.callbacks import TrainingEvent
 
 __all__ = ["CONFIG", "MODEL", "Prepared", "RunResult", "prepare_items", "run"]
@@ -114,7 +113,6 @@ def prepare_items(config: RunConfig) -> Prepared:
 def run(config: RunConfig, console: Console) -> RunResult:
     """Does the whole job of `config`, showing it on `console`; see the module's docstring."""
     out = _output_folder(config)
-    check_method(config.model.method)
     prepared = prepare_items(config)
     split = prepared.split
     _say_counts(console, prepared)
@@ -137,7 +135,7 @@ def run(config: RunConfig, console: Console) -> RunResult:
         console.print(f"{len(prepared.items.rejects):,} rows that cannot be used, with reasons: {out / REJECTS}")
 
     from fastprice.evaluation.baselines import default_baselines
-    from fastprice.evaluation.compare import Evaluation, evaluate_model, true_prices
+    from fastprice.evaluation.evaluate import Evaluation, evaluate_model, true_prices
     from fastprice.training.callbacks import Progress
 
     train_prices = np.array([item.price for item in split.train])
@@ -169,7 +167,7 @@ def run(config: RunConfig, console: Console) -> RunResult:
         name = f"{config.model.base}, tuned"
         greedy = evaluate_model(f"{name}, greedy text", estimator.predict_greedy, split.test, fallback=median)
         last = [greedy]
-        if estimator.reads_distributions:  # else `predict` is the greedy text
+        if estimator.gives_distributions_:  # else `predict` is the greedy text
             last.append(evaluate_model(name, estimator.predict, split.test))
         if config.model.output == "head":
             results.append(evaluate_model(f"{name}, text", partial(_text_medians, estimator), split.test))
@@ -184,7 +182,7 @@ def run(config: RunConfig, console: Console) -> RunResult:
 
 def _text_medians(estimator: Any, texts: Sequence[str]) -> Any:
     """What the digits of an estimator with a head say."""
-    return estimator.guesses(estimator.distributions(estimator.prompts(texts), output="text"))
+    return estimator.estimates(estimator.distributions(estimator.prompts(texts), output="text"))
 
 
 def _told_intervals(estimator: Any, test: Sequence[Item]) -> str:
@@ -218,7 +216,7 @@ def _write_results(
         title=f"fastprice: {config.model.base} on {prepared.items.source or 'items'}",
         evaluation=evaluation,
         curves=curves,
-        settings={**config.model_dump(), "versions": _versions()},
+        settings={**asdict(config), "versions": _versions()},
         counts=prepared.counts(),
         notes=prepared.notes,
         focus=evaluation.results[-1].name,

@@ -29,7 +29,7 @@ Row = Mapping[str, Any]
 
 
 def update_static(path: Path) -> int:
-    """Compiles all kernels and writes their figures to `path`; the exit status, 1 when a kernel misses its bar."""
+    """Compiles all kernels and writes their figures to `path`; the exit status, 1 for a requirement not met."""
     status, rows, compiler = _compile()
     write_static(path, rows, compiler)
     print(f"written: {path}")
@@ -37,7 +37,7 @@ def update_static(path: Path) -> int:
 
 
 def check_static(path: Path) -> int:
-    """Compiles all kernels; the exit status, 1 when one misses its bar or a figure is worse than in `path`.
+    """Compiles all kernels; the exit status, 1 when a requirement is not met or a figure is worse than in `path`.
 
     Raises DataError where `path` holds no static figures.
     """

@@ -1,4 +1,4 @@
-"""`predict` and `evaluate`: a saved estimator at work."""
+"""`predict`: prices of texts or of the rows of a file."""
 
 from __future__ import annotations
 
@@ -7,18 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fastprice.cli.options import (
-    ModelDir,
-    Price,
-    Text,
-    load_estimator,
-    load_rows,
-    make_console,
-    saved_estimator_folder,
-    text_columns,
-    trained_cleaning,
-    trained_columns,
-)
+from fastprice.cli.options import Criterion, ModelDir, Text, make_console
+from fastprice.cli.saved_runs import load_estimator, saved_estimator_folder, text_columns, trained_cleaning
 from fastprice.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -29,11 +19,11 @@ if TYPE_CHECKING:
 
 def predict(
     model: ModelDir,
-    file: Annotated[Path | None, typer.Argument(metavar="[FILE]", help="JSONL(.gz), CSV or Parquet file.")] = None,
+    file: Annotated[Path | None, typer.Argument(metavar="FILE", help="JSONL(.gz), CSV or Parquet file.")] = None,
     item: Annotated[list[str] | None, typer.Option("--item", metavar="TEXT...", help="Texts to price.")] = None,
     text: Text = None,
     out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="CSV, JSONL or Parquet to write.")] = None,
-    loss: Annotated[str, typer.Option(help="What the estimates make small: mae, mse, rmsle, mape or hits.")] = "mae",
+    criterion: Criterion = "mae",
     interval: Annotated[
         float | None, typer.Option(metavar="SHARE", help="Add low and high that hold this share, such as 0.9.")
     ] = None,
@@ -52,9 +42,9 @@ def predict(
     from fastprice.data.items import Item, open_items
     from fastprice.inference.batch import check_options, check_target, estimate_rows, predict_file
 
-    check_options(loss, interval)
+    check_options(criterion, interval)
     console = make_console()
-    mask = trained_cleaning(model)["mask"]
+    mask = trained_cleaning(model).mask
     columns, drop = text_columns(model, text, price=None)
     if out is not None:
         assert file is not None
@@ -62,7 +52,7 @@ def predict(
         with _Bar(console) as bar:
             totals, notes = predict_file(
                 file, out, model=folder, load=lambda _: load_estimator(model), text=columns, drop=drop, mask=mask,
-                loss=loss, interval=interval, on_progress=bar,
+                criterion=criterion, interval=interval, on_progress=bar,
             )  # fmt: skip
         _say_totals(console, out, totals, notes)
         return
@@ -70,7 +60,7 @@ def predict(
     def show(rows: Any) -> None:
         estimator = load_estimator(model)
         cut = 0
-        for estimates in estimate_rows(estimator, rows, loss=loss, interval=interval, mask=mask):
+        for estimates in estimate_rows(estimator, rows, criterion=criterion, interval=interval, mask=mask):
             _say_estimates(console, estimates)
             cut += estimates.cut
         if cut:
@@ -82,30 +72,6 @@ def predict(
         assert file is not None
         with open_items(file, text=columns, drop=drop) as rows:
             show(rows)
-
-
-def evaluate(
-    model: ModelDir,
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="JSONL(.gz), CSV or Parquet file with prices.")],
-    text: Text = None,
-    price: Price = None,
-) -> None:
-    """Score a saved model on the priced rows of a file."""
-    saved_estimator_folder(model)
-    items = load_rows(file, model, text, price=price or trained_columns(model).get("price") or "price")
-
-    from fastprice.data.cleaning import clean_items
-
-    items = clean_items(items, **trained_cleaning(model))
-    estimator = load_estimator(model)
-
-    from fastprice.evaluation.compare import evaluate_all
-
-    console = make_console()
-    console.print(evaluate_all({str(model): estimator.predict}, items).table())
-    if items.rejects:
-        console.print(f"{len(items.rejects):,} rows were not used, such as row {items.rejects[0].row}: "
-                      f"{items.rejects[0].reason}", highlight=False, markup=False)  # fmt: skip
 
 
 def _say_estimates(console: Console, estimates: Estimates) -> None:

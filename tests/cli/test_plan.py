@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 from tests.paths import DOCS
 
-from fastprice.config import RunConfig
+from fastprice.config import read_config
 from fastprice.memory import estimate_memory, parse_bytes
 
 Run = Callable[..., tuple[int, str, str]]
@@ -28,7 +28,7 @@ def test_the_settings_of_a_plan_are_settings_of_train(fastprice: Run) -> None:
     _, said, _ = fastprice("plan", "--base", "Qwen2.5-0.5B", "--gpu", "8GiB")
     assert "name its hub id or folder" in said
     settings = yaml.safe_load(said[said.index("model:") :].partition("base: the shape")[0])
-    RunConfig.model_validate({**settings, "data": {"file": "x"}, "out": "y"})
+    read_config(None, {**settings, "data.file": "x", "out": "y"})
 
 
 def test_a_model_too_large_for_the_gpu_is_offloaded_within_the_limit_that_its_run_needs(fastprice: Run) -> None:
@@ -37,7 +37,7 @@ def test_a_model_too_large_for_the_gpu_is_offloaded_within_the_limit_that_its_ru
     assert "of 80 layers offloaded to the host" in said
     settings = yaml.safe_load(said[said.index("model:") :])
     assert parse_bytes(settings["model"]["max_memory"]) == 24 * 2**30
-    RunConfig.model_validate({**settings, "data": {"file": "x"}, "out": "y"})
+    read_config(None, {**settings, "data.file": "x", "out": "y"})
     status, _, told = fastprice("plan", "--base", "unsloth/Llama-3.1-70B", "--gpu", "24GiB", "--resident")
     assert status == 2
     assert "does not fit" in told

@@ -1,24 +1,21 @@
-"""What the modules of a model compute, told without importing the libraries they come from.
+"""Linear layers of PEFT and bitsandbytes as `Projection`s, without importing these libraries.
 
-A linear layer is read as a `Projection`, or as the reason why the kernels cannot run it; an MLP's code is run on
-symbols and its activation on numbers, so that a module counts as gated because it is, and not by its name.
+A layer is read at each call, because adapters are added, disabled and merged and change their dropout while a model
+exists. What the kernels do not support is returned as a reason, in words.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastprice_kernels.ops.gated_activations import ACTIVATIONS
 from fastprice_kernels.ops.lora import Projection
-from fastprice_kernels.reference.lora import activation as reference_activation
 
-__all__ = ["Layer", "Symbol", "activation_of", "hooked", "is_candidate", "is_gated", "read", "together"]
+__all__ = ["Layer", "compatible", "has_hooks", "is_candidate", "read_layer"]
 
 _FOUR_BIT = (("bitsandbytes", "Linear4bit"), ("bitsandbytes", "LinearNF4"))
 _LORA_LINEAR = ("Linear", "Linear4bit")
@@ -26,22 +23,19 @@ _LORA_LINEAR = ("Linear", "Linear4bit")
 
 @dataclass(frozen=True)
 class Layer:
-    """What a linear module computes; `dtype` is the compute dtype that a 4-bit layer insists on, if it does."""
+    """What a linear layer computes; `dtype` is the compute dtype of a 4-bit layer that has a fixed one, or None."""
 
     projection: Projection
     dtype: torch.dtype | None
 
 
 def is_candidate(module: nn.Module) -> bool:
-    """Whether there is something for the kernels to do: a LoRA layer of PEFT's, or a 4-bit layer of bitsandbytes'."""
+    """Whether `module` is a LoRA layer of PEFT or a 4-bit layer of bitsandbytes."""
     return _is_lora(module) or _kind(module) in _FOUR_BIT
 
 
-def read(module: nn.Module) -> Layer | str | None:
-    """What `module` computes now; or why the kernels cannot; or None where its stock path is the right one.
-
-    Adapters are added, switched off, merged and given another dropout while a model lives: ask at every call.
-    """
+def read_layer(module: nn.Module) -> Layer | str | None:
+    """What `module` computes now; a reason why the kernels cannot; None where its adapter is disabled or merged."""
     if not _is_lora(module):
         return _read_base(module, None, None, 1.0)
     layer: Any = module
@@ -63,20 +57,20 @@ def read(module: nn.Module) -> Layer | str | None:
         return "an adapter with a bias or of another kind"
     if getattr(dropout, "p", 0.0) > 0 and dropout.training:
         return f"LoRA dropout of {dropout.p}"
-    if hooked(a, b, layer.base_layer):
+    if has_hooks(a, b, layer.base_layer):
         return "hooks on an adapter or a base layer"
     return _read_base(layer.base_layer, a.weight, b.weight, float(layer.scaling[name]))
 
 
-def together(reads: Sequence[Layer | str | None]) -> list[Layer] | None:
-    """The layers, if all can run and agree on a compute dtype."""
+def compatible(reads: Sequence[Layer | str | None]) -> list[Layer] | None:
+    """The layers, if the kernels can run all of them and they have one compute dtype; else None."""
     layers = [layer for layer in reads if isinstance(layer, Layer)]
     if len(layers) < len(reads) or len({(layer.dtype, layer.projection.quant_state is None) for layer in layers}) > 1:
         return None
     return layers
 
 
-def hooked(*modules: nn.Module) -> bool:
+def has_hooks(*modules: nn.Module) -> bool:
     """Whether any of the modules has a hook, which would not run if its forward were not called."""
     return any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in modules)
 
@@ -94,7 +88,7 @@ def _read_base(module: nn.Module, a: Tensor | None, b: Tensor | None, scale: flo
     if _kind(module) in _FOUR_BIT:
         state = getattr(base.weight, "quant_state", None)
         if state is None:
-            return "4-bit weights that are not quantised yet"
+            return "4-bit weights that are not quantized yet"
         if state.quant_type != "nf4" or base.weight.dtype != torch.uint8:
             return f"{state.quant_type} weights stored as {base.weight.dtype}"
         if getattr(state, "packing_format_for_cpu", False):
@@ -106,49 +100,3 @@ def _read_base(module: nn.Module, a: Tensor | None, b: Tensor | None, scale: flo
     if base.weight.requires_grad:
         return "a base weight that trains"
     return Layer(Projection(base.weight, a, b, scale, base.bias), None)
-
-
-class Symbol:
-    """Stands for a tensor while a module's code is run to see what it computes; + and * commute."""
-
-    def __init__(self, *parts: Any) -> None:
-        self.parts = parts
-
-    def __mul__(self, other: Symbol) -> Symbol:
-        return Symbol("*", frozenset([self, other]))
-
-    def __add__(self, other: Symbol) -> Symbol:
-        return Symbol("+", frozenset([self, other]))
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Symbol) and self.parts == other.parts
-
-    def __hash__(self) -> int:
-        return hash(self.parts)
-
-
-def is_gated(kind: type[nn.Module]) -> bool:
-    """Whether `kind.forward` is `down_proj(act_fn(gate_proj(x)) * up_proj(x))`."""
-
-    def part(name: str) -> Any:
-        return lambda x: Symbol(name, x)
-
-    names = ("gate_proj", "up_proj", "down_proj", "act_fn")
-    x = Symbol("x")
-    want = Symbol("down_proj", Symbol("act_fn", Symbol("gate_proj", x)) * Symbol("up_proj", x))
-    try:
-        return bool(kind.forward(SimpleNamespace(**{name: part(name) for name in names}), x) == want)
-    except (AttributeError, TypeError):  # it does something else with its parts
-        return False
-
-
-def activation_of(module: nn.Module) -> str | None:
-    """Which of `ACTIVATIONS` the module's `act_fn` is, told by its values; None if it is another."""
-    act = getattr(module, "act_fn", None)
-    if not callable(act) or (isinstance(act, nn.Module) and next(act.parameters(), None) is not None):
-        return None
-    z = torch.linspace(-60, 60, 6001, dtype=torch.float64)
-    with torch.no_grad():
-        values = act(z)
-    # The exact gelu and the one by tanh differ by 5e-4 at most, fp64 code from itself by 1e-15.
-    return next((kind for kind in ACTIVATIONS if (values - reference_activation(z, kind)).abs().max() < 1e-7), None)

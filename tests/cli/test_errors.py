@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -155,22 +153,3 @@ def test_doctor_names_what_is_there(fastprice: Run) -> None:
     assert status == 0
     for part in ("fastprice 0.", "torch ", "trl ", "GPU"):
         assert part in said
-
-
-def test_usage_errors_are_status_2(fastprice: Run) -> None:
-    assert fastprice("trian")[0] == 2
-    assert fastprice("train", "--no-such-option")[0] == 2
-
-
-def test_importing_and_asking_for_help_load_nothing_heavy() -> None:
-    heavy = "{'torch', 'transformers', 'numpy', 'polars', 'pydantic', 'sklearn', 'matplotlib', 'datasets'}"
-    program = (
-        "import sys; sys.argv = ['fastprice', '--help']\n"
-        "from fastprice.cli import main\n"
-        "try: main()\n"
-        "except SystemExit as end: assert not end.code\n"
-        f"print('heavy:', sorted({heavy} & set(sys.modules)))"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert "heavy: []" in done.stdout
-    assert "demo" in done.stdout

@@ -1,30 +1,28 @@
-"""`plan`, `bench`, `doctor`: what this machine can do."""
+"""`plan`: how a model fits a GPU."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from fastprice.cli.options import make_console
+from fastprice.cli.options import Plot, make_console
 from fastprice.common.plots import check_plot
+from fastprice.config import ModelConfig
 
 
 def plan(
     base: Annotated[str, typer.Option("--base", help="Shipped name, folder or hub id.")] = "unsloth/Llama-3.1-8B",
     gpu: Annotated[str, typer.Option("--gpu", metavar="SIZE", help="Memory of the GPU, such as 24GiB.")] = "24GiB",
     tokens: Annotated[int, typer.Option(help="Tokens of a micro-batch to aim at.")] = 4096,
-    rank: Annotated[int, typer.Option(help="Rank of the adapters.")] = 16,
-    method: Annotated[str, typer.Option(help="qlora, lora, full or auto.")] = "qlora",
+    rank: Annotated[int, typer.Option(help="Rank of the LoRA adapters.", min=1)] = ModelConfig.rank,
+    method: Annotated[str, typer.Option(help="qlora, lora, full or auto.")] = ModelConfig.method,
     engine: Annotated[
         str, typer.Option(help="fastprice (PEFT with fastprice's kernels), peft (without them) or unsloth.")
     ] = "fastprice",
     resident: Annotated[bool, typer.Option("--resident", help="Do not offload frozen layers to the host.")] = False,
     all_: Annotated[bool, typer.Option("--all", help="A table of models and GPU sizes.")] = False,
-    plot: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Plot of the memory over a step: PNG, SVG or PDF.")
-    ] = None,
+    plot: Plot = None,
 ) -> None:
     """How to fine-tune a model within a GPU's memory, by arithmetic on its configuration; loads no weights."""
     if plot is not None:
@@ -59,26 +57,3 @@ def plan(
     if base in shipped_names():
         what = f"base: the shape of {base} is known here, its weights are not: name its hub id or folder"
         console.print(what, highlight=False, soft_wrap=True)
-
-
-def bench(context: typer.Context) -> None:
-    """Measure this machine: kernels, training steps, memory, prediction; `fastprice bench --help` lists the options."""
-    from fastprice.benchmarking import main
-
-    raise typer.Exit(main(context.args))
-
-
-def doctor() -> None:
-    """Print versions and hardware, what is missing, and how to get it."""
-    from rich.text import Text as RichText
-
-    from fastprice.doctor import examine
-
-    styles = {"ok": "green", "warning": "yellow", "error": "red"}
-    console = make_console()
-    findings = examine()
-    for finding in findings:
-        remedy = f" ({finding.remedy})" if finding.remedy else ""
-        console.print(RichText.assemble((f"{finding.level:8}", styles[finding.level]), f"{finding.what}{remedy}"))
-    if any(finding.level == "error" for finding in findings):
-        raise typer.Exit(1)
