@@ -222,8 +222,8 @@ def _offload(run: SuiteRun) -> None:
     if folder is None:
         return
     if run.runner.seconds_left < _START:
-        case = {"kind": "offload", "model": model}
-        run.runner.add("offload", case, {"status": "skipped", "reason": "no time was left"})
+        skipped: dict[str, Any] = {"kind": "offload", "model": model}
+        run.runner.add("offload", skipped, {"status": "skipped", "reason": "no time was left"})
         return
     cap = offload_cap(model, tokens=plan.tokens, rank=plan.rank, kernels=plan.gpu)
     for cap_bytes in (0, cap):
