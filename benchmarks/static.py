@@ -1,7 +1,7 @@
 """`python -m benchmarks.static [--check]`: the kernels' machine code, built without a GPU, against static.json.
 
 Without `--check` the file is written anew, to be committed when a change of it is meant. With it, the exit status is 1
-when a bar of `fastprice_kernels.codegen` is missed or a figure got worse than the file says.
+when a requirement of `fastprice_kernels.codegen` is not met or a figure got worse than the file says.
 """
 
 from __future__ import annotations

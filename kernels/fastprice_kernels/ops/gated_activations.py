@@ -66,16 +66,10 @@ def _tile(width: tl.tensor, BLOCK: tl.constexpr) -> Any:
 
 @triton.jit
 def _glu_forward_kernel(
-    e_ptr: tl.tensor,
-    g_ptr: tl.tensor,
-    h_ptr: tl.tensor,
-    width: tl.tensor,
-    stride_e: tl.tensor,
-    stride_g: tl.tensor,
-    stride_h: tl.tensor,
-    KIND: tl.constexpr,
-    BLOCK: tl.constexpr,
-) -> None:
+    e_ptr: tl.tensor, g_ptr: tl.tensor, h_ptr: tl.tensor,
+    width: tl.tensor, stride_e: tl.tensor, stride_g: tl.tensor, stride_h: tl.tensor,
+    KIND: tl.constexpr, BLOCK: tl.constexpr,
+) -> None:  # fmt: skip
     """One program writes BLOCK columns of one row; `width` is I."""
     row, columns, inside = _tile(width, BLOCK)
     e = tl.load(e_ptr + row * stride_e + columns, mask=inside, other=0.0).to(tl.float32)
@@ -86,16 +80,10 @@ def _glu_forward_kernel(
 
 @triton.jit
 def _glu_backward_kernel(
-    dh_ptr: tl.tensor,
-    e_ptr: tl.tensor,
-    g_ptr: tl.tensor,
-    width: tl.tensor,
-    stride_d: tl.tensor,
-    stride_e: tl.tensor,
-    stride_g: tl.tensor,
-    KIND: tl.constexpr,
-    BLOCK: tl.constexpr,
-) -> None:
+    dh_ptr: tl.tensor, e_ptr: tl.tensor, g_ptr: tl.tensor,
+    width: tl.tensor, stride_d: tl.tensor, stride_e: tl.tensor, stride_g: tl.tensor,
+    KIND: tl.constexpr, BLOCK: tl.constexpr,
+) -> None:  # fmt: skip
     """One program overwrites BLOCK columns of one row of dh, e and g with h, de and dg."""
     row, columns, inside = _tile(width, BLOCK)
     at_d = dh_ptr + row * stride_d + columns

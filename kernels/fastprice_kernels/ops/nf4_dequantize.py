@@ -65,26 +65,12 @@ def unpack_words(
 
 @triton.jit(do_not_specialize=["n_words", "row_words", "row_reciprocal", "row_gap"])
 def _dequantize_words(
-    packed: tl.tensor,
-    code: tl.tensor,
-    absmax: tl.tensor,
-    code2: tl.tensor,
-    absmax2: tl.tensor,
-    offset: tl.tensor,
-    out: tl.tensor,
-    n_words: tl.tensor,
-    row_words: tl.tensor,
-    row_reciprocal: tl.tensor,
-    row_stride: tl.tensor,
+    packed: tl.tensor, code: tl.tensor, absmax: tl.tensor, code2: tl.tensor, absmax2: tl.tensor, offset: tl.tensor,
+    out: tl.tensor, n_words: tl.tensor, row_words: tl.tensor, row_reciprocal: tl.tensor, row_stride: tl.tensor,
     row_gap: tl.tensor,
-    BLOCK: tl.constexpr,
-    BLOCK2: tl.constexpr,
-    WORDS: tl.constexpr,
-    E: tl.constexpr,
-    NESTED: tl.constexpr,
-    EVEN: tl.constexpr,
-    CONTIGUOUS: tl.constexpr,
-) -> None:
+    BLOCK: tl.constexpr, BLOCK2: tl.constexpr, WORDS: tl.constexpr, E: tl.constexpr, NESTED: tl.constexpr,
+    EVEN: tl.constexpr, CONTIGUOUS: tl.constexpr,
+) -> None:  # fmt: skip
     """One program writes WORDS words of E = 8 (16 bits) or 4 (fp32) elements.
 
     Rows are `row_words` words long and `row_stride` elements apart in `out`, which leaves a gap of `row_gap` words.
@@ -130,21 +116,10 @@ def _dequantize_words(
 
 @triton.jit
 def _dequantize_elements(
-    packed: tl.tensor,
-    code: tl.tensor,
-    absmax: tl.tensor,
-    code2: tl.tensor,
-    absmax2: tl.tensor,
-    offset: tl.tensor,
-    out: tl.tensor,
-    columns: tl.tensor,
-    chunks: tl.tensor,
-    row_stride: tl.tensor,
-    BLOCK: tl.constexpr,
-    BLOCK2: tl.constexpr,
-    ELEMENTS: tl.constexpr,
-    NESTED: tl.constexpr,
-) -> None:
+    packed: tl.tensor, code: tl.tensor, absmax: tl.tensor, code2: tl.tensor, absmax2: tl.tensor, offset: tl.tensor,
+    out: tl.tensor, columns: tl.tensor, chunks: tl.tensor, row_stride: tl.tensor,
+    BLOCK: tl.constexpr, BLOCK2: tl.constexpr, ELEMENTS: tl.constexpr, NESTED: tl.constexpr,
+) -> None:  # fmt: skip
     """One program writes up to ELEMENTS elements of one row, `chunks` programs a row, for any sizes and alignment.
 
     No layer of a language model needs it: odd counts, rows that start in the middle of a byte, unaligned views.
@@ -224,7 +199,7 @@ def _on_cuda(*arguments: Any) -> None:
 
 def _on_cpu(*arguments: Any) -> None:
     *weight, out = arguments
-    out.copy_(reference.dequantize_nf4(*weight, (out.shape[0], out.shape[1]), out.dtype))
+    out.copy_(reference.dequantize_nf4(*NF4Weight(*weight), (out.shape[0], out.shape[1]), out.dtype))
 
 
 def _fake(*arguments: Any) -> None:

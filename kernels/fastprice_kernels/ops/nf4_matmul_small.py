@@ -44,27 +44,11 @@ COLUMNS = 1024  # outputs of one program of `_add_parts`
 
 @triton.jit(do_not_specialize=["tokens"])
 def _product(
-    x: tl.tensor,
-    packed: tl.tensor,
-    code: tl.tensor,
-    absmax: tl.tensor,
-    code2: tl.tensor,
-    absmax2: tl.tensor,
-    offset: tl.tensor,
-    bias: tl.tensor,
-    out: tl.tensor,
-    tokens: tl.tensor,
-    n: tl.tensor,
-    row_words: tl.tensor,
-    STEPS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK2: tl.constexpr,
-    ROWS: tl.constexpr,
-    WORDS: tl.constexpr,
-    NESTED: tl.constexpr,
-    EVEN: tl.constexpr,
-    PARTS: tl.constexpr,
-) -> None:
+    x: tl.tensor, packed: tl.tensor, code: tl.tensor, absmax: tl.tensor, code2: tl.tensor, absmax2: tl.tensor,
+    offset: tl.tensor, bias: tl.tensor, out: tl.tensor, tokens: tl.tensor, n: tl.tensor, row_words: tl.tensor,
+    STEPS: tl.constexpr, BLOCK: tl.constexpr, BLOCK2: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr,
+    NESTED: tl.constexpr, EVEN: tl.constexpr, PARTS: tl.constexpr,
+) -> None:  # fmt: skip
     """One program multiplies ROWS rows of W in STEPS steps of K = 8 * WORDS columns.
 
     STEPS is a constant because Triton's interpreter takes no other bound of a loop under numpy 2.4 and later. With
@@ -193,7 +177,7 @@ def _on_cuda(x_TK: Tensor, *arguments: Any) -> Tensor:
 
 def _on_cpu(x_TK: Tensor, *arguments: Any) -> Tensor:
     *weight, bias, n = arguments
-    w_NK = reference.dequantize_nf4(*weight, (n, x_TK.shape[1]), x_TK.dtype)
+    w_NK = reference.dequantize_nf4(*NF4Weight(*weight), (n, x_TK.shape[1]), x_TK.dtype)
     return reference.matmul_fp32(x_TK, w_NK, bias)
 
 

@@ -39,19 +39,10 @@ class SoftmaxOptions(NamedTuple):
 
 @triton.jit
 def _softmax_rows_kernel(
-    logits_ptr: tl.tensor,
-    labels_ptr: tl.tensor,
-    statistics_ptr: tl.tensor,
-    vocabulary: tl.tensor,
-    row_stride: tl.tensor,
-    ignore_index: tl.tensor,
-    scale: tl.tensor,
-    softcap: tl.tensor,
-    CAPPED: tl.constexpr,
-    GRADIENT: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCKS: tl.constexpr,
-) -> None:
+    logits_ptr: tl.tensor, labels_ptr: tl.tensor, statistics_ptr: tl.tensor, vocabulary: tl.tensor,
+    row_stride: tl.tensor, ignore_index: tl.tensor, scale: tl.tensor, softcap: tl.tensor,
+    CAPPED: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+) -> None:  # fmt: skip
     """One program computes one row: statistics (loss, correct, entropy), and the gradient over the logits if GRADIENT.
 
     BLOCKS, of BLOCK columns, is a constant because Triton's interpreter takes no other bound of a loop under numpy 2.4
