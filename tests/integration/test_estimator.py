@@ -1,4 +1,4 @@
-"""PriceEstimator as a person uses it: fitted on a small catalogue, saved, loaded, cross-validated; the nano base."""
+"""PriceEstimator as a user calls it: fitted on few products, saved, loaded, cross-validated; the nano base."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_only_adapters_trained(fitted: PriceEstimator) -> None:
     assert all("lora_" in name for name in trainable)
 
 
-def test_saved_and_loaded_it_says_the_same(fitted: PriceEstimator, tmp_path: Path) -> None:
+def test_saved_and_loaded_it_gives_the_same_estimates(fitted: PriceEstimator, tmp_path: Path) -> None:
     texts = [item.text for item in make_catalogue(20, seed=5)]
     folder = fitted.save(tmp_path / "model")
     loaded = PriceEstimator.load(folder)
@@ -167,7 +167,7 @@ def test_other_methods_train_save_and_load(method: str, tmp_path: Path) -> None:
     np.testing.assert_array_equal(loaded.predict(texts), estimator.predict(texts))
 
 
-def test_every_impossible_setting_is_told_at_once() -> None:
+def test_every_impossible_setting_is_reported_at_once() -> None:
     estimator = PriceEstimator(rank=0, epochs=-1, pack_tokens=100, method="qlora")
     with pytest.raises(ConfigError, match=r"rank.*epochs.*pack_tokens"):
         estimator.fit(two_price_items(4))
