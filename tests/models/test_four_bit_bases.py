@@ -19,7 +19,7 @@ from fastprice.models.peft_engine import PeftEngine
 from fastprice.offload.device_transfers import SimulatedTransfers
 from fastprice.offload.nf4_loading import load_nf4
 from fastprice.offload.quantize import quantize
-from fastprice_kernels import reference
+from fastprice_kernels.reference.nf4 import dequantize_nf4 as reference_dequantize_nf4
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the engine would load onto the CUDA device")
 
@@ -98,7 +98,7 @@ def test_the_dense_copy_has_the_exact_weights(cpu_kind: str, columns: int, stora
         "cpu"
     )
     state = linear.weight.quant_state
-    exact = reference.dequantize_nf4(
+    exact = reference_dequantize_nf4(
         linear.weight.data.view(torch.uint8), state.code, state.absmax, state.state2.code, state.state2.absmax,
         state.offset, 64, 256, (96, columns), torch.float32,
     )  # fmt: skip
