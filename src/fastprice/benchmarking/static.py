@@ -1,7 +1,7 @@
 """What the kernels' machine code says without a GPU: figures of the compiler, never of a clock.
 
-`python -m benchmarks.static` builds every kernel for every GPU generation (`fastprice_kernels.codegen`) and
-keeps the figures in benchmarks/static.json; with `--check` it compares what is built now with that file and the requirements.
+`python -m benchmarks.static` builds every kernel for every GPU generation (`fastprice_kernels.codegen`) and keeps the
+figures in benchmarks/static.json; with `--check` it compares the present build with that file and the requirements.
 """
 
 from __future__ import annotations
