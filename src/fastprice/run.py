@@ -76,9 +76,9 @@ def prepare_items(config: RunConfig) -> Prepared:
     """Reads, cleans, draws and splits the items of `config`; raises DataError where nothing usable is left."""
     data = config.data
     if data.synthetic is not None:
-        from fastprice.data.synthetic import make_catalogue
+        from fastprice.data.synthetic import make_synthetic_items
 
-        items = Items(make_catalogue(data.synthetic, seed=config.seed), source="synthetic products")
+        items = Items(make_synthetic_items(data.synthetic, seed=config.seed), source="synthetic products")
     else:
         assert data.file is not None
         items = load_items(

@@ -17,7 +17,7 @@ from rich.console import Console
 from fastprice import ConfigError, Item, PriceEstimator
 from fastprice.config import read_config
 from fastprice.data.splitting import Split
-from fastprice.data.synthetic import make_catalogue
+from fastprice.data.synthetic import make_synthetic_items
 from fastprice.evaluation.metrics import score
 from fastprice.prompting import choose_strategy
 from fastprice.prompting.compare import Comparison, Entry, compare_strategies
@@ -33,7 +33,7 @@ def write_products(path: Path, count: int) -> Path:
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["text", "price", "sku"])
-        writer.writerows([item.text, item.price, item.group] for item in make_catalogue(count, seed=6))
+        writer.writerows([item.text, item.price, item.group] for item in make_synthetic_items(count, seed=6))
     return path
 
 

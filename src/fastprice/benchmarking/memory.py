@@ -95,12 +95,12 @@ def streamed(folder: str, *, cap_bytes: int, tokens: int, steps: int = 6, **opti
     from trl import SFTTrainer
 
     from fastprice.benchmarking.probe import WARMUP, Enough, Probe, summarize_probe
-    from fastprice.data.synthetic import make_catalogue
+    from fastprice.data.synthetic import make_synthetic_items
     from fastprice.estimator import PriceEstimator
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     probe = Probe(None, steps, 60.0, device)
-    items = make_catalogue((WARMUP + steps + 5) * -(-tokens // 60))
+    items = make_synthetic_items((WARMUP + steps + 5) * -(-tokens // 60))
     estimator = PriceEstimator(folder, engine="peft", pack_tokens=tokens, max_memory=cap_bytes or None, **options)
     with probe.loading():
         estimator.prepare()
