@@ -10,10 +10,10 @@ import torch
 
 from fastprice.benchmarking.models import seed_adapters
 from fastprice.benchmarking.prediction import check_prediction, draw_prompts, generate_prices, sharpen
-from fastprice.inference.price_decoder import QUICK, PriceDecoder
-from fastprice.inference.price_heads import make_head, prompt_states
-from fastprice.inference.scorers.merged import DenseReader
-from fastprice.inference.scorers.stock import StockReader
+from fastprice.inference.price_decoder import SAMPLING_TOLERANCE, PriceDecoder
+from fastprice.inference.price_heads import make_head, prompt_hidden_states
+from fastprice.inference.scorers.merged import MergedScorer
+from fastprice.inference.scorers.stock import StockScorer
 from fastprice.models.adapters import lora_config
 from fastprice.models.base_models import load_tokenizer
 
@@ -39,12 +39,12 @@ def test_distribution_against_generate(batch: int, tuned: Any, ratio: Any) -> No
     tokenizer = load_tokenizer("nano")
     prompts = draw_prompts(tokenizer, max(8, batch), tuned.config.vocab_size)[: max(4, batch)]
     decoder = PriceDecoder.of(tuned, tokenizer)
-    assert isinstance(decoder.reader, DenseReader)
-    error, off = check_prediction(decoder, StockReader(tuned, decoder.trie), prompts[:4])
+    assert isinstance(decoder.scorer, MergedScorer)
+    error, off = check_prediction(decoder, StockScorer(tuned, decoder.trie), prompts[:4])
     assert error < 0.01
-    assert off <= QUICK
+    assert off <= SAMPLING_TOLERANCE
     ratio(
-        lambda: decoder.distributions(prompts, tolerance=QUICK, batch_size=batch),
+        lambda: decoder.distributions(prompts, tolerance=SAMPLING_TOLERANCE, batch_size=batch),
         lambda: generate_prices(tuned, tokenizer, prompts, batch),
         at_least={1: 3.0, 8: 1.6, 64: 1.8}[batch],
     )
@@ -59,12 +59,12 @@ def test_head_against_generate(batch: int, tuned: Any, ratio: Any) -> None:
     head = make_head("histogram", tuned.config.hidden_size, 1.0, 1000.0)
 
     def read() -> Any:
-        states = decoder.last_states(prompts, batch_size=batch)
+        states = decoder.last_hidden_states(prompts, batch_size=batch)
         assert states is not None
         return head.distributions(head(states))
 
-    ((order, states),) = prompt_states(tuned, prompts)
-    found = decoder.last_states(prompts)
+    ((order, states),) = prompt_hidden_states(tuned, prompts)
+    found = decoder.last_hidden_states(prompts)
     assert found is not None
     torch.testing.assert_close(found[order], states, rtol=1e-3, atol=1e-3)
     ratio(

@@ -1,22 +1,23 @@
-"""One table of what each way of reading a price brings: text, its distribution, a head, losses that know numbers.
+"""One table of all ways to get a price from a model: generated text, its distribution, a price head, number losses.
 
     python scripts/compare_outputs.py --data FILE --text '*' --price price --out DIR --runs head:ce text:wasserstein
 
 A run is OUTPUT:TEXT_LOSS, as `PriceEstimator(output=..., text_loss=...)`; each is trained once, on the same items, with
-the same settings and seed, and read in every way it can be:
+the same settings and seed, and gives these estimates:
 
-    greedy text         what the model writes when each next token is the likeliest (unreadable answers: the median of
-                        the training prices, and counted)
-    text, LOSS          the estimate of the distribution over whole dollars for that loss (fastprice.inference.price_distribution)
-    head, LOSS          the same of the head's distribution (runs with output=head)
+    greedy text         the price that the model generates when each next token is the likeliest (texts without a price
+                        count as the median training price)
+    text, SUMMARY       a summary of the distribution over whole dollars (fastprice.inference.price_distribution): its
+                        median, its log-mean, the middle of its best window
+    head, SUMMARY       the same of the price head's distribution (runs with output=head)
 
-All rows are of the same unseen items. Differences are to the greedy text of the first run named, in dollars of absolute
-error, with a 95 % paired bootstrap interval over items: it holds the luck of the draw of items, not of training.
-Intervals are conformally calibrated on validation items, as `predict_interval` does, each by its own distribution.
+All rows are for the same unseen items. Differences are to the greedy text of the first run given, in dollars of
+absolute error, with a 95 % paired bootstrap interval: the sampling noise of the items, and not of training. Intervals
+are calibrated on the validation items (split-conformal, as in `predict_interval`), for each distribution alone.
 
-No weights are chosen by validation error unless --evaluations says so: the last step's are read, so that no reading is
-the one they were chosen by. What a run read is kept in DIR/RUN.npz with its settings; runs that are there already are
-not trained again, and every run named enters the table, DIR/outputs.md.
+The weights are those of the last step, and chosen by no validation error, unless --evaluations is given. The estimates
+of a run are kept in DIR/RUN.npz with its settings: a run that is there is not trained again. Every run given is in the
+table, DIR/outputs.md.
 """
 
 from __future__ import annotations
@@ -41,14 +42,13 @@ from fastprice.inference.conformal import calibrate
 from fastprice.run import Prepared, prepare_items
 from fastprice.training.callbacks import Progress
 
-ESTIMATES = ("mae", "rmsle", "hits")
-SUMMARIES = {"mae": "median", "rmsle": "log-mean", "hits": "best window"}
+SUMMARIES = {"mae": "median", "rmsle": "log-mean", "hits": "best window"}  # by criterion
 COVERAGE = 0.9
 
 
 @dataclass
-class Readings:
-    """What one run said of the N test items: `guesses` (dollars) by name, `bounds` (N, 2) of the distributions."""
+class RunEstimates:
+    """One run's estimates for the N test items: `guesses` (N,) and interval `bounds` (N, 2) by name, in dollars."""
 
     truths: FloatArray
     guesses: dict[str, FloatArray] = field(default_factory=dict)
@@ -61,13 +61,13 @@ class Readings:
         np.savez(file, truths=self.truths, notes=np.array(json.dumps(self.notes)), **arrays)
 
     @classmethod
-    def load(cls, file: Path) -> Readings:
+    def load(cls, file: Path) -> RunEstimates:
         with np.load(file) as saved:
             found = cls(saved["truths"], notes=json.loads(str(saved["notes"])))
-            for name in saved.files:
-                kind, _, reading = name.partition(" ")
+            for key in saved.files:
+                kind, _, name = key.partition(" ")
                 if kind in ("guess", "bound"):
-                    (found.guesses if kind == "guess" else found.bounds)[reading] = saved[name]
+                    (found.guesses if kind == "guess" else found.bounds)[name] = saved[key]
         return found
 
 
@@ -79,99 +79,98 @@ def main() -> None:
     prepared = prepare_items(config)
     split = prepared.split
     print(f"{len(split.train)} items to train on, {len(split.validation)} to validate, {len(split.test)} to test")
-    readings: dict[str, Readings] = {}
+    runs: dict[str, RunEstimates] = {}
     for run in options.runs:
         file = out / f"{run.replace(':', '-')}.npz"
         if not file.is_file():
             _train(config, run, prepared).save(file)
-        readings[run] = Readings.load(file)
-        if not np.array_equal(readings[run].truths, _prices(split.test)):
+        runs[run] = RunEstimates.load(file)
+        if not np.array_equal(runs[run].truths, _prices(split.test)):
             raise ConfigError(f"{file} is of other test items: name another --out, or remove it")
-    text = table(readings) + "\n" + _told(readings, prepared)
+    text = table(runs) + "\n" + _notes(runs, prepared)
     (out / "outputs.md").write_text(text, encoding="utf-8")
     print(text)
 
 
-def _train(config: RunConfig, run: str, prepared: Prepared) -> Readings:
+def _train(config: RunConfig, run: str, prepared: Prepared) -> RunEstimates:
     output, _, text_loss = run.partition(":")
     params = {**config.estimator_params(), "output": output, "text_loss": text_loss or "ce"}
     split, truths = prepared.split, _prices(prepared.split.test)
     estimator = PriceEstimator(**params)
-    began = time.perf_counter()
+    start = time.perf_counter()
     with Progress() as progress:
         estimator.fit(split.train, split.validation, on_event=progress)
-    found = Readings(truths)
+    found = RunEstimates(truths)
     greedy = estimator.predict_greedy(split.test)
     found.guesses["greedy text"] = np.where(np.isnan(greedy), estimator.fallback_price_, greedy)
     for kind in ("text", "head") if output == "head" else ("text",):
-        shown = None if output == "json" else kind
-        known, unseen = (
-            estimator.distributions(estimator.prompts(items), output=shown)
-            for items in (split.validation, split.test)
-        )  # fmt: skip
-        calibration = calibrate(known, _prices(split.validation), ceiling=estimator.ceiling_price_)
+        source = None if output == "json" else kind
+        validation, unseen = (
+            estimator.distributions(estimator.prompts(items), output=source) for items in (split.validation, split.test)
+        )
+        calibration = calibrate(validation, _prices(split.validation), ceiling=estimator.ceiling_price_)
         found.bounds[f"{kind}, {SUMMARIES['mae']}"] = np.array(
             [calibration.interval(each, COVERAGE) for each in unseen]
         )
-        for loss in ESTIMATES:
-            found.guesses[f"{kind}, {SUMMARIES[loss]}"] = estimator.guesses(unseen, loss)
+        for criterion, summary in SUMMARIES.items():
+            found.guesses[f"{kind}, {summary}"] = estimator.estimates(unseen, criterion)
     found.notes = {
         "settings": params,
-        "unreadable": int(np.isnan(greedy).sum()),
+        "without_price": int(np.isnan(greedy).sum()),
         "tokens": estimator.training_.tokens,
         "training_seconds": round(estimator.training_.seconds, 1),
-        "seconds": round(time.perf_counter() - began, 1),
+        "seconds": round(time.perf_counter() - start, 1),
         "constant": float(np.median(_prices(split.train))),
     }
     return found
 
 
-def table(readings: dict[str, Readings]) -> str:
-    """The rows of all runs as a Markdown table; the first run's greedy text is what the others are compared with."""
-    first = next(iter(readings.values()))
+def table(runs: dict[str, RunEstimates]) -> str:
+    """All estimates of all runs as a Markdown table; differences are to the first run's greedy text."""
+    first = next(iter(runs.values()))
     truths, reference = first.truths, first.guesses["greedy text"]
     lines = [
-        "| trained as | read as | MAE $ (95 %) | less than greedy text $ (95 %) | % | RMSLE | hits % | 90 % intervals "
-        "hold | median width $ |",
+        "| trained as | estimate | MAE $ (95 %) | less than greedy text $ (95 %) | % | RMSLE | hits % | coverage of "
+        "90 % intervals | median width $ |",
         "|---|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     constant = score(truths, np.full(len(truths), first.notes["constant"]))
     lines.append(f"| constant | median of the training prices | {_mae(constant)} | | | {_rest(constant)} | | |")
-    for run, found in readings.items():
+    for run, found in runs.items():
         for name, guesses in found.guesses.items():
             scores = score(truths, guesses)
             gain = paired_difference(truths, reference, guesses, "mae")
             share = 100 * gain / score(truths, reference).mae
             bounds = found.bounds.get(name)
             compared = "" if guesses is reference else f"{gain:.2f} ({gain.low:.2f} to {gain.high:.2f})"
-            held = "" if bounds is None else f"{100 * _held(bounds, truths):.1f} %"
+            coverage = "" if bounds is None else f"{100 * _coverage(bounds, truths):.1f} %"
             width = "" if bounds is None else f"{np.median(np.diff(bounds)):.0f}"
             percent = "" if guesses is reference else f"{share:.1f}"
             lines.append(
-                f"| {run} | {name} | {_mae(scores)} | {compared} | {percent} | {_rest(scores)} | {held} | {width} |"
+                f"| {run} | {name} | {_mae(scores)} | {compared} | {percent} | {_rest(scores)} | {coverage} | {width} |"
             )
     return "\n".join(lines)
 
 
-def _told(readings: dict[str, Readings], prepared: Prepared) -> str:
+def _notes(runs: dict[str, RunEstimates], prepared: Prepared) -> str:
     split = prepared.split
     lines = [
         "",
         f"{len(split.test)} unseen items; {len(split.train)} to train on, {len(split.validation)} to calibrate with.",
         "",
     ]
-    for run, found in readings.items():
+    for run, found in runs.items():
         notes = found.notes
         lines.append(
-            f"- {run}: {notes['tokens']:,} tokens in {notes['training_seconds']:,.0f} s; {notes['unreadable']} greedy "
-            f"answers unreadable; {json.dumps(notes['settings'])}"
+            f"- {run}: {notes['tokens']:,} tokens in {notes['training_seconds']:,.0f} s; {notes['without_price']} "
+            f"greedy texts without a price; {json.dumps(notes['settings'])}"
         )
     groups = Counter(item.group for item in split.test)
     lines.append(f"- {len(groups):,} groups among the test items, the largest of {max(groups.values())}")
     return "\n".join(lines) + "\n"
 
 
-def _held(bounds: FloatArray, truths: FloatArray) -> float:
+def _coverage(bounds: FloatArray, truths: FloatArray) -> float:
     return float(((bounds[:, 0] <= truths) & (truths <= bounds[:, 1])).mean())
 
 
@@ -221,7 +220,7 @@ def _filtered(source: Path, only: str, target: Path) -> Path:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="What each way of reading a price brings; see the script's docstring.")
+    parser = argparse.ArgumentParser(description="All ways to get a price from a model; see the script's docstring.")
     parser.add_argument("--data", required=True, help="JSONL(.gz), CSV or Parquet file")
     parser.add_argument("--text", nargs="+", default=["*"], help="text columns, or '*'")
     parser.add_argument("--price", default="price")
@@ -234,7 +233,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="any other setting")
     parser.add_argument("--runs", nargs="+", default=["head:ce"], metavar="OUTPUT:TEXT_LOSS")
-    parser.add_argument("--out", required=True, help="folder for what was read, and the table")
+    parser.add_argument("--out", required=True, help="folder for the estimates and the table")
     return parser.parse_args()
 
 

@@ -154,8 +154,9 @@ class PriceEstimator(PricePredictor, RegressorMixin, BaseEstimator):  # type: ig
             seed=self.seed,
         )
         self.fallback_price_, self.ceiling_price_ = float("nan"), UNTRAINED_CEILING
-        self._head, self._decoder, self._distributions_missing = None, None, False
+        self._head = None
         self.calibration_: Calibration | None = None
+        self._decide_distributions()
         return self
 
     def fit(
@@ -284,6 +285,7 @@ class PriceEstimator(PricePredictor, RegressorMixin, BaseEstimator):  # type: ig
         estimator._tokenizer = loaded.tokenizer
         estimator.fallback_price_, estimator.ceiling_price_ = fallback_price, ceiling_price
         chosen.for_prediction(estimator._model)
+        estimator._decide_distributions()
         return estimator
 
     def _choose_engine(self) -> Engine:
@@ -372,7 +374,7 @@ class PriceEstimator(PricePredictor, RegressorMixin, BaseEstimator):  # type: ig
         """A head started from the prices of the training items, and from what the untrained model makes of some."""
         import torch
 
-        from fastprice.inference.price_heads import make_head, prompt_states
+        from fastprice.inference.price_heads import make_head, prompt_hidden_states
 
         prices = [price_of(item) for item in items]
         low, high = min(prices), max(prices)
@@ -382,13 +384,13 @@ class PriceEstimator(PricePredictor, RegressorMixin, BaseEstimator):  # type: ig
         head.start_from(prices)
         self._engine.for_prediction(self._model)
         prompts = [prompt.ids for prompt in self.prompts(draw_items(items, STANDARD_ITEMS, self.seed))]
-        batches = prompt_states(self._model, prompts, batch_size=self.batch_size)
-        head.standardize(torch.cat([states for _, states in batches]))
+        batches = prompt_hidden_states(self._model, prompts, batch_size=self.batch_size)
+        head.standardize(torch.cat([hidden for _, hidden in batches]))
         return head
 
     def _calibrated(self, items: list[Item]) -> Calibration | None:
         """How far the intervals of the trained model must be widened, from at most `CALIBRATION_ITEMS` of `items`."""
-        if not self.reads_distributions:
+        if not items or self._usable_decoder() is None:
             return None
         drawn = draw_items(items, CALIBRATION_ITEMS, self.seed)
         scored = [

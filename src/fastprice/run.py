@@ -31,7 +31,7 @@ from fastprice.models.adapters import check_method
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from fastprice.evaluation.compare import Evaluation
+    from fastprice.evaluation.evaluate import Evaluation
     from fastprice.training.callbacks import TrainingEvent
 
 __all__ = ["CONFIG", "MODEL", "Prepared", "RunResult", "prepare_items", "run"]
@@ -137,7 +137,7 @@ def run(config: RunConfig, console: Console) -> RunResult:
         console.print(f"{len(prepared.items.rejects):,} rows that cannot be used, with reasons: {out / REJECTS}")
 
     from fastprice.evaluation.baselines import default_baselines
-    from fastprice.evaluation.compare import Evaluation, evaluate_model, true_prices
+    from fastprice.evaluation.evaluate import Evaluation, evaluate_model, true_prices
     from fastprice.training.callbacks import Progress
 
     train_prices = np.array([item.price for item in split.train])
@@ -169,7 +169,7 @@ def run(config: RunConfig, console: Console) -> RunResult:
         name = f"{config.model.base}, tuned"
         greedy = evaluate_model(f"{name}, greedy text", estimator.predict_greedy, split.test, fallback=median)
         last = [greedy]
-        if estimator.reads_distributions:  # else `predict` is the greedy text
+        if estimator.gives_distributions_:  # else `predict` is the greedy text
             last.append(evaluate_model(name, estimator.predict, split.test))
         if config.model.output == "head":
             results.append(evaluate_model(f"{name}, text", partial(_text_medians, estimator), split.test))
@@ -184,7 +184,7 @@ def run(config: RunConfig, console: Console) -> RunResult:
 
 def _text_medians(estimator: Any, texts: Sequence[str]) -> Any:
     """What the digits of an estimator with a head say."""
-    return estimator.guesses(estimator.distributions(estimator.prompts(texts), output="text"))
+    return estimator.estimates(estimator.distributions(estimator.prompts(texts), output="text"))
 
 
 def _told_intervals(estimator: Any, test: Sequence[Item]) -> str:

@@ -1,4 +1,4 @@
-"""The baselines learn what is to be learnt, stay quiet and repeatable, and do not fall over on tiny or odd sets."""
+"""The baselines learn prices from words, are silent and repeatable, and work on tiny and odd sets."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def shop(n: int, seed: int) -> tuple[list[str], list[float]]:
 
 
 @pytest.mark.parametrize("baseline", LEARNERS, ids=by_name)
-def test_learns_prices_from_words_and_single_digits(baseline: Baseline) -> None:
+def test_they_learn_prices_from_words_and_single_digits(baseline: Baseline) -> None:
     train, test = shop(800, seed=1), shop(200, seed=2)
     error = score(test[1], clone(baseline).fit(*train).predict(test[0])).mape
     constant = score(test[1], ConstantBaseline().fit(*train).predict(test[0])).mape
@@ -53,7 +53,7 @@ def test_learns_prices_from_words_and_single_digits(baseline: Baseline) -> None:
     assert error < constant / 5
 
 
-def test_constant_is_the_median() -> None:
+def test_the_constant_is_the_median() -> None:
     guesses = ConstantBaseline().fit(["a", "b", "c"], [1.0, 7.5, 1000.0]).predict(["x", "y"])
     assert guesses == pytest.approx([7.5, 7.5])
 
@@ -88,7 +88,7 @@ def test_five_items_are_enough_to_learn_from(baseline: Baseline) -> None:
 
 
 @pytest.mark.parametrize("baseline", ALL, ids=by_name)
-def test_repeatable_and_silent(baseline: Baseline, capfd: pytest.CaptureFixture[str]) -> None:
+def test_they_are_repeatable_and_silent(baseline: Baseline, capfd: pytest.CaptureFixture[str]) -> None:
     texts, prices = shop(300, seed=3)
     first, second = (clone(baseline).fit(texts, prices).predict(texts) for _ in range(2))
     assert (first == second).all()
@@ -102,7 +102,7 @@ def test_threads_do_not_change_the_trees() -> None:
 
 
 @pytest.mark.parametrize("baseline", ALL, ids=by_name)
-def test_behaves_as_a_scikit_learn_regressor(baseline: Baseline) -> None:
+def test_they_are_scikit_learn_regressors(baseline: Baseline) -> None:
     texts, prices = shop(60, seed=4)
     scores = cross_val_score(baseline, texts, prices, cv=3, scoring="neg_mean_absolute_error")
     assert scores.shape == (3,)
@@ -125,14 +125,14 @@ def test_refusals(baseline: Baseline) -> None:
     assert len(fresh.fit(["a", "b"], [1.0, 2.0]).predict([])) == 0
 
 
-def test_default_baselines_have_names_of_their_own() -> None:
+def test_default_baselines_have_different_names() -> None:
     baselines = default_baselines(seed=5, threads=2)
     assert len({baseline.name for baseline in baselines}) == 3
     assert baselines[-1].get_params() == {"trees": 400, "seed": 5, "threads": 2}
 
 
 @pytest.mark.skipif(not PC_PARTS.exists(), reason="the shared price data is not beside this checkout")
-def test_real_prices_are_learnt(tmp_path: Path) -> None:
+def test_they_learn_real_prices(tmp_path: Path) -> None:
     with gzip.open(PC_PARTS, "rt", encoding="utf-8") as lines:
         priced = [line for line in lines if '"price":null' not in line]
     sample = tmp_path / "sample.jsonl"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fastprice.data.items import Item
-from fastprice.evaluation.compare import Evaluation, evaluate_all
+from fastprice.evaluation.evaluate import Evaluation, evaluate_models
 from fastprice.evaluation.report import write_report
 
 TRUTHS = [100.0, 200.0, 300.0, 400.0]
@@ -45,6 +45,6 @@ def from_report(measured: Evaluation, folder: Path) -> Row:
 @pytest.mark.parametrize("read", [from_cells, from_terminal, from_markdown, from_report])
 def test_each_figure_stands_under_its_heading(read: Callable[[Evaluation, Path], Row], tmp_path: Path) -> None:
     items = [Item(f"item {n}", price) for n, price in enumerate(TRUTHS)]
-    row = read(evaluate_all({"a model": lambda texts: GUESSES}, items, resamples=20), tmp_path)
+    row = read(evaluate_models({"a model": lambda texts: GUESSES}, items, resamples=20), tmp_path)
     assert row["model"] == "a model"
     assert {heading: row[heading].split(" ")[0] for heading in EXPECTED} == EXPECTED

@@ -1,4 +1,4 @@
-"""Scores against plain arithmetic, their intervals against what they promise, and every refusal."""
+"""Metrics against plain arithmetic, the coverage of their intervals, and every error."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ prices = st.floats(0.01, 1e5)
 
 
 def naive(truths: list[float], guesses: list[float]) -> dict[str, float]:
-    """The definitions, item by item, with nothing of numpy."""
+    """The definitions, item by item, without numpy."""
     n = len(truths)
     pairs = list(zip(truths, guesses, strict=True))
     mean = sum(truths) / n
@@ -142,8 +142,8 @@ def test_interval_does_not_depend_on_the_chunks(monkeypatch: pytest.MonkeyPatch)
         assert getattr(chunked, metric).high == pytest.approx(getattr(whole, metric).high, rel=1e-12)
 
 
-def test_interval_covers_the_true_error_as_often_as_it_says() -> None:
-    """300 sets of 100 items with |error| of mean $10: a 90 % interval holds the 10 in about 90 % of them."""
+def test_the_interval_has_the_coverage_of_its_confidence() -> None:
+    """300 sets of 100 items with |error| of mean $10: a 90 % interval has the 10 in it in about 90 % of them."""
     random = np.random.default_rng(3)
     covered = 0
     for seed in range(300):
@@ -197,7 +197,7 @@ def test_figure_is_a_float_with_an_interval() -> None:
         assert (twin, twin.low, twin.high) == (3, 1, 5)
 
 
-def test_as_dict_goes_through_json() -> None:
+def test_as_dict_is_valid_json() -> None:
     scores = score([10.0, 20.0], [11.0, 25.0])
     read = json.loads(json.dumps(scores.as_dict(), allow_nan=False))
     assert read["mae"] == {"value": 3.0, "low": 1.0, "high": 5.0}

@@ -33,12 +33,12 @@ options = json.loads(sys.argv[1])
 estimator = PriceEstimator("nano", epochs=2.0, max_tokens=96, pack_tokens=1024, evaluations=2, **options)
 estimator.fit(make_synthetic_items(400, seed=1), make_synthetic_items(60, seed=2))
 texts = [item.text for item in make_synthetic_items(20, seed=3)]
-bounds = estimator.predict_interval(texts, 0.8) if estimator.reads_distributions else []
+bounds = estimator.predict_interval(texts, 0.8) if estimator.gives_distributions_ else []
 print("FOUND " + json.dumps({
     "losses": [event.loss for event in estimator.training_.events if event.loss is not None],
     "prices": estimator.predict(texts).tolist(),
     "bounds": [list(each) for each in bounds],
-    "reads": estimator.reads_distributions,
+    "distributions": estimator.gives_distributions_,
 }))
 """
 
@@ -86,7 +86,7 @@ def test_it_learns_and_prices_what_it_has_not_seen(folder: Path, options: dict[s
     losses = found["losses"]
     assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
     assert all(0 < price < 1000 for price in found["prices"])
-    assert found["reads"]
+    assert found["distributions"]
     assert all(0 < low <= high for low, high in found["bounds"])
 
 

@@ -1,4 +1,4 @@
-"""Conformal intervals: they cover what they claim on models that do not, at every coverage the items can vouch for."""
+"""Calibrated intervals have the coverage requested, also for over- and underconfident models, at every coverage."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def share_inside(
 
 
 @pytest.mark.parametrize(("claimed", "shift"), [(0.4, 0.0), (2.0, 0.0), (0.7, 0.3)])
-def test_intervals_cover_what_they_claim_where_the_model_does_not(claimed: float, shift: float) -> None:
+def test_intervals_have_the_coverage_requested_where_the_model_does_not(claimed: float, shift: float) -> None:
     unseen = draw_items(99, 1500, claimed, shift)
     raw = np.array([distribution.interval(0.9) for distribution in unseen[0]])
     assert abs(((raw[:, 0] <= unseen[1]) & (unseen[1] <= raw[:, 1])).mean() - 0.9) > 0.05
@@ -74,7 +74,7 @@ def small_items(draw: st.DrawFn) -> tuple[list[PriceDistribution], list[float]]:
 
 @settings(deadline=None)
 @given(small_items(), st.floats(0.02, 0.98))
-def test_at_least_the_rank_of_the_calibration_items_lie_inside(
+def test_at_least_rank_many_calibration_items_lie_inside(
     items: tuple[list[PriceDistribution], list[float]], coverage: float
 ) -> None:
     distributions, truths = items
@@ -92,7 +92,7 @@ def test_at_least_the_rank_of_the_calibration_items_lie_inside(
 
 @settings(deadline=None)
 @given(small_items())
-def test_intervals_are_nested_in_coverage_and_hold_the_median(
+def test_intervals_are_nested_in_coverage_and_contain_the_median(
     items: tuple[list[PriceDistribution], list[float]],
 ) -> None:
     calibration = calibrate(*items)
@@ -106,7 +106,7 @@ def test_intervals_are_nested_in_coverage_and_hold_the_median(
         assert (bounds[:, 0] > 0).all()
 
 
-def test_saved_and_read_back_it_is_the_same() -> None:
+def test_a_calibration_is_the_same_after_saving() -> None:
     for ceiling in (None, 700.0):
         calibration = calibrate(*draw_items(3, 30, 0.5), ceiling=ceiling)
         assert Calibration.from_dict(json.loads(json.dumps(calibration.as_dict()))) == calibration
@@ -121,14 +121,14 @@ def test_too_few_items_say_how_many_are_needed() -> None:
     assert 0 < low < high
 
 
-def test_prices_outside_all_that_the_model_knows_are_reached() -> None:
+def test_intervals_extend_beyond_the_prices_of_a_model() -> None:
     one = PriceDistribution(np.array([100.0]), np.array([1.0]))
     calibration = calibrate([one] * 9, [50.0] * 4 + [100.0] + [300.0] * 4)
     low, high = calibration.interval(one, 0.9)
     assert (low, high) == (pytest.approx(100 / 3), pytest.approx(300))
 
 
-def test_intervals_are_cut_at_the_largest_price_known() -> None:
+def test_intervals_are_cut_at_the_largest_known_price() -> None:
     one = PriceDistribution(np.array([100.0]), np.array([1.0]))
     truths = [50.0] * 4 + [100.0] + [300.0] * 4
     assert calibrate([one] * 9, [20.0, *truths[1:]], ceiling=250.0).interval(one, 0.9)[1] == 300.0
@@ -138,7 +138,7 @@ def test_intervals_are_cut_at_the_largest_price_known() -> None:
     assert calibrate([one] * 9, truths, ceiling=250.0).interval(dearer, 0.5) == (pytest.approx(200.0), 300.0)
 
 
-def test_an_empty_distribution_has_no_interval_and_calibrates_nothing() -> None:
+def test_an_empty_distribution_has_no_interval_and_is_refused_for_calibration() -> None:
     empty = PriceDistribution(np.empty(0), np.empty(0))
     assert np.isnan(calibrate(*draw_items(3, 30, 0.5)).interval(empty)).all()
     with pytest.raises(DataError, match="1 calibration items"):
@@ -146,7 +146,7 @@ def test_an_empty_distribution_has_no_interval_and_calibrates_nothing() -> None:
 
 
 @pytest.mark.parametrize("truths", [[], [1.0, 2.0], [0.0], [math.nan], [-3.0]])
-def test_unusable_truths_are_refused(truths: list[float]) -> None:
+def test_unusable_prices_are_refused(truths: list[float]) -> None:
     with pytest.raises(DataError):
         calibrate(draw_items(3, 1, 0.5)[0], truths)
 

@@ -1,4 +1,4 @@
-"""The walk of the price trie equals scoring every price by brute force, on tokenizers and models of many kinds."""
+"""The price decoder equals scoring every price by brute force, on tokenizers and models of many kinds."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ from transformers import (
 )
 
 from fastprice.errors import ConfigError, DataError
-from fastprice.inference.price_decoder import QUICK, PriceDecoder, PriceTrie, greedy_prices, price_distributions
+from fastprice.inference.greedy import greedy_prices
+from fastprice.inference.price_decoder import SAMPLING_TOLERANCE, PriceDecoder
+from fastprice.inference.price_distribution import PriceDistribution
+from fastprice.inference.price_trie import PriceTrie
 
 STORIES = SHARED / "models/stories260k/hf"
 PRICES = range(1, 1000)
@@ -73,7 +76,7 @@ SIZES = {
 }
 
 
-def make_opinionated(model: Any, tokenizer: Any, sharpness: float = 3.0, end: float = 2.0) -> Any:
+def with_uneven_logits(model: Any, tokenizer: Any, sharpness: float = 3.0, end: float = 2.0) -> Any:
     """Makes a random model's next-token probabilities uneven, with most of their mass on digits and the end."""
     head = torch.nn.Linear(SIZES["hidden_size"], len(tokenizer))
     with torch.no_grad():
@@ -87,10 +90,16 @@ def make_opinionated(model: Any, tokenizer: Any, sharpness: float = 3.0, end: fl
     return model.eval()
 
 
-def llama(tokenizer: Any, **opinions: float) -> Any:
+def llama(tokenizer: Any, **options: float) -> Any:
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=len(tokenizer), **SIZES)
-    return make_opinionated(LlamaForCausalLM(config), tokenizer, **opinions)
+    return with_uneven_logits(LlamaForCausalLM(config), tokenizer, **options)
+
+
+def price_distributions(
+    model: Any, tokenizer: Any, prompts: Any, max_price: int = 999, **options: Any
+) -> list[PriceDistribution]:
+    return PriceDecoder.of(model, tokenizer, max_price=max_price).distributions(prompts, **options)
 
 
 def prompts_of(lengths: list[int], seed: int = 0, start: int = 0) -> list[list[int]]:
@@ -112,7 +121,7 @@ def brute_force(model: Any, tokenizer: Any, prompt: list[int], prices: range = P
     return torch.stack(whole).exp().numpy()
 
 
-def dense(distribution: Any, prices: range = PRICES) -> NDArray[np.float64]:
+def by_price(distribution: Any, prices: range = PRICES) -> NDArray[np.float64]:
     """Probabilities of every price, 0 where the distribution does not have it."""
     found = dict(zip(distribution.prices.tolist(), distribution.probabilities.tolist(), strict=True))
     return np.array([found.get(float(price), 0.0) for price in prices])
@@ -124,8 +133,8 @@ def assert_equals_brute_force(model: Any, tokenizer: Any, prompts: list[list[int
     truths = [brute_force(model, tokenizer, prompt) for prompt in prompts]
     assert max(truth.max() for truth in truths) > largest  # else every comparison is of zeros
     for truth, one, other in zip(truths, exact, usual, strict=True):
-        np.testing.assert_allclose(dense(one), truth, rtol=2e-4, atol=1e-9)
-        np.testing.assert_allclose(dense(other), truth, atol=1e-4)
+        np.testing.assert_allclose(by_price(one), truth, rtol=2e-4, atol=1e-9)
+        np.testing.assert_allclose(by_price(other), truth, atol=1e-4)
         assert one.missing_mass == pytest.approx(1 - truth.sum(), abs=1e-6)
 
 
@@ -143,8 +152,8 @@ def test_equals_brute_force_on_a_pretrained_model() -> None:
     exact = price_distributions(model, tokenizer, prompts, tolerance=0)
     for prompt, distribution in zip(prompts, exact, strict=True):
         truth = brute_force(model, tokenizer, prompt)
-        np.testing.assert_allclose(dense(distribution) / truth.sum(), truth / truth.sum(), atol=1e-5)
-        assert 1 < distribution.median() < 999  # hardly any mass is on prices, and yet it is well formed
+        np.testing.assert_allclose(by_price(distribution) / truth.sum(), truth / truth.sum(), atol=1e-5)
+        assert 1 < distribution.median() < 999  # although hardly any mass is on prices
 
 
 OTHERS: dict[str, Callable[[int], Any]] = {
@@ -159,7 +168,7 @@ OTHERS: dict[str, Callable[[int], Any]] = {
 def test_equals_brute_force_on_other_architectures(kind: str) -> None:
     torch.manual_seed(1)
     tokenizer = single_digits()
-    model = make_opinionated(OTHERS[kind](len(tokenizer)), tokenizer)
+    model = with_uneven_logits(OTHERS[kind](len(tokenizer)), tokenizer)
     assert_equals_brute_force(model, tokenizer, prompts_of([11, 5, 8]), 1e-3)
 
 
@@ -176,7 +185,7 @@ def test_equals_brute_force_through_adapters() -> None:
 def test_prompts_that_do_not_fit_the_window_of_sliding_layers_are_refused() -> None:
     tokenizer = single_digits()
     model = OTHERS["gemma2 (soft caps, eager attention, sliding layers)"](len(tokenizer)).eval()
-    with pytest.raises(ConfigError, match="33 tokens, more than the 32"):
+    with pytest.raises(ConfigError, match="33 tokens, more than the base model's sliding window of 32"):
         price_distributions(model, tokenizer, prompts_of([30]))
 
 
@@ -188,7 +197,7 @@ def test_any_highest_price(max_price: int) -> None:
         prompts, price_distributions(model, tokenizer, prompts, max_price=max_price, tolerance=0), strict=True
     ):
         np.testing.assert_allclose(
-            dense(one, prices), brute_force(model, tokenizer, prompt, prices), rtol=2e-4, atol=1e-9
+            by_price(one, prices), brute_force(model, tokenizer, prompt, prices), rtol=2e-4, atol=1e-9
         )
 
 
@@ -199,7 +208,7 @@ def test_any_highest_price(max_price: int) -> None:
     batch_size=st.integers(1, 8),
     tolerance=st.sampled_from([0.0, 1e-3]),
 )
-def test_an_item_does_not_depend_on_its_batch(
+def test_a_distribution_does_not_depend_on_its_batch(
     lengths: list[int], start: int, batch_size: int, tolerance: float
 ) -> None:
     tokenizer = single_digits()
@@ -207,8 +216,8 @@ def test_an_item_does_not_depend_on_its_batch(
     together = price_distributions(model, tokenizer, prompts, batch_size=batch_size, tolerance=tolerance)
     for prompt, one in zip(prompts, together, strict=True):
         alone = price_distributions(model, tokenizer, [prompt], tolerance=tolerance)[0]
-        # Rounding may put another node into the sample that a tolerance above 0 asks.
-        np.testing.assert_allclose(dense(one), dense(alone), atol=1e-6 + tolerance)
+        # Rounding may put another node into the sample of a tolerance above 0.
+        np.testing.assert_allclose(by_price(one), by_price(alone), atol=1e-6 + tolerance)
 
 
 @pytest.mark.parametrize("tolerance", [1e-3, 1e-2])
@@ -218,47 +227,53 @@ def test_no_price_is_off_by_the_tolerance(make: Callable[[], PreTrainedTokenizer
     model, prompts = llama(tokenizer), prompts_of([9, 4, 12, 7, 5])
     for prompt, one in zip(prompts, price_distributions(model, tokenizer, prompts, tolerance=tolerance), strict=True):
         truth = brute_force(model, tokenizer, prompt)
-        assert np.abs(dense(one) - truth).max() <= tolerance
+        assert np.abs(by_price(one) - truth).max() <= tolerance
 
 
-@pytest.mark.parametrize("tolerance", [0.02, QUICK])
+@pytest.mark.parametrize("tolerance", [0.02, SAMPLING_TOLERANCE])
 @pytest.mark.parametrize(("make", "end"), [(whole_numbers, 12.0), (single_digits, 2.0), (mixed_merges, 2.0)])
-def test_a_median_found_quickly_lies_within_the_tolerance(
+def test_a_sampled_median_lies_within_the_tolerance(
     make: Callable[[], PreTrainedTokenizerFast], end: float, tolerance: float
 ) -> None:
     """So do the quartiles: between a quantile found and the true one lies about `tolerance` of probability at most."""
     tokenizer = make()
     model, prompts = llama(tokenizer, sharpness=1.0, end=end), prompts_of([9, 4, 12, 7, 5, 8, 8, 6], seed=5)
     exact = price_distributions(model, tokenizer, prompts, tolerance=0)
-    quick = price_distributions(model, tokenizer, prompts, tolerance=tolerance)
+    sampled = price_distributions(model, tokenizer, prompts, tolerance=tolerance)
     assert any(len(one.prices) > 50 for one in exact)
-    for one, truth in zip(quick, exact, strict=True):
+    for one, truth in zip(sampled, exact, strict=True):
         for share in (0.25, 0.5, 0.75):
             found = one.quantile(share)
             assert truth.cdf(found) >= share - 1.1 * tolerance
             assert truth.cdf(found - 1) <= share + 1.1 * tolerance
 
 
-def test_a_quick_walk_asks_about_few_nodes() -> None:
+def record_scored_nodes(decoder: PriceDecoder) -> list[NDArray[np.int64]]:
+    """A list that gets the nodes of every call of `score` from now on."""
+    scored: list[NDArray[np.int64]] = []
+    start_session = decoder.scorer.start_session
+
+    def recorded(prompts: Any) -> Any:
+        session = start_session(prompts)
+        score = session.score
+        session.score = lambda items, nodes: (scored.append(nodes), score(items, nodes))[1]  # type: ignore[method-assign]
+        return session
+
+    decoder.scorer.start_session = recorded  # type: ignore[method-assign]
+    return scored
+
+
+def test_the_sampling_tolerance_scores_few_nodes() -> None:
     tokenizer = single_digits()
     model, prompts = llama(tokenizer), prompts_of([20] * 10)
-    asked: list[int] = []
     decoder = PriceDecoder.of(model, tokenizer)
-    read = decoder.reader.read
-
-    def counted(some: Any) -> Any:
-        reading = read(some)
-        ask = reading.ask
-        reading.ask = lambda items, nodes: (asked.append(len(items)), ask(items, nodes))[1]
-        return reading
-
-    decoder.reader.read = counted  # type: ignore[method-assign]
-    decoder.distributions(prompts, tolerance=QUICK)
-    assert 10 <= sum(asked) <= 10 * (1 / QUICK + 1 + 1 / QUICK)  # of 990 a prompt
+    scored = record_scored_nodes(decoder)
+    decoder.distributions(prompts, tolerance=SAMPLING_TOLERANCE)
+    assert 10 <= sum(map(len, scored)) <= 10 * (1 / SAMPLING_TOLERANCE + 1 + 1 / SAMPLING_TOLERANCE)  # of 990 a prompt
 
 
 class Sure:
-    """A model of single digits that writes prices from 100 to 999 and ends: the tokens that pass it are counted."""
+    """A model of single digits that writes prices from 100 to 999 and ends; it counts the tokens that it computes."""
 
     def __init__(self, model: Any) -> None:
         self.model, self.tokens, self.passes = model, 0, 0
@@ -282,36 +297,27 @@ class Sure:
         return positions - 19  # all prompts have 20 tokens
 
 
-def test_a_sure_model_is_asked_little_and_no_prompt_twice() -> None:
+def test_a_sure_model_computes_few_tokens_and_no_prompt_twice() -> None:
     tokenizer = single_digits()
     model, prompts = Sure(llama(tokenizer, sharpness=3.0)), prompts_of([20] * 40, start=6)
-    quick = price_distributions(model, tokenizer, prompts, tolerance=QUICK)
+    sampled = price_distributions(model, tokenizer, prompts, tolerance=SAMPLING_TOLERANCE)
     prompt_tokens = 6 + 40 * 14
     assert model.tokens <= prompt_tokens + 40 * (9 + 45 + 18)
     assert model.passes <= 8
-    for distribution in quick:
+    for distribution in sampled:
         assert distribution.missing_mass < 0.2  # it may write 0 first
         assert distribution.prices[distribution.probabilities > 1e-6].min() >= 100
 
 
-def test_ends_of_a_sure_model_are_asked_with_the_nodes_before_them() -> None:
+def test_ends_of_a_sure_model_are_scored_with_the_nodes_before_them() -> None:
     tokenizer = single_digits()
     decoder = PriceDecoder.of(Sure(llama(tokenizer)), tokenizer)
-    asked: list[Any] = []
-    read = decoder.reader.read
-
-    def counted(some: Any) -> Any:
-        reading = read(some)
-        ask = reading.ask
-        reading.ask = lambda items, nodes: (asked.append(decoder.trie.depths[nodes]), ask(items, nodes))[1]
-        return reading
-
-    decoder.reader.read = counted  # type: ignore[method-assign]
-    decoder.distributions(prompts_of([20] * 6), tolerance=QUICK)
-    assert [set(depths.tolist()) for depths in asked] == [{2, 3}]
+    scored = record_scored_nodes(decoder)
+    decoder.distributions(prompts_of([20] * 6), tolerance=SAMPLING_TOLERANCE)
+    assert [set(decoder.trie.depths[nodes].tolist()) for nodes in scored] == [{2, 3}]
 
 
-def test_of_prices_written_as_one_token_only_the_likeliest_are_asked_for_their_end() -> None:
+def test_of_prices_of_one_token_only_the_ends_of_the_likeliest_are_scored() -> None:
     tokenizer = whole_numbers()
     model = Sure(llama(tokenizer))
     model.depths = lambda ids, positions: 3 * (positions - 19)  # type: ignore[method-assign]  # the first token is all
@@ -327,7 +333,7 @@ def test_sixteen_bit_logits_are_normalized_in_thirty_two(dtype: torch.dtype) -> 
     precise = price_distributions(model, tokenizer, prompts, tolerance=0)
     rough = price_distributions(model.to(dtype), tokenizer, prompts, tolerance=0)
     for one, other in zip(precise, rough, strict=True):
-        np.testing.assert_allclose(dense(other), dense(one), atol=0.1 * dense(one).max())
+        np.testing.assert_allclose(by_price(other), by_price(one), atol=0.1 * by_price(one).max())
 
 
 def test_a_broken_model_yields_empty_distributions() -> None:
@@ -339,24 +345,24 @@ def test_a_broken_model_yields_empty_distributions() -> None:
     assert [distribution.is_empty for distribution in broken] == [True, True]
 
 
-def test_progress_and_nothing_to_do() -> None:
+def test_progress_is_reported_also_for_no_prompts() -> None:
     tokenizer = single_digits()
-    told: list[int] = []
-    assert price_distributions(llama(tokenizer), tokenizer, [], on_batch=told.append) == []
-    price_distributions(llama(tokenizer), tokenizer, prompts_of([4] * 5), batch_size=2, on_batch=told.append)
-    assert told == [2, 4, 5]
+    counts: list[int] = []
+    assert price_distributions(llama(tokenizer), tokenizer, [], on_batch=counts.append) == []
+    price_distributions(llama(tokenizer), tokenizer, prompts_of([4] * 5), batch_size=2, on_batch=counts.append)
+    assert counts == [2, 4, 5]
 
 
-def test_the_trie_spells_every_price_as_the_tokenizer_does() -> None:
+def test_the_trie_has_every_price_as_the_tokenizer_writes_it() -> None:
     for make in TOKENIZERS:
         tokenizer = make()
         trie = PriceTrie.of(tokenizer, 999)
-        spelt = {
+        found = {
             int(price): [int(trie.tokens[node]) for node in trie.paths[at][1 : trie.depths[at] + 1]]
             for at, price in enumerate(trie.prices)
             if price
         }
-        assert spelt == {price: tokenizer(str(price), add_special_tokens=False)["input_ids"] for price in PRICES}
+        assert found == {price: tokenizer(str(price), add_special_tokens=False)["input_ids"] for price in PRICES}
         for at, (first, count) in enumerate(zip(trie.first_child, trie.children, strict=True)):
             assert all(trie.paths[child, trie.depths[at]] == at for child in range(first, first + count))
             leaves = [child for child in range(first, first + count) if not trie.children[child]]
@@ -384,15 +390,15 @@ def test_refusals(tokenizer: Any, prompts: Any, options: Any, error: type[Except
         price_distributions(llama(single_digits()), tokenizer, prompts, **options)
 
 
-def test_a_tokenizer_that_cannot_tell_two_prices_apart_is_refused() -> None:
+def test_a_tokenizer_that_writes_two_prices_alike_is_refused() -> None:
     vocabulary = [*WORDS, *"01234567"]  # 8 and 9 are both unknown to it
     tokenizer = Tokenizer(models.WordLevel({word: at for at, word in enumerate(vocabulary)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    with pytest.raises(DataError, match=r"\$8 and \$9 alike"):
+    with pytest.raises(DataError, match=r"\$8 and \$9 with the same tokens"):
         PriceTrie.of(wrap(tokenizer), 9)
 
 
-def test_greedy_reads_the_number_that_generation_writes() -> None:
+def test_the_greedy_price_is_the_number_that_generation_writes() -> None:
     tokenizer = single_digits()
     model, prompts = llama(tokenizer), prompts_of([9, 4, 12, 7, 5, 6, 10, 3])
     expected = []

@@ -1,4 +1,4 @@
-"""`PriceDistribution`: each summary is the best guess for its loss, held against brute force."""
+"""`PriceDistribution`: each summary is the best estimate for its criterion, compared with brute force."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from fastprice.errors import ConfigError, DataError
-from fastprice.inference.price_distribution import LOSSES, PriceDistribution
+from fastprice.inference.price_distribution import CRITERIA, PriceDistribution
 
 
 @st.composite
@@ -20,14 +20,14 @@ def distributions(draw: st.DrawFn) -> PriceDistribution:
     return PriceDistribution(np.array(prices, float), weights / weights.sum() * found)
 
 
-def expected(distribution: PriceDistribution, losses: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Expected loss of each guess; losses (guesses, K)."""
+def expected(distribution: PriceDistribution, costs: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Expected cost of each estimate; costs (estimates, K)."""
     weights = distribution.probabilities / distribution.probabilities.max()
-    return losses @ (weights / weights.sum())
+    return costs @ (weights / weights.sum())
 
 
-def hits(guesses: NDArray[np.float64], prices: NDArray[np.float64]) -> NDArray[np.bool_]:
-    error = np.abs(guesses[:, None] - prices)
+def hits(estimates: NDArray[np.float64], prices: NDArray[np.float64]) -> NDArray[np.bool_]:
+    error = np.abs(estimates[:, None] - prices)
     return (error < 40) | (5 * error < prices)
 
 
@@ -36,19 +36,19 @@ GRID = np.arange(0.5, 1300, 0.5)
 
 @settings(max_examples=60, deadline=None)
 @given(distributions())
-def test_each_estimate_minimises_its_loss(distribution: PriceDistribution) -> None:
+def test_each_estimate_minimizes_its_criterion(distribution: PriceDistribution) -> None:
     prices = distribution.prices
-    losses = {
+    costs = {
         "mae": lambda g: np.abs(g[:, None] - prices),
         "mse": lambda g: (g[:, None] - prices) ** 2,
         "rmsle": lambda g: (np.log1p(g)[:, None] - np.log1p(prices)) ** 2,
         "mape": lambda g: np.abs(g[:, None] - prices) / prices,
         "hits": lambda g: 1.0 - hits(g, prices),
     }
-    assert set(losses) == set(LOSSES)
-    for name, loss in losses.items():
-        ours = expected(distribution, loss(np.array([distribution.estimate(name)])))[0]
-        best = expected(distribution, loss(GRID)).min()
+    assert set(costs) == set(CRITERIA)
+    for name, cost in costs.items():
+        ours = expected(distribution, cost(np.array([distribution.estimate(name)])))[0]
+        best = expected(distribution, cost(GRID)).min()
         assert ours <= best + 1e-9 * (1 + best), name
 
 
@@ -64,7 +64,7 @@ def test_quantiles_rise_and_invert_the_cdf(distribution: PriceDistribution, shar
 
 @settings(deadline=None)
 @given(distributions(), st.floats(0.01, 0.99))
-def test_central_interval_holds_its_share(distribution: PriceDistribution, coverage: float) -> None:
+def test_the_central_interval_has_its_coverage(distribution: PriceDistribution, coverage: float) -> None:
     low, high = distribution.interval(coverage)
     assert low <= distribution.median() <= high
     assert distribution.cdf(high) - distribution.cdf(np.nextafter(low, 0)) >= coverage - 1e-9
@@ -84,21 +84,21 @@ def test_summaries_are_of_the_mass_found() -> None:
     assert half.quantile(1) == 40.0
 
 
-def test_prices_without_mass_are_never_named() -> None:
+def test_no_quantile_is_a_price_without_mass() -> None:
     only = PriceDistribution(np.array([1.0, 50.0, 999.0]), np.array([0.0, 0.2, 0.0]))
     assert [only.quantile(q) for q in (0.0, 0.5, 1.0)] == [50.0, 50.0, 50.0]
 
 
 @pytest.mark.parametrize("prices", [[], [5.0, 7.0]])
-def test_nothing_found_is_nan_everywhere(prices: list[float]) -> None:
+def test_every_summary_of_an_empty_distribution_is_nan(prices: list[float]) -> None:
     empty = PriceDistribution(np.array(prices), np.zeros(len(prices)))
     assert empty.is_empty
     assert empty.missing_mass == 1.0
-    assert all(np.isnan(empty.estimate(loss)) for loss in LOSSES)
+    assert all(np.isnan(empty.estimate(criterion)) for criterion in CRITERIA)
     assert np.isnan([empty.quantile(0.3), *empty.interval(0.9), empty.cdf(10)]).all()
 
 
-def test_best_hit_takes_the_window_that_holds_more() -> None:
+def test_the_best_hit_is_in_the_window_with_more_mass() -> None:
     # A window of $40 holds 100 and 170 together from 130 to 140; the mean and the median of all three lie elsewhere.
     distribution = PriceDistribution(np.array([100.0, 170.0, 900.0]), np.array([0.3, 0.3, 0.4]))
     assert 130 < distribution.best_hit() < 140
@@ -125,12 +125,14 @@ def test_distributions_cannot_be_changed() -> None:
         ([1.0, 2.0], [0.5], "one probability"),
     ],
 )
-def test_what_is_no_distribution_is_refused(prices: list[float], probabilities: list[float], says: str) -> None:
+def test_arrays_that_are_no_distribution_are_refused(
+    prices: list[float], probabilities: list[float], says: str
+) -> None:
     with pytest.raises(DataError, match=says):
         PriceDistribution(np.array(prices), np.array(probabilities))
 
 
-def test_impossible_questions_are_refused() -> None:
+def test_impossible_arguments_are_refused() -> None:
     distribution = PriceDistribution(np.array([1.0]), np.array([1.0]))
     with pytest.raises(ConfigError, match="did you mean 'rmsle'"):
         distribution.estimate("rmsl")

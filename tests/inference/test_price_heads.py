@@ -1,4 +1,4 @@
-"""Heads: their losses against plain loops, what they start from, what they say, and what they write."""
+"""Price heads: losses against plain loops, where they start, their distributions, saved files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WIDTH, LOW, HIGH = 24, 2.0, 900.0
 PRICES = np.random.default_rng(0).lognormal(4.2, 1.0, 400).clip(LOW, HIGH)
 
 
-def shaken(kind: str) -> PriceHead:
+def random_head(kind: str) -> PriceHead:
     """A head whose outputs depend on the hidden state, in fp64."""
     head = make_head(kind, WIDTH, LOW, HIGH)
     head.start_from(PRICES)
@@ -29,7 +29,7 @@ def shaken(kind: str) -> PriceHead:
 
 
 def test_the_histogram_loss_is_the_cross_entropy_with_a_normal_in_log_price() -> None:
-    head = shaken("histogram")
+    head = random_head("histogram")
     outputs = torch.randn(5, BINS, dtype=torch.float64, requires_grad=True)
     prices = torch.tensor([2.0, 19.99, 130.0, 640.0, 900.0], dtype=torch.float64)
     loss = head.loss(outputs, prices)
@@ -51,7 +51,7 @@ def test_the_histogram_loss_is_the_cross_entropy_with_a_normal_in_log_price() ->
 
 
 def test_the_quantile_loss_is_the_pinball_loss_of_log_prices() -> None:
-    head = shaken("quantile")
+    head = random_head("quantile")
     assert isinstance(head, QuantileHead)
     outputs = torch.randn(4, len(head.shares), dtype=torch.float64, requires_grad=True)
     prices = torch.tensor([3.0, 19.99, 130.0, 640.0], dtype=torch.float64)
@@ -67,7 +67,7 @@ def test_the_quantile_loss_is_the_pinball_loss_of_log_prices() -> None:
 
 @pytest.mark.parametrize("kind", HEADS)
 def test_gradients_reach_the_hidden_state_and_the_weights(kind: str) -> None:
-    head = shaken(kind)
+    head = random_head(kind)
     prices = torch.tensor([12.0, 300.0], dtype=torch.float64)
     hidden = torch.randn(2, WIDTH, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda h: head.loss(head(h), prices), (hidden,))
@@ -77,7 +77,7 @@ def test_gradients_reach_the_hidden_state_and_the_weights(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", HEADS)
-def test_an_untrained_head_says_what_the_training_prices_are(kind: str) -> None:
+def test_an_untrained_head_has_the_distribution_of_the_training_prices(kind: str) -> None:
     head = make_head(kind, WIDTH, float(PRICES.min()), float(PRICES.max()))
     head.start_from(PRICES)
     one, other = head.distributions(head(torch.randn(2, WIDTH)))
@@ -90,8 +90,8 @@ def test_an_untrained_head_says_what_the_training_prices_are(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", HEADS)
-def test_outputs_that_are_no_numbers_give_an_empty_distribution(kind: str) -> None:
-    head = shaken(kind)
+def test_nan_outputs_give_an_empty_distribution(kind: str) -> None:
+    head = random_head(kind)
     outputs = head(torch.full((1, WIDTH), torch.nan))
     (found,) = head.distributions(outputs)
     assert found.is_empty
@@ -107,42 +107,42 @@ def test_a_sure_head_is_finer_than_a_bin() -> None:
 
 
 @pytest.mark.parametrize("kind", HEADS)
-def test_a_head_learns_the_same_from_states_that_hardly_differ(kind: str) -> None:
-    """Large in common, small in what tells items apart, as the states of prompts that end alike: no step is lost."""
+def test_a_head_learns_the_same_from_hidden_hidden_that_hardly_differ(kind: str) -> None:
+    """A large common part and small differences, as in hidden hidden of prompts that end alike: no step is lost."""
     random = torch.Generator().manual_seed(0)
     apart = torch.randn(64, WIDTH, generator=random)
     prices = (apart[:, 0] + 4).exp().clamp(LOW, HIGH)
     guesses = []
-    for states in (apart, 3.0 + 0.05 * apart):
+    for hidden in (apart, 3.0 + 0.05 * apart):
         head = make_head(kind, WIDTH, LOW, HIGH)
         head.start_from(prices.numpy())
-        head.standardize(states)
+        head.standardize(hidden)
         optimizer = torch.optim.Adam(head.parameters(), lr=1e-2)
         for _ in range(40):
             optimizer.zero_grad()
-            head.loss(head(states), prices).mean().backward()
+            head.loss(head(hidden), prices).mean().backward()
             optimizer.step()
-        guesses.append([each.median() for each in head.distributions(head(states))])
+        guesses.append([each.median() for each in head.distributions(head(hidden))])
     np.testing.assert_allclose(guesses[1], guesses[0], rtol=0.01)
     constant = np.abs(prices.numpy() - np.median(prices.numpy())).mean()
     assert np.abs(prices.numpy() - guesses[1]).mean() < 0.8 * constant
 
 
-def test_a_feature_that_never_moves_is_not_blown_up() -> None:
+def test_a_constant_feature_is_not_scaled_up_to_noise() -> None:
     head = make_head("histogram", 3, LOW, HIGH)
-    states = torch.tensor([[1.0, 5.0, -1.0], [1.0, 5.0 + 2**-12, 1.0]])
-    head.standardize(states)
-    floor = 0.01 * states.square().mean().sqrt().item()
-    torch.testing.assert_close(head.mean, states.mean(0))
+    hidden = torch.tensor([[1.0, 5.0, -1.0], [1.0, 5.0 + 2**-12, 1.0]])
+    head.standardize(hidden)
+    floor = 0.01 * hidden.square().mean().sqrt().item()
+    torch.testing.assert_close(head.mean, hidden.mean(0))
     torch.testing.assert_close(head.deviation, torch.tensor([floor, floor, 1.0]))
     torch.nn.init.ones_(head.linear.weight)
-    assert torch.isfinite(head(states)).all()
+    assert torch.isfinite(head(hidden)).all()
 
 
 @pytest.mark.parametrize("spread", [0.5, 0.8, 1.0, 2.0])
-def test_calibrated_intervals_of_quantiles_hold_what_they_claim(spread: float) -> None:
-    """Heads that know each item's distribution but for its spread, which they take to be `spread` times the true one:
-    where the interval at 90 % ends between two quantiles, it must not reach out to the next."""
+def test_calibrated_intervals_of_quantiles_have_the_coverage_requested(spread: float) -> None:
+    """For heads whose distributions have `spread` times the true spread: an interval at 90 % that ends between two
+    quantiles must not extend to the next one."""
     head = make_head("quantile", WIDTH, 1.0, 5000.0)
     assert isinstance(head, QuantileHead)
     random = np.random.default_rng(7)
@@ -156,13 +156,13 @@ def test_calibrated_intervals_of_quantiles_hold_what_they_claim(spread: float) -
         return head.distributions(torch.from_numpy(outputs)), np.exp(logs[:, 0])
 
     unseen, truths = draw(1500)
-    held = []
+    covered = []
     for _ in range(4):
         calibration = calibrate(*draw(500))
         bounds = np.array([calibration.interval(each, 0.9) for each in unseen])
-        held.append(((bounds[:, 0] <= truths) & (truths <= bounds[:, 1])).mean())
+        covered.append(((bounds[:, 0] <= truths) & (truths <= bounds[:, 1])).mean())
     error = math.sqrt(0.9 * 0.1 * (1 / 2000 + 1 / 1500))
-    assert abs(np.mean(held) - 0.9) < 3 * error
+    assert abs(np.mean(covered) - 0.9) < 3 * error
 
 
 def test_quantiles_beyond_the_outermost_stay_within_the_prices_known() -> None:
@@ -178,8 +178,8 @@ def test_quantiles_beyond_the_outermost_stay_within_the_prices_known() -> None:
 
 
 @pytest.mark.parametrize("kind", HEADS)
-def test_saved_weights_come_back_and_damaged_ones_are_told(kind: str, tmp_path: Path) -> None:
-    head, file = shaken(kind).float(), tmp_path / "head.safetensors"
+def test_saved_weights_are_restored_and_damaged_ones_refused(kind: str, tmp_path: Path) -> None:
+    head, file = random_head(kind).float(), tmp_path / "head.safetensors"
     head.standardize(torch.randn(9, WIDTH))
     head.save(file)
     again = make_head(width=WIDTH, **head.settings())

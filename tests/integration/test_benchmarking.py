@@ -161,7 +161,7 @@ def test_prediction_is_compared_with_generate(folder: str, work: Work) -> None:
     (row,) = work({"kind": "predict", "folder": folder, "items": 4, "batch": 2, "seconds": 0.1})
     assert row["status"] == "ok", row.get("reason")
     assert row["error"] < 1e-3
-    assert row["reader"] == "DenseReader"
+    assert row["scorer"] == "MergedScorer"
     assert set(row["items_per_second"]) == {"fastprice", "generate + regex", "generate + regex, sorted"}
     assert row["ratios"]["generate + regex"]["count"] >= 3
 

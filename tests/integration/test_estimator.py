@@ -16,6 +16,8 @@ from tests.two_prices import CHEAP, DEAR, two_price_items
 
 from fastprice import BaseModelError, ConfigError, DataError, Item, NotFittedError, PriceEstimator
 from fastprice.data.synthetic import make_synthetic_items
+from fastprice.inference.scorers.merged_decoder import MergedDecoder
+from fastprice.models.peft_engine import PeftEngine
 
 SMALL = {"epochs": 1.0, "max_tokens": 96, "pack_tokens": 1024, "evaluations": 2, "validation_items": 24}
 
@@ -94,19 +96,19 @@ def test_any_number_of_texts_streams_through(fitted: PriceEstimator, monkeypatch
     import fastprice.inference.predictor
 
     monkeypatch.setattr(fastprice.inference.predictor, "CHUNK", 3)
-    texts, taken, told = [f"{CHEAP}, lot {n}" for n in range(8)], [], []
+    texts, taken, counts = [f"{CHEAP}, lot {n}" for n in range(8)], [], []
     stream = fitted.iter_distributions(
-        (taken.append(text) or text for text in texts), tolerance=1e-4, on_batch=told.append
+        (taken.append(text) or text for text in texts), tolerance=1e-4, on_batch=counts.append
     )
     first = next(stream)
     assert len(taken) == 3
     whole = fitted.predict_distribution(texts)
     for one, other in zip([first, *stream], whole, strict=True):
         np.testing.assert_allclose(one.probabilities, other.probabilities, atol=1e-5)
-    assert told == [3, 6, 8]
+    assert counts == [3, 6, 8]
 
 
-def test_the_dense_copy_is_dropped_when_training_goes_on(fitted: PriceEstimator) -> None:
+def test_the_merged_copy_is_dropped_when_training_goes_on(fitted: PriceEstimator) -> None:
     fitted.predict([CHEAP])
     copied = fitted._decoder
     fitted.predict([DEAR])
@@ -200,30 +202,54 @@ def test_a_run_that_diverges_stops_and_leaves_no_model() -> None:
         estimator.predict(["a"])
 
 
-def test_an_engine_whose_models_take_no_masks_reads_distributions_off_a_dense_copy(
-    fitted: PriceEstimator, monkeypatch: pytest.MonkeyPatch
+def test_an_engine_whose_models_take_no_masks_gives_distributions_through_the_merged_copy(
+    fitted: PriceEstimator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     texts = [item.text for item in two_price_items(6)]
-    truth = fitted.predict_distribution(texts)
-    monkeypatch.setattr(fitted._engine, "takes_masks", False, raising=False)
-    monkeypatch.setattr(fitted, "_decoder", None)
-    assert fitted.reads_distributions
-    assert [each.median() for each in fitted.predict_distribution(texts)] == [each.median() for each in truth]
+    monkeypatch.setattr(PeftEngine, "takes_masks", False)
+    loaded = PriceEstimator.load(fitted.save(tmp_path / "model"))
+    assert loaded.gives_distributions_
+    truths = fitted.predict_distribution(texts)
+    for found, truth in zip(loaded.predict_distribution(texts), truths, strict=True):
+        np.testing.assert_array_equal(found.probabilities, truth.probabilities)
 
 
-def test_without_masks_and_without_a_copy_the_price_is_the_greedy_text_and_one_warning_says_so(
-    fitted: PriceEstimator, monkeypatch: pytest.MonkeyPatch
+def test_without_masks_and_without_a_merged_copy_loading_warns_and_prices_are_greedy(
+    fitted: PriceEstimator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fastprice.inference.scorers.merged_decoder import DenseDecoder
-
     texts = [item.text for item in two_price_items(6)]
-    monkeypatch.setattr(fitted._engine, "takes_masks", False, raising=False)
-    monkeypatch.setattr(fitted, "_decoder", None)
-    monkeypatch.setattr(fitted, "_distributions_missing", False)
-    monkeypatch.setattr(DenseDecoder, "of", lambda model: None)
-    with pytest.warns(UserWarning, match="no distributions on the peft engine"):
-        prices = fitted.predict(texts)
-    greedy = fitted.predict_greedy(texts)
-    assert np.array_equal(prices, np.where(np.isnan(greedy), fitted.fallback_price_, greedy))
+    monkeypatch.setattr(PeftEngine, "takes_masks", False)
+    monkeypatch.setattr(MergedDecoder, "of", lambda model: None)
+    with pytest.warns(UserWarning, match="no distributions on the peft engine: .* prices are greedy text"):
+        loaded = PriceEstimator.load(fitted.save(tmp_path / "model"))
+    assert not loaded.gives_distributions_
+    greedy = loaded.predict_greedy(texts)
+    assert np.array_equal(loaded.predict(texts), np.where(np.isnan(greedy), loaded.fallback_price_, greedy))
     with pytest.raises(ConfigError, match="gives no distributions"):
-        fitted.predict_distribution(texts)
+        loaded.predict_distribution(texts)
+
+
+def test_when_a_later_merged_copy_does_not_fit_prices_are_greedy_from_then_on(
+    fitted: PriceEstimator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(PeftEngine, "takes_masks", False)
+    loaded = PriceEstimator.load(fitted.save(tmp_path / "model"))
+    monkeypatch.setattr(MergedDecoder, "of", lambda model: None)
+    loaded._decoder = None  # as `fit` leaves it, without the memory for another copy
+    with pytest.warns(UserWarning, match="no distributions"):
+        loaded.predict([CHEAP])
+    assert not loaded.gives_distributions_
+    loaded.predict([CHEAP])  # without a second warning, which would be an error
+
+
+def test_errors_of_a_model_are_not_hidden_behind_greedy_text(
+    fitted: PriceEstimator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(model: object) -> None:
+        raise AttributeError("no such part")
+
+    folder = fitted.save(tmp_path / "model")
+    monkeypatch.setattr(PeftEngine, "takes_masks", False)
+    monkeypatch.setattr(MergedDecoder, "of", broken)
+    with pytest.raises(AttributeError, match="no such part"):
+        PriceEstimator.load(folder)

@@ -50,11 +50,11 @@ def test_the_word_that_decides_comes_first(keyword: PriceEstimator) -> None:
 
 
 def test_every_effect_is_what_the_model_says_of_the_text_without_the_span(fitted: PriceEstimator) -> None:
-    explanation = fitted.explain("Professional racing bicycle,\n carbon frame", loss="mse")
+    explanation = fitted.explain("Professional racing bicycle,\n carbon frame", criterion="mse")
     assert explanation.text == "Professional racing bicycle,\ncarbon frame"
     assert [span.text for span in explanation.spans] == ["Professional", "racing", "bicycle,", "carbon", "frame"]
     texts = [explanation.text[: span.start] + explanation.text[span.end :] for span in explanation.spans]
-    said = fitted.predict([explanation.text, "", *texts], loss="mse")
+    said = fitted.predict([explanation.text, "", *texts], criterion="mse")
     assert [explanation.estimate, explanation.empty, *(span.without for span in explanation.spans)] == pytest.approx(
         said.tolist(), rel=1e-3
     )
@@ -74,7 +74,7 @@ class Counting:
         self.asked += len(prompts)
         return prompts
 
-    def guesses(self, prompts: list[object], loss: str) -> list[float]:
+    def estimates(self, prompts: list[object], criterion: str) -> list[float]:
         return [float(1 + prompt.ids[0]) for prompt in prompts]  # type: ignore[attr-defined]
 
 
@@ -137,7 +137,7 @@ def test_explain_on_the_command_line(fastprice: Run, keyword: PriceEstimator, tm
     assert "golden [red]lamp" in said
     assert "golden" in said.splitlines()[-3 if "plot" in said.splitlines()[-1] else -2]
     assert plot.is_file()
-    for arguments, part in ((("--plot", tmp_path / "p.doc"), ".png"), (("--loss", "mea"), "mae")):
+    for arguments, part in ((("--plot", tmp_path / "p.doc"), ".png"), (("--criterion", "mea"), "mae")):
         status, _, told = fastprice("explain", "--model", folder, "--item", "x", *arguments)
         assert (status, told.count("\n")) == (2, 1)
         assert part in told

@@ -13,7 +13,7 @@ from sklearn.base import clone
 
 from fastprice import BaseModelError, ConfigError, Item, PriceEstimator
 from fastprice.data.synthetic import make_synthetic_items
-from fastprice.inference.price_heads import prompt_states
+from fastprice.inference.price_heads import prompt_hidden_states
 
 SMALL = {"max_tokens": 96, "pack_tokens": 256, "validation_items": 24, "learning_rate": 5e-3}
 THINGS = {
@@ -52,13 +52,13 @@ def test_one_model_gives_the_head_the_text_and_greedy_text(with_head: PriceEstim
     head, text = with_head.predict_distribution(items), with_head.predict_distribution(items, output="text")
     assert len(head[0].prices) == 1024
     assert all(float(price).is_integer() for price in text[0].prices)
-    np.testing.assert_array_equal(with_head.guesses(head, "mae"), with_head.predict(items))
+    np.testing.assert_array_equal(with_head.estimates(head, "mae"), with_head.predict(items))
     assert with_head.predict_greedy(items).shape == (6,)
     low, high = with_head.predict_interval(items, coverage=0.8).T
     assert (low < high).all()
     assert all(low >= min(THINGS.values()) / 2)
-    for loss in ("mse", "rmsle", "mape", "hits"):
-        assert np.isfinite(with_head.predict(items, loss=loss)).all()
+    for criterion in ("mse", "rmsle", "mape", "hits"):
+        assert np.isfinite(with_head.predict(items, criterion=criterion)).all()
 
 
 def test_the_head_is_no_part_of_the_model_between_trainings(with_head: PriceEstimator) -> None:
@@ -68,7 +68,7 @@ def test_the_head_is_no_part_of_the_model_between_trainings(with_head: PriceEsti
 def test_the_head_sees_states_standardized_by_the_untrained_model(with_head: PriceEstimator) -> None:
     untrained = PriceEstimator(**SMALL).prepare()
     prompts = [prompt.ids for prompt in untrained.prompts(three_price_items(180))]
-    states = torch.cat([each for _, each in prompt_states(untrained.model, prompts)])
+    states = torch.cat([each for _, each in prompt_hidden_states(untrained.model, prompts)])
     assert with_head._head is not None
     torch.testing.assert_close(with_head._head.mean, states.mean(0), rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(with_head._head.deviation, states.std(0, correction=0), rtol=1e-3, atol=1e-4)

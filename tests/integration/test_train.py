@@ -112,7 +112,7 @@ def test_predict_says_prices_of_texts(fastprice: Run, trained: Path) -> None:
 def test_predict_with_intervals(fastprice: Run, trained: Path, products: Path, tmp_path: Path) -> None:
     out = tmp_path / "prices.csv"
     status, _, told = fastprice(
-        "predict", products, "--model", trained, "--out", out, "--interval", 0.8, "--loss", "rmsle"
+        "predict", products, "--model", trained, "--out", out, "--interval", 0.8, "--criterion", "rmsle"
     )
     assert status == 0, told
     frame = pl.read_csv(out)

@@ -46,8 +46,8 @@ def saved(fitted: PriceEstimator, tmp_path_factory: pytest.TempPathFactory) -> P
 @pytest.mark.parametrize("text", STRANGE.values(), ids=list(STRANGE))
 def test_strange_texts_have_an_estimate_and_an_interval(fitted: PriceEstimator, text: str) -> None:
     ((low, high),) = fitted.predict_interval([text], 0.8)
-    for loss in ("mae", "mse", "rmsle", "mape", "hits"):
-        (price,) = fitted.predict([text], loss=loss)
+    for criterion in ("mae", "mse", "rmsle", "mape", "hits"):
+        (price,) = fitted.predict([text], criterion=criterion)
         assert 0 < price <= fitted.ceiling_price_
         assert np.isfinite([low, high]).all()
     assert 0 < low <= fitted.predict([text])[0] <= high
@@ -57,7 +57,7 @@ def test_strange_texts_have_an_estimate_and_an_interval(fitted: PriceEstimator, 
 @given(texts=st.lists(st.text(st.characters(), max_size=60), min_size=8, max_size=8))
 def test_any_text_has_an_estimate_and_an_interval(fitted: PriceEstimator, texts: list[str]) -> None:
     distributions = fitted.distributions(fitted.prompts(texts))
-    prices, bounds = fitted.guesses(distributions), fitted.intervals(distributions, 0.8)
+    prices, bounds = fitted.estimates(distributions), fitted.intervals(distributions, 0.8)
     assert ((prices > 0) & (prices <= fitted.ceiling_price_)).all()
     assert (bounds[:, 0] <= prices).all()
     assert (prices <= bounds[:, 1]).all()

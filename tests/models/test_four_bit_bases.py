@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from fastprice.benchmarking.models import model_config, random_nf4_model
 from fastprice.errors import ConfigError
-from fastprice.inference.scorers.merged_decoder import DenseDecoder, _dense
+from fastprice.inference.scorers.merged_decoder import MergedDecoder, _merged
 from fastprice.models.base_models import resolve_base
 from fastprice.models.peft_engine import PeftEngine
 from fastprice.offload.device_transfers import SimulatedTransfers
@@ -102,15 +102,15 @@ def test_the_dense_copy_has_the_exact_weights(cpu_kind: str, columns: int, stora
         linear.weight.data.view(torch.uint8), state.code, state.absmax, state.state2.code, state.state2.absmax,
         state.offset, 64, 256, (96, columns), torch.float32,
     )  # fmt: skip
-    assert torch.equal(_dense(linear).weight, exact)
+    assert torch.equal(_merged(linear).weight, exact)
 
 
 @torch.inference_mode()
 def test_no_dense_copy_is_made_of_repacked_weights(cpu_kind: str) -> None:
     model = random_nf4_model(model_config("nano", 1), "cpu", torch.float32).eval()
-    assert DenseDecoder.of(model) is not None
+    assert MergedDecoder.of(model) is not None
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = cpu_kind == "avx512_bf16"
     model(input_ids=torch.arange(8)[None])
-    assert (DenseDecoder.of(model) is None) == (cpu_kind == "avx512_bf16")
+    assert (MergedDecoder.of(model) is None) == (cpu_kind == "avx512_bf16")

@@ -90,14 +90,14 @@ def test_the_table_is_whole_in_80_columns() -> None:
 
 
 def test_hits_rank_from_the_most_and_names_must_differ(nano: PriceEstimator, split: Split) -> None:
-    comparison = compare_strategies(nano, [choose_strategy("zero-shot")], split.train, [], split.test, loss="hits")
+    comparison = compare_strategies(nano, [choose_strategy("zero-shot")], split.train, [], split.test, criterion="hits")
     hits = [float(entry.scores.hit_rate) for entry in comparison.entries]
     assert hits == sorted(hits, reverse=True)
     assert "median of retrieval:4" in [entry.name for entry in comparison.entries]
     with pytest.raises(ConfigError, match="'few-shot:2' is named more than once"):
         compare_strategies(nano, [FewShot(2), FewShot(2)], split.train, [], split.test)
     with pytest.raises(ConfigError, match="did you mean 'rmsle'"):
-        compare_strategies(nano, [], split.train, [], split.test, loss="rmsl")
+        compare_strategies(nano, [], split.train, [], split.test, criterion="rmsl")
 
 
 def test_intervals_are_calibrated_for_each_strategy(nano: PriceEstimator, split: Split) -> None:
@@ -191,7 +191,7 @@ def test_what_would_ask_about_items_it_has_seen_is_refused(
         (("--data", "no.csv", "--strategies", "few-shot", "few-shot:4"), "'few-shot:4' is named more than once"),
         (("--data", "no.csv", "--plot", tmp_path / "p.doc"), "one of .png, .svg, .pdf"),
         (("--model", trained, "--plot", tmp_path / "no" / "p.png"), "does not exist"),
-        (("--data", products, *COLUMNS, "--loss", "rmsl"), "did you mean 'rmsle'"),
+        (("--data", products, *COLUMNS, "--criterion", "rmsl"), "did you mean 'rmsle'"),
         (("--data", "no.csv", "--out", products / "out"), "no folder can be made there"),
         (("--strategies", "zero-shot"), "no data"),
     ]:

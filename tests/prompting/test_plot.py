@@ -20,7 +20,7 @@ NAMES = ["zero-shot", "few-shot:4", "few-shot:16", "retrieval:4", "retrieval:16"
 BASELINES = ["constant (median)", "median of retrieval:4", "median of retrieval:16"]
 
 
-def comparison_of(names: list[str], *, spread: float, best: str, loss: str = "mae") -> Comparison:
+def comparison_of(names: list[str], *, spread: float, best: str, criterion: str = "mae") -> Comparison:
     """`names` and the baselines, their errors `spread` apart, `best` with the least."""
     random = np.random.default_rng(0)
     truths = np.exp(random.normal(4.5, 1, 120)).clip(2, 900)
@@ -32,7 +32,7 @@ def comparison_of(names: list[str], *, spread: float, best: str, loss: str = "ma
         asked = {"baseline": True} if name in BASELINES else cost
         entries.append(Entry(name, guesses, score(truths, guesses), 0.01 + 10.0 * place, 1.0, **asked))  # type: ignore[arg-type]
     entries.sort(key=lambda entry: float(entry.scores.mae))
-    return Comparison(truths, entries, loss)
+    return Comparison(truths, entries, criterion)
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_it_says_what_the_table_says_best_on_top() -> None:
 
 
 def test_the_figure_that_ranks_is_drawn(tmp_path: Path) -> None:
-    figure = draw_comparison(comparison_of(NAMES, spread=0.05, best="tools", loss="rmsle"))
+    figure = draw_comparison(comparison_of(NAMES, spread=0.05, best="tools", criterion="rmsle"))
     assert figure.axes[0].get_title() == "RMSLE"
     assert figure.axes[1].get_title().startswith("RMSLE less")
 

@@ -36,12 +36,12 @@ def test_every_strategy_gives_distribution_estimate_and_interval(nano: PriceEsti
     answers = prompted.ask(split.test, on_items=seen.append)
     assert seen[-1] == len(split.test) == len(answers.distributions) == len(answers.prompt_tokens)
     assert all(0 < each.probabilities.sum() <= 1.0001 for each in answers.distributions)
-    guesses = prompted.guesses(answers.distributions, "mse")
+    guesses = prompted.estimates(answers.distributions, "mse")
     assert np.isfinite(guesses).all()
     assert (guesses > 0).all()
     bounds = prompted.intervals(answers.distributions, 0.8)
     assert (bounds[:, 0] <= bounds[:, 1]).all()
-    assert np.array_equal(prompted.predict(split.test, loss="mse"), guesses), "a second run differs"
+    assert np.array_equal(prompted.predict(split.test, criterion="mse"), guesses), "a second run differs"
     least = np.array([len(prompt.ids) for prompt in nano.prompts(split.test)])
     assert (answers.prompt_tokens >= least).all()
     assert (answers.generated_tokens > 0).all() == (name in ("chaining", "tools"))

@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fastprice.data.synthetic import make_synthetic_items
-from fastprice.inference.price_decoder import PriceTrie
 from fastprice.inference.price_heads import head_distributions, make_head
+from fastprice.inference.price_trie import PriceTrie
 from fastprice.models.base_models import load_tokenizer
 from fastprice.models.packed_attention import PACKED_ATTENTION, register_packed_attention
 from fastprice.prompts.packing import PackCollator, pack_rows

@@ -13,7 +13,7 @@ from tests.inference.test_price_decoder import mixed_merges, single_digits, whol
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from fastprice.errors import ConfigError
-from fastprice.inference.price_decoder import PriceTrie
+from fastprice.inference.price_trie import PriceTrie
 from fastprice.models.base_models import load_tokenizer
 from fastprice.prompts.template import JSON
 from fastprice.training.number_losses import NumberLoss, expected_cost
@@ -49,7 +49,7 @@ def test_wasserstein_is_the_expected_distance_of_a_model_that_knows_only_how_pri
         counts = np.zeros((len(path), len(trie.alphabet)))
         for step, at in enumerate(path):
             children = np.arange(trie.first_child[at], trie.first_child[at] + trie.children[at])
-            counts[step, trie.slots[children]] = below[children]
+            counts[step, trie.alphabet_index[children]] = below[children]
             counts[step, -1] = trie.prices[at] > 0
         with np.errstate(divide="ignore"):
             logits = torch.from_numpy(np.log(counts))[None].clamp(min=-1e9)
@@ -63,10 +63,10 @@ def test_wasserstein_knows_places() -> None:
     """Truth $199: wrong hundreds cost more than wrong tens, those more than a wrong last digit."""
     number, trie, tokenizer = loss_of("wasserstein", single_digits, 999)
     _, right, costs = number.costs(199)
-    slot = {int(token): at for at, token in enumerate(trie.alphabet)}
+    column = {int(token): at for at, token in enumerate(trie.alphabet)}
 
     def cost(step: int, digit: str) -> float:
-        return float(costs[step, slot[tokenizer.convert_tokens_to_ids(digit)]])
+        return float(costs[step, column[tokenizer.convert_tokens_to_ids(digit)]])
 
     assert cost(0, "9") > cost(1, "1") > cost(2, "1") > 0
     assert all(costs[step, right[step]] == 0 for step in range(4))

@@ -11,8 +11,8 @@ import torch
 from fastprice.benchmarking.cases import draw_rows
 from fastprice.benchmarking.models import seed_adapters
 from fastprice.benchmarking.timing import Stopwatch, interleave, ratios, spread_of
-from fastprice.inference.greedy import write_greedily
-from fastprice.inference.scorers.stock import StockReader
+from fastprice.inference.greedy import generate_greedily
+from fastprice.inference.scorers.stock import StockScorer
 from fastprice.prompts.template import HEAD, IGNORE
 
 if TYPE_CHECKING:
@@ -31,12 +31,12 @@ def compare_prediction(folder: str, *, items: int, batch: int, seconds: float) -
 
     The model is as it comes out of training: NF4, adapters beside it. `generate` runs as most people run it, rows as
     they come, and once more on rows sorted by length. fastprice gives what a point estimate takes; getting ready for it
-    (`ready_seconds`: the trie, the dense copy) is done once and not in the figures.
+    (`ready_seconds`: the trie, the merged copy of the weights) is done once and not in the figures.
 
     First the distributions are held against the exact ones (every price scored, transformers' own forward pass) on two
     prompts: the probability found, and where the medians lie. A red check gives no ratio.
     """
-    from fastprice.inference.price_decoder import QUICK, PriceDecoder
+    from fastprice.inference.price_decoder import SAMPLING_TOLERANCE, PriceDecoder
     from fastprice.models.engine_choice import choose_engine
 
     engine = choose_engine("peft")
@@ -52,22 +52,22 @@ def compare_prediction(folder: str, *, items: int, batch: int, seconds: float) -
     watch.mark()
     decoder = PriceDecoder.of(model, tokenizer)
     watch.mark()
-    error, off = check_prediction(decoder, StockReader(model, decoder.trie), prompts[:2])
+    error, off = check_prediction(decoder, StockScorer(model, decoder.trie), prompts[:2])
     row: dict[str, Any] = {
         "items": items,
         "batch": batch,
-        "reader": type(decoder.reader).__name__,
+        "scorer": type(decoder.scorer).__name__,
         "ready_seconds": watch.intervals()[0],
         "error": error,
         "tolerance": _TOLERANCE,
         "median_off": off,
-        "median_tolerance": QUICK,
+        "median_tolerance": SAMPLING_TOLERANCE,
     }
-    if not (error <= _TOLERANCE and off <= QUICK):
+    if not (error <= _TOLERANCE and off <= SAMPLING_TOLERANCE):
         return {**row, "status": "wrong", "reason": f"probability is off by {error:.1%}, the median by {off:.1%} of it"}
     samples = interleave(
         {
-            "fastprice": lambda: decoder.distributions(prompts, tolerance=QUICK, batch_size=batch),
+            "fastprice": lambda: decoder.distributions(prompts, tolerance=SAMPLING_TOLERANCE, batch_size=batch),
             "generate + regex": lambda: generate_prices(model, tokenizer, prompts, batch),
             "generate + regex, sorted": lambda: generate_prices(model, tokenizer, sorted(prompts, key=len), batch),
         },
@@ -87,18 +87,18 @@ def compare_prediction(folder: str, *, items: int, batch: int, seconds: float) -
 
 
 def check_prediction(
-    decoder: PriceDecoder, stock: StockReader, prompts: Sequence[Sequence[int]]
+    decoder: PriceDecoder, stock: StockScorer, prompts: Sequence[Sequence[int]]
 ) -> tuple[float, float]:
     """How wrong the decoder is about prompts, at most: (relative error of the probability found, that of the median).
 
     The exact distributions come from every price scored by transformers' own forward pass. The median's error is the
     share of probability between it and the true one.
     """
-    from fastprice.inference.price_decoder import QUICK, PriceDecoder
+    from fastprice.inference.price_decoder import SAMPLING_TOLERANCE, PriceDecoder
 
     exact = PriceDecoder(stock, decoder.config).distributions(prompts, tolerance=0.0)
     usual = decoder.distributions(prompts, tolerance=1e-4)
-    medians = [each.median() for each in decoder.distributions(prompts, tolerance=QUICK)]
+    medians = [each.median() for each in decoder.distributions(prompts, tolerance=SAMPLING_TOLERANCE)]
     off = [
         max(0.5 - truth.cdf(median), truth.cdf(median - 1) - 0.5, 0.0)
         for truth, median in zip(exact, medians, strict=True)
@@ -143,7 +143,7 @@ def generate_prices(
     """What people write: pad each batch on the left, generate at most `most` tokens greedily, search for a number."""
     prices: list[float | None] = []
     for start in range(0, len(prompts), batch):
-        written = write_greedily(model, tokenizer, prompts[start : start + batch], most=most)
+        written = generate_greedily(model, tokenizer, prompts[start : start + batch], max_new_tokens=most)
         for text in tokenizer.batch_decode(written, skip_special_tokens=True):
             found = _PRICE.search(text)
             prices.append(float(found[0]) if found else None)

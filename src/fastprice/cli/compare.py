@@ -55,7 +55,7 @@ def compare(
     ] = None,
     items: Annotated[int, typer.Option(help="Test items, drawn with the seed.", min=1)] = 200,
     calibrate: Annotated[int, typer.Option(help="Validation items for the intervals; 0: none.", min=0)] = 100,
-    loss: Annotated[str, typer.Option(help="What the estimates make small: mae, mse, rmsle, mape or hits.")] = "mae",
+    criterion: Annotated[str, typer.Option(help="What the estimates minimize: mae, mse, rmsle, mape or hits.")] = "mae",
     limit: Annotated[int | None, typer.Option(help="Use only so many items, drawn with the seed.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of draw and split.")] = None,
     out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Folder for compare.json.")] = None,
@@ -68,7 +68,7 @@ def compare(
     from fastprice.prompting.compare import check_names, compare_strategies, metric_of
     from fastprice.run import prepare_items
 
-    metric_of(loss)
+    metric_of(criterion)
     if model is not None and (base is not None or method is not None):
         raise ConfigError("compare: give --model (a run's) or --base, not both; a run knows its base and method")
     given = overrides_of(
@@ -107,7 +107,7 @@ def compare(
             split.train,
             calibration,
             test,
-            loss=loss,
+            criterion=criterion,
             on_items=lambda name, more: progress.update(task, description=name, advance=more),
         )
     console.print(comparison.table())

@@ -14,7 +14,7 @@ from fastprice.common.plots import check_plot
 def explain(
     model: ModelDir,
     item: Annotated[str, typer.Option("--item", metavar="TEXT", help="The text whose estimate is explained.")],
-    loss: Annotated[str, typer.Option(help="What the estimate makes small: mae, mse, rmsle, mape or hits.")] = "mae",
+    criterion: Annotated[str, typer.Option(help="What the estimate minimizes: mae, mse, rmsle, mape or hits.")] = "mae",
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Also draw it: PNG, SVG or PDF.")] = None,
 ) -> None:
     """Show which words raised or lowered the estimate of a text: what it would be without each of them."""
@@ -25,9 +25,9 @@ def explain(
     from fastprice.data.cleaning import prediction_text
     from fastprice.inference.batch import check_options
 
-    check_options(loss, None)
+    check_options(criterion, None)
     text = prediction_text(item, trained_cleaning(model)["mask"])
-    explanation = load_estimator(model).explain(text, loss=loss)
+    explanation = load_estimator(model).explain(text, criterion=criterion)
     console = make_console()
     console.print(explanation)
     if plot is not None:

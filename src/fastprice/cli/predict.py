@@ -33,7 +33,7 @@ def predict(
     item: Annotated[list[str] | None, typer.Option("--item", metavar="TEXT...", help="Texts to price.")] = None,
     text: Text = None,
     out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="CSV, JSONL or Parquet to write.")] = None,
-    loss: Annotated[str, typer.Option(help="What the estimates make small: mae, mse, rmsle, mape or hits.")] = "mae",
+    criterion: Annotated[str, typer.Option(help="What the estimates minimize: mae, mse, rmsle, mape or hits.")] = "mae",
     interval: Annotated[
         float | None, typer.Option(metavar="SHARE", help="Add low and high that hold this share, such as 0.9.")
     ] = None,
@@ -52,7 +52,7 @@ def predict(
     from fastprice.data.items import Item, open_items
     from fastprice.inference.batch import check_options, check_target, estimate_rows, predict_file
 
-    check_options(loss, interval)
+    check_options(criterion, interval)
     console = make_console()
     mask = trained_cleaning(model)["mask"]
     columns, drop = text_columns(model, text, price=None)
@@ -62,7 +62,7 @@ def predict(
         with _Bar(console) as bar:
             totals, notes = predict_file(
                 file, out, model=folder, load=lambda _: load_estimator(model), text=columns, drop=drop, mask=mask,
-                loss=loss, interval=interval, on_progress=bar,
+                criterion=criterion, interval=interval, on_progress=bar,
             )  # fmt: skip
         _say_totals(console, out, totals, notes)
         return
@@ -70,7 +70,7 @@ def predict(
     def show(rows: Any) -> None:
         estimator = load_estimator(model)
         cut = 0
-        for estimates in estimate_rows(estimator, rows, loss=loss, interval=interval, mask=mask):
+        for estimates in estimate_rows(estimator, rows, criterion=criterion, interval=interval, mask=mask):
             _say_estimates(console, estimates)
             cut += estimates.cut
         if cut:
@@ -99,10 +99,10 @@ def evaluate(
     items = clean_items(items, **trained_cleaning(model))
     estimator = load_estimator(model)
 
-    from fastprice.evaluation.compare import evaluate_all
+    from fastprice.evaluation.evaluate import evaluate_models
 
     console = make_console()
-    console.print(evaluate_all({str(model): estimator.predict}, items).table())
+    console.print(evaluate_models({str(model): estimator.predict}, items).table())
     if items.rejects:
         console.print(f"{len(items.rejects):,} rows were not used, such as row {items.rejects[0].row}: "
                       f"{items.rejects[0].reason}", highlight=False, markup=False)  # fmt: skip

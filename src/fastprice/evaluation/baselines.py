@@ -1,14 +1,9 @@
-"""Three ways to estimate prices from text without a language model, fitted on the same items as the tuned model.
+"""Baselines: three estimators of prices from text without a language model, fitted on the same items as the tuned one.
 
-A tuned model is worth its cost only by what it adds to these, so they are set up to be hard to beat. All learn
-ln(1 + price): prices spread over orders of magnitude, and its mean, taken back to dollars, lies near the median, which
-is what an absolute error rewards. All guess within the range of the prices they were fitted on.
-
-Settings were chosen by the error on unseen groups of two real sets of prices up to $1,000: computer parts (12,434
-items to learn from, 3,123 to guess; mean absolute error $51.5 by ridge and $54.4 by LightGBM, median $126.1) and
-classified advertisements (4,505 and 1,114; $110.3, $111.4 and $153.3). Tried on the parts and left: ridge on words
-alone, $2 to $3 worse; three-word terms, no better; scikit-learn's default tokens, which drop single digits, $3 worse;
-LightGBM on single words, $3 worse.
+A tuned model is worth its cost only by what it adds to these, so their settings are chosen to be hard to beat
+(docs/LOG.md has the measurements). All predict ln(1 + price): prices range over orders of magnitude, and the mean of
+the logarithm, in dollars, is near the median, which minimizes an absolute error. All estimates are within the range of
+the training prices.
 """
 
 from __future__ import annotations
@@ -36,12 +31,12 @@ _TREE_TERMS = 6_000
 
 
 class Baseline(RegressorMixin, BaseEstimator):  # type: ignore[misc]  # scikit-learn is untyped
-    """A scikit-learn regressor from texts to dollars; subclasses fill in `_fit` and `_predict` in ln(1 + dollars)."""
+    """A scikit-learn regressor from texts to dollars; subclasses implement `_fit` and `_predict` in ln(1 + dollars)."""
 
     name: ClassVar[str]
 
     def fit(self, texts: Sequence[str], prices: ArrayLike) -> Self:
-        """Learns from N texts and their N prices in dollars.
+        """Fits to N texts and their N prices in dollars.
 
         Raises DataError for no items, lengths that differ, or a price that is not a finite number above $0.
         """
@@ -49,16 +44,16 @@ class Baseline(RegressorMixin, BaseEstimator):  # type: ignore[misc]  # scikit-l
         if prices_N.shape != (len(texts),) or not len(texts):
             raise DataError(f"{len(texts)} texts and prices of shape {prices_N.shape}: give one price for each text")
         if not (np.isfinite(prices_N) & (prices_N > 0)).all():
-            raise DataError("a price to learn from is not a finite number above $0: leave such items out")
+            raise DataError("a training price is not a finite number above $0: leave such items out")
         logs_N = np.log1p(prices_N)
         self.log_range_ = float(logs_N.min()), float(logs_N.max())
         self._fit(list(texts), logs_N)
         return self
 
     def predict(self, texts: Sequence[str]) -> FloatArray:
-        """N texts -> N dollars, float64, each within the range of the training prices and so above 0."""
+        """Estimates for N texts: dollars, float64 (N,), within the range of the training prices and so above 0."""
         if not hasattr(self, "log_range_"):
-            raise NotFittedError(f"this {type(self).__name__} has learnt nothing yet: call fit first")
+            raise NotFittedError(f"this {type(self).__name__} is not fitted yet: call fit first")
         if not len(texts):
             return np.empty(0)
         logs_N = np.asarray(self._predict(list(texts)), dtype=np.float64)
@@ -72,7 +67,7 @@ class Baseline(RegressorMixin, BaseEstimator):  # type: ignore[misc]  # scikit-l
 
 
 class ConstantBaseline(Baseline):
-    """The median training price for everything: the constant with the least absolute error."""
+    """The median training price for every text: the constant with the smallest absolute error."""
 
     name = "constant (median)"
 
@@ -107,11 +102,11 @@ class RidgeBaseline(Baseline):
 
 
 class LightGBMBaseline(Baseline):
-    """TF-IDF of the commonest one- and two-word terms, then gradient-boosted trees (LightGBM).
+    """TF-IDF of the most frequent one- and two-word terms, then gradient-boosted trees (LightGBM).
 
-    `threads` is 1 for a reason: with as many threads as cores, LightGBM's threads wait for one another by spinning,
-    and where anything else runs the fit of 12,434 rows took 490 s on two threads in place of 15 s on one.
-    The same `seed` gives the same trees whatever the number of threads.
+    `threads` is 1 for a reason: LightGBM's threads wait for one another by spinning, so with as many threads as cores
+    and any other work on the machine a fit can take thirty times as long (docs/LOG.md). The same `seed` gives the same
+    trees with any number of threads.
     """
 
     name = "TF-IDF + LightGBM"
@@ -128,7 +123,7 @@ class LightGBMBaseline(Baseline):
             "num_leaves": 63,
             "max_bin": 31,
             "feature_fraction": 0.3,
-            # LightGBM's own minima (20 in a leaf, 3 in a bin) allow no split at all among a few dozen items.
+            # LightGBM's default minima (20 in a leaf, 3 in a bin) allow no split at all among a few dozen items.
             "min_data_in_leaf": min(5, 1 + len(texts) // 20),
             "min_data_in_bin": 3 if len(texts) >= 500 else 1,
             "seed": self.seed,
@@ -146,7 +141,7 @@ class LightGBMBaseline(Baseline):
 
 
 def default_baselines(*, seed: int = 0, threads: int = 1) -> list[Baseline]:
-    """The three, unfitted, weakest first; `seed` and `threads` are for LightGBM (see there why not every core)."""
+    """The three baselines, unfitted, weakest first; `seed` and `threads` are those of `LightGBMBaseline`."""
     return [ConstantBaseline(), RidgeBaseline(), LightGBMBaseline(seed=seed, threads=threads)]
 
 
@@ -161,13 +156,13 @@ class _Terms:
         self.vectorizers = list(vectorizers)
 
     def fit_transform(self, texts: list[str]) -> sparse.csr_matrix:
-        # scikit-learn refuses to fit a vectorizer without a single term.
+        # scikit-learn raises where a vectorizer finds no term at all.
         self.vectorizers = [each for each in self.vectorizers if any(map(each.build_analyzer(), texts))]
-        return self._beside([each.fit_transform(texts) for each in self.vectorizers], len(texts))
+        return self._stacked([each.fit_transform(texts) for each in self.vectorizers], len(texts))
 
     def transform(self, texts: list[str]) -> sparse.csr_matrix:
-        return self._beside([each.transform(texts) for each in self.vectorizers], len(texts))
+        return self._stacked([each.transform(texts) for each in self.vectorizers], len(texts))
 
     @staticmethod
-    def _beside(parts: list[sparse.csr_matrix], rows: int) -> sparse.csr_matrix:
+    def _stacked(parts: list[sparse.csr_matrix], rows: int) -> sparse.csr_matrix:
         return sparse.hstack(parts, format="csr") if parts else sparse.csr_matrix((rows, 1), dtype=np.float32)

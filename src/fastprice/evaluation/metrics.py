@@ -1,14 +1,14 @@
-"""How far estimates lie from true prices: six figures, each with the interval that a bootstrap over items gives it.
-
-Legend: N items, R resamples, K columns of per-item quantities. Prices and errors are dollars, float64.
+"""Metrics of estimates against true prices: six figures, each with a bootstrap confidence interval over items.
 
 Every figure is a function of K sums over items (of |error|, error squared, ...). A bootstrap resample of the items is
-a row of counts w_N that adds up to N, so R resamples are one matrix product w_RN @ columns_NK, done in chunks of at
-most `_CHUNK_BYTES`: 10,000 items and 1,000 resamples take a fraction of a second and need no R x N array.
+a row of counts w_N with the sum N, so R resamples are one matrix product w_RN @ columns_NK, in chunks of at most
+`_CHUNK_BYTES`: 10,000 items and 1,000 resamples take a fraction of a second and need no R x N array.
 
 The intervals are percentile bootstrap intervals (Efron and Tibshirani, "An Introduction to the Bootstrap", 1993,
-chapter 13). They say how much a figure would move with another draw of items from the same source; they say nothing
-about another source, or about another training run.
+chapter 13). They are the sampling noise of the items: how much a figure would change with another draw from the same
+source. They say nothing about another source, or about another training run.
+
+Legend: N items, R resamples, K columns of per-item quantities, M metrics. Prices and errors are dollars, float64.
 """
 
 from __future__ import annotations
@@ -22,22 +22,25 @@ from numpy.typing import ArrayLike, NDArray
 
 from fastprice.common.arrays import FloatArray
 from fastprice.errors import ConfigError, DataError
+from fastprice.inference.price_distribution import HIT_DOLLARS, HIT_SHARE
 
 __all__ = ["METRICS", "Figure", "Scores", "paired_difference", "score"]
 
 
 METRICS = ("mae", "rmse", "rmsle", "mape", "r2", "hit_rate")
-HIT_DOLLARS = 40.0
-HIT_SHARE = 5.0  # a hit lies within 1/5 = 20 % of the truth; 5 * |error| < truth is exact where 0.2 * truth rounds
 
 _CHUNK_BYTES = 32 * 2**20
-_LARGEST = 1e100  # dollars; beyond it squared errors leave float64
+_LARGEST = 1e100  # dollars; the squares of larger errors may overflow float64
 
 
 class Figure(float):
-    """A float that knows its interval: `.low` and `.high` in the figure's own unit.
+    """A metric with its confidence interval: a float with two attributes.
 
-    It is an ordinary float in arithmetic, comparison, formatting and JSON (there without the interval).
+    In arithmetic, comparison, formatting and JSON it is an ordinary float.
+
+    Attributes:
+        low: the lower end of the interval, in the metric's own unit.
+        high: the upper end.
     """
 
     low: float
@@ -63,14 +66,16 @@ class Figure(float):
 
 @dataclass(frozen=True)
 class Scores:
-    """What `score` measured on `n` items.
+    """The metrics of estimates on `n` items, as `score` returns them; each is a float with an interval (`Figure`).
 
-    mae       mean |error|, dollars
-    rmse      root of the mean squared error, dollars
-    rmsle     root mean squared difference of ln(1 + price); a negative guess counts as $0 here, and only here
-    mape      mean of |error| / truth, percent
-    r2        1 - squared error / variance of the truths; NaN where the truths do not vary (so for one item)
-    hit_rate  share of items with |error| < $40 or |error| < 20 % of the truth, percent
+    Attributes:
+        mae: mean |error|, dollars.
+        rmse: root of the mean squared error, dollars.
+        rmsle: root mean squared difference of ln(1 + price); a negative estimate counts as $0 here, and only here.
+        mape: mean of |error| / true price, percent.
+        r2: 1 - squared error / variance of the true prices; NaN where they do not vary (so for one item).
+        hit_rate: share of hits, percent: items with |error| < $40 or |error| < 20 % of the true price.
+        n: number of items.
     """
 
     mae: Figure
@@ -89,13 +94,20 @@ class Scores:
 def score(
     truths: ArrayLike, guesses: ArrayLike, *, confidence: float = 0.95, resamples: int = 1000, seed: int = 0
 ) -> Scores:
-    """Compares `guesses` with `truths` (each N dollars, item by item) and bootstraps every figure over the items.
+    """The metrics of estimates against true prices, with bootstrap intervals over the items.
 
-    `confidence` is the share of resamples inside each interval. Same arguments, same result. With one item the
-    intervals have no width and `r2` is NaN; resamples whose truths are all alike are left out of the interval of `r2`.
+    Args:
+        truths: N true prices in dollars, above 0.
+        guesses: N estimates in dollars, of the same items in the same order.
+        confidence: share of resamples inside each interval.
+        resamples: number of bootstrap resamples.
+        seed: of the resamples; same arguments, same result.
 
-    Raises DataError for no items, lengths that differ, a truth that is not above $0, a guess that is not a finite
-    number; ConfigError for an impossible `confidence` or `resamples`.
+    With one item the intervals have no width and `r2` is NaN; resamples whose true prices are all equal are left out of
+    the interval of `r2`.
+
+    Raises DataError for no items, lengths that differ, a true price that is not above $0, an estimate that is not a
+    finite number; ConfigError for an impossible `confidence` or `resamples`.
     """
     truths_N = _truths(truths)
     columns_NK = _columns(truths_N, _guesses(guesses, len(truths_N), "guesses"))
@@ -121,11 +133,11 @@ def paired_difference(
     resamples: int = 1000,
     seed: int = 0,
 ) -> Figure:
-    """The `metric` of A less that of B on the same items, with a paired bootstrap interval.
+    """The `metric` of estimates A less that of B on the same items, with a paired bootstrap interval.
 
-    Each resample draws items, and with each item both guesses: what makes an item hard for both cancels, so this
-    interval is much narrower than two separate intervals suggest. Below zero A is better, save for `r2` and
-    `hit_rate`, where above zero is better. An interval without zero in it is a difference that the items support.
+    Each resample draws items, and with each item both estimates: what makes an item hard for both cancels, so this
+    interval is much narrower than two separate intervals suggest. Below zero A is better, but for `r2` and `hit_rate`,
+    where it is above zero. An interval without zero in it is a difference beyond sampling noise.
 
     Raises as `score` does, and ConfigError for an unknown `metric`.
     """
@@ -152,8 +164,8 @@ def _columns(truths_N: FloatArray, guesses_N: FloatArray) -> FloatArray:
     error_N = np.abs(guesses_N - truths_N)
     log_error_N = np.log1p(np.maximum(guesses_N, 0.0)) - np.log1p(truths_N)
     hit_N = (error_N < HIT_DOLLARS) | (HIT_SHARE * error_N < truths_N)
-    # Truths measured from their median: variance from sums of squares loses digits when the mean is large, and
-    # the median of equal numbers is exactly that number.
+    # Less their median: a variance from sums of squares loses digits where the mean is large, and the median of equal
+    # numbers is exactly that number.
     shifted_N = truths_N - np.median(truths_N)
     return np.column_stack(
         [error_N, error_N**2, log_error_N**2, error_N / truths_N, hit_N.astype(np.float64), shifted_N, shifted_N**2]
@@ -164,7 +176,7 @@ def _figures(sums_RK: FloatArray, n: int) -> FloatArray:
     """Sums over `n` items -> the figures in the order of METRICS: (R, 6)."""
     absolute, squared, squared_log, share, hits, shifted, shifted_squared = sums_RK.T
     variation = shifted_squared - shifted**2 / n
-    # What rounding leaves of a variation of zero is some 1e-16 of the sum of squares.
+    # Rounding leaves about 1e-16 of the sum of squares of a variation of zero.
     varies = variation > 1e-12 * shifted_squared
     r2 = np.full(len(sums_RK), np.nan)
     r2[varies] = 1.0 - squared[varies] / variation[varies]
@@ -207,7 +219,7 @@ def _figure(value: float, spread_R: FloatArray, confidence: float) -> Figure:
 def _truths(truths: ArrayLike) -> FloatArray:
     truths_N = _numbers(truths, "truths")
     if not len(truths_N):
-        raise DataError("there are no items to score: give at least one truth and its guess")
+        raise DataError("there are no items to score: give at least one true price and its estimate")
     _refuse_first(~(truths_N > 0), truths_N, "truths", "a true price is above $0; leave out items without one")
     return truths_N
 
@@ -215,7 +227,7 @@ def _truths(truths: ArrayLike) -> FloatArray:
 def _guesses(guesses: ArrayLike, n: int, name: str) -> FloatArray:
     guesses_N = _numbers(guesses, name)
     if len(guesses_N) != n:
-        raise DataError(f"{n} truths and {len(guesses_N)} {name}: give one guess for every item, in the same order")
+        raise DataError(f"{n} truths and {len(guesses_N)} {name}: give one of each for every item, in the same order")
     return guesses_N
 
 
@@ -242,4 +254,4 @@ def _check_bootstrap(confidence: float, resamples: int) -> None:
     if not 0.0 < confidence < 1.0:
         raise ConfigError(f"confidence is {confidence}: give a share between 0 and 1, such as 0.95")
     if resamples < 1:
-        raise ConfigError(f"resamples is {resamples}: give at least 1, better 1000")
+        raise ConfigError(f"resamples is {resamples}: give at least 1, usually 1000")

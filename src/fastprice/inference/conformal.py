@@ -1,27 +1,21 @@
-"""Intervals that hold: how much more than a model claims must be asked of it, to get what it claims.
+"""Split-conformal calibration: price intervals whose coverage of unseen prices is the one that was requested.
 
-A fine-tuned model may be too sure of itself, or not sure enough: its central 90 % interval covers 75 %, or 97 %. Split
-conformal prediction mends that without looking into the model (Vovk, Gammerman and Shafer, "Algorithmic Learning in a
-Random World", 2005; with quantiles: Romano, Patterson and Candes, "Conformalized Quantile Regression", 2019). On n
-items that were not trained on, score how wide the interval has to be to reach the truth. The interval at coverage c is
-then as wide as the k-th smallest of the n scores, k = ceil((n + 1) c). A new item drawn like the n is covered with a
-probability of at least c (and, without ties, at most c + 1 / (n + 1)) on average over draws of the n. For one draw of
-n = 200, coverage at 90 % has a standard deviation of 2.1 points; n = 1000 makes it 0.9.
+A fine-tuned model may be overconfident or underconfident: its central 90 % interval covers 75 %, or 97 %, of the true
+prices. Split conformal prediction corrects that and needs nothing but its intervals (Vovk, Gammerman and Shafer,
+"Algorithmic Learning in a Random World", 2005; with quantiles: Romano, Patterson and Candes, "Conformalized Quantile
+Regression", 2019). Each of n items that were not trained on gets a score: how wide the interval has to be to reach the
+true price. The interval at coverage c is then as wide as the k-th smallest score, k = ceil((n + 1) c). A new item from
+the same source is covered with a probability of at least c (and, without ties, at most c + 1 / (n + 1)) on average over
+draws of the n. For one draw, the standard deviation of a coverage of 90 % is 2.1 points with n = 200, 0.9 with
+n = 1000.
 
-The score of a price y under a distribution with cumulative probability F is the coverage that the model itself has to
-be asked for until its central interval holds y: 0 at its median, 1 at the end of its prices; beyond the end, 1 and the
-log of y over it. So one number an item serves every coverage, and the intervals of an item are nested in coverage.
+The score of a price y under a distribution is the coverage of the model's smallest central interval with y in it: 0
+at its median, 1 at the end of its prices; beyond the end, 1 and the log of y over that end. So one number an item
+serves every coverage, and the intervals of an item are nested in coverage. Other scores were compared (docs/LOG.md).
 
-A score beyond 1 carries an interval beyond the model's own prices, as far as nobody ever asked: intervals are cut at
-the largest price known, of the training and the calibration items. That loses a new item only if it is dearer than all
-of them. Of n exchangeable items and one more, that one is the dearest with probability 1 / (n + 1) at most: by so much
-the promised coverage falls. At the low end an interval stays above $0 by itself.
-
-Compared with stretching fixed quantiles about the median in log dollars (four pairs of quantiles) and with CQR in log
-dollars, on distributions of two weak nano models and of one of them made overconfident (raw coverage at 90 %: 92, 91
-and 73 %; 600-900 unseen items, half for calibration, six splits): all cover alike (88-90 % at 90 %). By the interval
-score (width and misses in one; Gneiting and Raftery, 2007) this one is within 1.5 % of the best at 50-90 %, and the
-best or within 1 % of it where the model is overconfident and at 95 %. It has no constant to choose.
+A score above 1 extends an interval beyond the model's own prices, so intervals are cut at the largest price of the
+training and the calibration items. That loses a new item only if its price is above all of them, which has a
+probability of at most 1 / (n + 1) for exchangeable items: by so much the guaranteed coverage is smaller.
 """
 
 from __future__ import annotations
@@ -39,15 +33,19 @@ from fastprice.inference.price_distribution import PriceDistribution
 
 __all__ = ["Calibration", "calibrate"]
 
-_HAIR = 1e-9  # of probability: a score is met, not just touched
+_SLACK = 1e-9  # of probability: an interval whose end is at a score contains it in spite of rounding
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """The scores of the calibration items, ascending: all that intervals at any coverage need; and where they are cut,
-    in dollars (None: nowhere).
+    """Split-conformal calibration of price intervals, as `PriceEstimator.calibration_` holds it after `fit`.
 
-    Raises DataError for scores that are none: no number, below 0, not in order; or a `highest` that is not above $0.
+    Attributes:
+        scores: the conformity scores of the calibration items, ascending and at least 0: all that intervals at any
+            coverage need.
+        highest: the price in dollars at which intervals are cut; None: nowhere.
+
+    Raises DataError for scores that are not finite, below 0 or not ascending, or a `highest` that is not above $0.
     """
 
     scores: tuple[float, ...]
@@ -62,44 +60,46 @@ class Calibration:
 
     @property
     def max_coverage(self) -> float:
-        """The largest coverage that so many items can vouch for."""
+        """The largest coverage that n calibration items can guarantee: n / (n + 1)."""
         return len(self.scores) / (len(self.scores) + 1)
 
     def interval(self, distribution: PriceDistribution, coverage: float = 0.9) -> tuple[float, float]:
-        """(low, high) in dollars, above 0; both NaN for an empty distribution.
+        """The calibrated interval (low, high) of a distribution, in dollars above 0; both NaN for an empty one.
 
         Raises ConfigError for an impossible coverage, DataError for one beyond `max_coverage`.
         """
         score = self.score_at(coverage)
         if distribution.is_empty:
             return math.nan, math.nan
-        tail = (1 - score) / 2 - _HAIR
+        tail = (1 - score) / 2 - _SLACK
         low, high = distribution.quantile(max(tail, 0.0)), distribution.quantile(min(1 - tail, 1.0))
         beyond = math.exp(max(score - 1, 0.0))
-        most = math.inf if self.highest is None else self.highest
-        return min(low / beyond, most), min(high * beyond, most)
+        cut = math.inf if self.highest is None else self.highest
+        return min(low / beyond, cut), min(high * beyond, cut)
 
     def score_at(self, coverage: float) -> float:
-        """The score that holds `coverage`: up to 1, the coverage to ask of the model itself."""
+        """The score that guarantees `coverage`; up to 1, it is the coverage of the model's own interval to take.
+
+        Raises as `interval` does.
+        """
         if not 0.0 < coverage < 1.0:
             raise ConfigError(f"coverage is {coverage}: give a share between 0 and 1, such as 0.9")
-        rank = math.ceil((len(self.scores) + 1) * coverage - _HAIR)
+        rank = math.ceil((len(self.scores) + 1) * coverage - _SLACK)
         if rank > len(self.scores):
-            needed = math.ceil(coverage / (1 - coverage) - _HAIR)
+            needed = math.ceil(coverage / (1 - coverage) - _SLACK)
             raise DataError(
-                f"{len(self.scores)} calibration items cannot vouch for a coverage of {coverage}: "
-                f"give at least {needed} validation items, or ask for at most "
-                f"{math.floor(1000 * self.max_coverage) / 1000}"
+                f"{len(self.scores)} calibration items cannot guarantee a coverage of {coverage}: give at least "
+                f"{needed} validation items, or a coverage of at most {math.floor(1000 * self.max_coverage) / 1000}"
             )
         return self.scores[rank - 1]
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON; `from_dict` reads it back exactly."""
+        """Plain values for JSON; `from_dict` reads them back exactly."""
         return {"scores": list(self.scores), "highest": self.highest}
 
     @classmethod
     def from_dict(cls, saved: dict[str, Any]) -> Calibration:
-        """Raises DataError for what `as_dict` did not write."""
+        """The calibration that `as_dict` wrote; DataError for anything else."""
         try:
             highest = saved["highest"]
             return cls(tuple(float(score) for score in saved["scores"]), None if highest is None else float(highest))
@@ -110,17 +110,20 @@ class Calibration:
 def calibrate(
     distributions: Sequence[PriceDistribution], truths: ArrayLike, *, ceiling: float | None = None
 ) -> Calibration:
-    """Scores `truths` (N dollars) under their distributions; the items must not have been trained on.
+    """The calibration from N distributions and the true prices of the same items, which were not trained on.
 
-    ceiling  the largest price of the training items, in dollars: intervals are cut there, or at the dearest of `truths`
-             where that is more; None: they are not cut
+    Args:
+        distributions: N distributions, none of them empty.
+        truths: N prices in dollars, above 0.
+        ceiling: the largest price of the training items, in dollars: intervals are cut there, or at the largest of
+            `truths` where that is more. None: they are not cut.
 
-    Raises DataError for no items, lengths that differ, a truth that is not above $0, an empty distribution.
+    Raises DataError for no items, lengths that differ, a price that is not above $0, an empty distribution.
     """
     prices = np.asarray(truths, dtype=np.float64)
     if prices.shape != (len(distributions),) or not len(distributions):
         raise DataError(
-            f"{len(distributions)} distributions and truths of shape {prices.shape}: give at least one item, and each "
+            f"{len(distributions)} distributions and prices of shape {prices.shape}: give at least one item, and each "
             "of them a price"
         )
     if not (np.isfinite(prices) & (prices > 0)).all():

@@ -1,21 +1,15 @@
-"""Which words moved an estimate: what it would have been without them, by occlusion.
+"""Explanation of an estimate by occlusion: what it would be without each word of the text.
 
 Occlusion (Zeiler and Fergus, "Visualizing and Understanding Convolutional Networks", 2014; for words: Li, Monroe and
-Jurafsky, "Understanding Neural Networks through Representation Erasure", 2016) takes one span of words out of the text,
-asks the model again, and calls the difference the effect of the span:
+Jurafsky, "Understanding Neural Networks through Representation Erasure", 2016) removes one span of words from the text,
+estimates again, and takes the difference as the effect of the span in dollars: the estimate of the text less that of
+the text without the span. It uses the model itself, no gradient or approximation of it. But effects are no causes of
+prices in the world, and they do not add up: of two words with the same meaning, each has next to no effect, since the
+other one stays; and a text without a word may be unlike any that the model was trained on.
 
-    effect = estimate(text) - estimate(text without the span)          dollars; above 0: the span raised the price
-
-What it is: the answer of the very model to a question that was really asked; no gradient, no approximation of it. What
-it is not: a cause of prices in the world; nor a sum that adds up. Two words that say the same ("road bike, racer") have
-next to no effect each, since the other one stays; a word that only means something beside another shares its effect
-with it; and a text with a hole may be unlike any that the model was trained on.
-
-Cost: n + 2 estimates for n spans (the text, the empty text, and the text without each of the spans), at most
-`SPANS` + 2, in one call of the estimator, so in batches. Each is a short walk of the price trie: about a forward pass.
-
-Only words that the model reads are taken out. Those behind the cut of a long text have no effect, and must not move up
-into the room that another one leaves: the text is cut first.
+It takes n + 2 estimates for n spans (the text, the empty text, the text without each span), at most `SPANS` + 2, in one
+call of the estimator and so in batches; each is about a forward pass. A text that is too long is cut first: words that
+the model does not read must not move up when another one is removed.
 """
 
 from __future__ import annotations
@@ -35,18 +29,24 @@ if TYPE_CHECKING:
 
 __all__ = ["SPANS", "Explanation", "Span", "explain", "spans_of"]
 
-SPANS = 64
-SHOWN = 15  # spans in a list or a plot
-# A word with the blanks before it; one of more than 24 characters (a script without spaces, a link) is several.
+SPANS = 64  # of a text, at most
+_LISTED = 15  # spans in a list or a plot
+# A word with the blanks before it; one of more than 24 characters (a script without spaces, a link) is split.
 _WORD = re.compile(r"\s*\S{1,24}")
 _RAISES, _LOWERS = "#1a7f37", "#b3261e"
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """`text[start:end]` of an explanation, what the estimate is without it, and its effect (all in dollars).
+    """A run of words of an explained text, and its effect on the estimate.
 
-    `share` is the effect over the whole estimate: 0.25 is a quarter of it, -0.5 lowered it by a half of what it is.
+    Attributes:
+        start: index of its first character in `Explanation.text`; `end`: the index after its last one.
+        end: see `start`.
+        text: its words, without blanks around them.
+        without: the estimate for the text without it, dollars.
+        effect: the estimate for the whole text less `without`, dollars; above 0 where the span raised the estimate.
+        share: `effect` over the estimate for the whole text: 0.25 is a quarter of it.
     """
 
     start: int
@@ -59,49 +59,55 @@ class Span:
 
 @dataclass(frozen=True)
 class Explanation:
-    """An estimate and its spans, in the order of the text. Amounts are dollars.
+    """The effect of each word of a text on its estimate, as `PriceEstimator.explain` returns it.
 
-    text      as the model read it: repaired, and cut where it is too long
-    estimate  for the whole text, under `loss`; `empty` for a text without a word
-    cut       whether the end of the text was cut
+    `print` shows it; a notebook or a page can show `to_html()`.
+
+    Attributes:
+        text: as the model read it: repaired, and cut where it is too long.
+        estimate: for the whole text, dollars.
+        empty: the estimate for a text without a word, dollars.
+        criterion: what the estimates minimize.
+        spans: the words, or runs of words, in the order of the text; together they are the text.
+        cut: whether the end of the text was cut.
     """
 
     text: str
     estimate: float
     empty: float
-    loss: str
+    criterion: str
     spans: tuple[Span, ...]
     cut: bool
 
     def ranked(self) -> list[Span]:
-        """The spans by the size of their effect, the largest first."""
+        """The spans by the absolute size of their effect, the largest first."""
         return sorted(self.spans, key=lambda span: -abs(span.effect))
 
     def __str__(self) -> str:
         return str(self.__rich__())
 
     def __rich__(self) -> Text:
-        """The text with its spans in color, and the strongest spans with their dollars; readable without colors."""
+        """The text with its spans in color, and a list of the strongest spans; readable without colors."""
         from rich.text import Text
 
         strongest = max((abs(span.effect) for span in self.spans), default=0.0)
-        shown = Text(f"{_dollars(self.estimate)}  (without a text: {_dollars(self.empty)})\n\n")
+        page = Text(f"{_dollars(self.estimate)}  (without a text: {_dollars(self.empty)})\n\n")
         for span in self.spans:
-            shown.append(self.text[span.start : span.end], style=_style(span.effect, strongest))
-        shown.append("\n")
+            page.append(self.text[span.start : span.end], style=_style(span.effect, strongest))
+        page.append("\n")
         if self.cut:
-            shown.append("(the end of the text was cut: the model does not read it)\n")
-        for span in self.ranked()[:SHOWN]:
-            shown.append(f"\n{_signed(span.effect):>9}  {span.share:>+7.1%}  ", style=_style(span.effect, strongest))
-            shown.append(_one_line(span.text, 60))
+            page.append("(the end of the text was cut: the model does not read it)\n")
+        for span in self.ranked()[:_LISTED]:
+            page.append(f"\n{_signed(span.effect):>9}  {span.share:>+7.1%}  ", style=_style(span.effect, strongest))
+            page.append(_one_line(span.text, 60))
         if not self.spans:
-            shown.append("\nthe text has no words: nothing moved the estimate")
-        return shown
+            page.append("\nthe text has no words: nothing to remove")
+        return page
 
     def plot(self, path: str | Path) -> Path:
-        """Writes a bar for each of the strongest spans, in the order of the text, as PNG, SVG or PDF by the ending.
+        """Writes a bar chart of the strongest spans, in the order of the text: PNG, SVG or PDF by the ending.
 
-        Raises as fastprice.common.plots.check_plot: ConfigError for another ending or a folder that does not exist.
+        Raises ConfigError for another ending or a missing folder, MissingDependencyError without matplotlib.
         """
         target = check_plot(path)
         save_plot(self._figure(), target)
@@ -110,10 +116,10 @@ class Explanation:
     def _figure(self) -> Figure:
         from matplotlib.figure import Figure
 
-        chosen = sorted(self.ranked()[:SHOWN], key=lambda span: -span.start)
+        chosen = sorted(self.ranked()[:_LISTED], key=lambda span: -span.start)
         figure = Figure(figsize=(8, 1.4 + 0.32 * max(len(chosen), 1)), layout="constrained")
         axes = figure.subplots()
-        # Positions and not names: a word may come twice. A "$" would begin a formula.
+        # By position, since a word may occur twice; without math, since a "$" would begin a formula.
         bars = axes.barh(
             range(len(chosen)),
             [span.effect for span in chosen],
@@ -130,7 +136,7 @@ class Explanation:
         return figure
 
     def to_html(self) -> str:
-        """The text as an HTML fragment, each span on a ground of the color and strength of its effect."""
+        """The text as an HTML fragment; the background of a span is green or red, as strong as its effect."""
         strongest = max((abs(span.effect) for span in self.spans), default=0.0) or 1.0
         pieces = []
         for span in self.spans:
@@ -146,35 +152,35 @@ class Explanation:
         )
 
 
-def explain(estimator: Any, text: str, *, loss: str = "mae") -> Explanation:
+def explain(estimator: Any, text: str, *, criterion: str = "mae") -> Explanation:
     """The effect of each word of `text`, or of each of at most `SPANS` runs of words, on a PriceEstimator's estimate.
 
-    loss  what the estimates make small, as in `PriceEstimator.predict`
+    criterion  what the estimates minimize, as in `PriceEstimator.predict`
 
-    Raises NotFittedError, and ConfigError for an unknown loss or an engine that gives no distributions.
+    Raises NotFittedError, and ConfigError for an unknown criterion or an engine that gives no distributions.
     """
-    seen, cut = _visible(estimator, repair_text(text))
-    places = spans_of(seen)
-    variants = [seen, "", *(seen[:start] + seen[end:] for start, end in places)]
-    guesses = estimator.guesses(estimator.distributions(estimator.prompts(variants)), loss)
-    estimate, empty, *others = (float(guess) for guess in guesses)
+    read, cut = _readable_part(estimator, repair_text(text))
+    places = spans_of(read)
+    variants = [read, "", *(read[:start] + read[end:] for start, end in places)]
+    estimates = estimator.estimates(estimator.distributions(estimator.prompts(variants)), criterion)
+    estimate, empty, *others = (float(each) for each in estimates)
     spans = tuple(
-        Span(start, end, seen[start:end].strip(), without, estimate - without, (estimate - without) / estimate)
+        Span(start, end, read[start:end].strip(), without, estimate - without, (estimate - without) / estimate)
         for (start, end), without in zip(places, others, strict=True)
     )
-    return Explanation(seen, estimate, empty, loss, spans, cut)
+    return Explanation(read, estimate, empty, criterion, spans, cut)
 
 
-def spans_of(text: str, most: int = SPANS) -> list[tuple[int, int]]:
-    """(start, end) of each word of a text, or of at most `most` runs of as many words; together they are the text."""
+def spans_of(text: str, limit: int = SPANS) -> list[tuple[int, int]]:
+    """(start, end) of each word, or of at most `limit` runs of equally many words; together they are the text."""
     words = [match.span() for match in _WORD.finditer(text)]
-    run = -(-len(words) // most) or 1
+    run = -(-len(words) // limit) or 1
     groups = [words[at : at + run] for at in range(0, len(words), run)]
     return [(group[0][0], group[-1][1]) for group in groups]
 
 
-def _visible(estimator: Any, text: str) -> tuple[str, bool]:
-    """(The words of a repaired text that the model reads whole, whether there are more)."""
+def _readable_part(estimator: Any, text: str) -> tuple[str, bool]:
+    """(The first words of a repaired text that fit into a prompt, whether there are more)."""
 
     def fits(count: int) -> bool:
         (prompt,) = estimator.prompts([text[: ends[count - 1]] if count else ""])
@@ -191,7 +197,7 @@ def _visible(estimator: Any, text: str) -> tuple[str, bool]:
 
 
 def _style(effect: float, strongest: float) -> str:
-    """Colors for what has at least a tenth of the strongest effect, bold from a half on."""
+    """A color for at least a tenth of the strongest effect, bold from half of it on."""
     size = abs(effect) / strongest if strongest else 0.0
     if size < 0.1:
         return ""
@@ -206,6 +212,6 @@ def _signed(amount: float) -> str:
     return f"{'-' if amount < 0 else '+'}${abs(amount):,.0f}"
 
 
-def _one_line(text: str, most: int) -> str:
+def _one_line(text: str, width: int) -> str:
     line = " ".join(text.split())
-    return line if len(line) <= most else line[: most - 1] + "…"
+    return line if len(line) <= width else line[: width - 1] + "…"

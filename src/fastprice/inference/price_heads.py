@@ -1,22 +1,19 @@
-"""Heads that read a distribution of prices off the hidden state of a prompt's last token, without writing any digit.
+"""Price heads: a price distribution from the hidden state of a prompt's last token, without generating any digit.
 
-Text scores digits: to its loss a price of $199 read as $201 is as wrong as one read as $901. A head knows that prices
-lie on a line, costs one small product, and needs no walk over digits when it predicts. Two kinds:
+The cross-entropy of digits takes a price of $199 read as $201 to be as wrong as one read as $901. A head knows that
+prices lie on a line, costs one small product, and needs no walk over digits for a prediction. `HistogramHead` (the
+default) has the probabilities of B bins of equal width in log price, trained with the histogram loss HL-Gauss: the
+target is the normal distribution around the true log price, so that near bins are nearly right (Imani and White,
+"Improving Regression Performance with Distributional Losses", 2018; Farebrother et al., "Stop Regressing", 2024, from
+which the standard deviation of 0.75 bins is taken). `QuantileHead` has B quantiles of the log price, ascending by
+construction, trained with the pinball loss (Koenker and Bassett, "Regression Quantiles", 1978), which is about twenty
+times smaller; `price_head_weight` can make up for that.
 
-`HistogramHead` (the default): probabilities of B bins of equal width in log price. Its target is no single bin but the
-normal distribution around the true log price, a bin's share being the mass in it, so that near bins count as nearly
-right: the histogram loss HL-Gauss (Imani and White, "Improving Regression Performance with Distributional Losses",
-2018; Farebrother et al., "Stop Regressing", 2024, whose ratio of 0.75 bins to a standard deviation is taken).
+Both begin as the distribution of the training prices, whatever the text: weights 0, biases from the prices. Both read
+hidden states that are centered and scaled (`PriceHead.standardize`), in fp32. Both give `PriceDistribution`s, so that
+estimates, intervals and calibration are the same code as for digits.
 
-`QuantileHead`: B quantiles of the log price, ascending by construction, under the pinball loss (Koenker and Bassett,
-"Regression Quantiles", 1978). That loss is some twenty times smaller than the other's; `price_head_weight` makes up for
-it.
-
-Both start as the distribution of the training prices, whatever the text: weights 0, biases from the prices. Both see
-states that are centered and scaled (`PriceHead.standardize`). Products run in fp32. Both give `PriceDistribution`s, so
-that estimates, intervals and calibration are those of text.
-
-Legend: N texts, B bins or quantiles, D width of the model, T tokens. Prices are dollars.
+Legend: N texts, B bins or quantiles, D width of the model. Prices are dollars.
 """
 
 from __future__ import annotations
@@ -38,27 +35,34 @@ from fastprice.errors import BaseModelError, ConfigError, nearest_name
 from fastprice.inference.price_distribution import PriceDistribution
 from fastprice.models.parts import decoder_of
 
-__all__ = ["HEADS", "HistogramHead", "PriceHead", "QuantileHead", "head_distributions", "make_head", "prompt_states"]
+__all__ = [
+    "HEADS",
+    "HistogramHead",
+    "PriceHead",
+    "QuantileHead",
+    "head_distributions",
+    "make_head",
+    "prompt_hidden_states",
+]
 
 
 BINS = 128
 QUANTILES = 64
-_SIGMA = 0.75  # of the target, in bins
-_POINTS = 8  # prices a bin is spread over: half of a bin's width would be an error of 1 to 3 %
-# A quantile head's quantiles, and where its mass lies in shares of it: between the outermost ones in cells, 16 to a
-# step, and what is beyond them on them.
+_SIGMA = 0.75  # standard deviation of the target, in bins
+_POINTS = 8  # prices that the mass of a bin is spread over: half of a bin's width would be an error of 1 to 3 %
+# A quantile head's quantiles, and where its mass is, in shares of it: between the outermost quantiles in cells, 16 to a
+# step; what is beyond them is on them.
 _SHARES = (np.arange(QUANTILES) + 0.5) / QUANTILES
 _CELLS = np.linspace(_SHARES[0], _SHARES[-1], (QUANTILES - 1) * 16 + 1)
 _LEVELS = np.concatenate([_SHARES[:1], (_CELLS[1:] + _CELLS[:-1]) / 2, _SHARES[-1:]])
 _MASSES = np.diff(np.concatenate([[0.0], _CELLS, [1.0]]))
-_FLOOR = 1e-2  # of the states' root mean square: the smallest standard deviation that is scaled to 1
+_MIN_DEVIATION = 1e-2  # of the hidden states' root mean square: the smallest standard deviation that is scaled to 1
 
 
 class PriceHead(nn.Module):
-    """A linear layer from standardized hidden states (N, D) to B outputs, and what they mean for prices from `low` to
-    `high`.
+    """A linear layer from standardized hidden states (N, D) to B outputs, which mean prices from `low` to `high`.
 
-    Raises ConfigError for a range that is none.
+    Raises ConfigError for prices that do not rise from above $0.
     """
 
     kind: str
@@ -79,59 +83,59 @@ class PriceHead(nn.Module):
     def forward(self, hidden_ND: Tensor) -> Tensor:
         """Outputs (N, B) in fp32, whatever the dtype of the hidden states; autocast is off."""
         with torch.autocast(hidden_ND.device.type, enabled=False):
-            states = (hidden_ND.to(self.linear.weight.dtype) - self.mean) / self.deviation
-            outputs: Tensor = self.linear(states)
+            standardized = (hidden_ND.to(self.linear.weight.dtype) - self.mean) / self.deviation
+            outputs: Tensor = self.linear(standardized)
         return outputs
 
     def standardize(self, hidden_ND: Tensor) -> None:
-        """From now on, what each of the D features is over these states is subtracted and divided out: its mean and its
-        standard deviation.
+        """Hidden state scaling: each of the D features less its mean here, over its standard deviation here.
 
-        The states of prompts that all end alike have much in common: without this, the weights that tell them apart
-        are hundreds of steps away (docs/LOG.md). A feature that moves less than `_FLOOR` times the root mean square of
-        all states is scaled by that instead: what it does is rounding, in 16 bits, and no more than rounding may be
-        blown up to the size of the others.
+        Hidden states of prompts that all end alike have much in common: unscaled, the weights that distinguish them are
+        hundreds of steps away (docs/LOG.md). A feature with a standard deviation below `_MIN_DEVIATION` times the root
+        mean square of all hidden states is divided by that instead: in 16 bits it is rounding, which must not be scaled
+        up to the size of the other features.
         """
-        states = hidden_ND.double()
-        floor = _FLOOR * states.square().mean().sqrt()
-        self.mean.copy_(states.mean(0))
-        self.deviation.copy_(states.std(0, correction=0).clamp(min=floor))
+        hidden = hidden_ND.double()
+        least = _MIN_DEVIATION * hidden.square().mean().sqrt()
+        self.mean.copy_(hidden.mean(0))
+        self.deviation.copy_(hidden.std(0, correction=0).clamp(min=least))
 
     @abstractmethod
     def start_from(self, prices: ArrayLike) -> None:
-        """Sets the biases so that every text has the distribution of `prices`."""
+        """Sets the biases so that every text has the distribution of `prices` (dollars)."""
 
     @abstractmethod
     def loss(self, outputs_NB: Tensor, prices_N: Tensor) -> Tensor:
-        """The loss of each text (N,), for true prices in dollars; those beyond the range count as its end."""
+        """The training loss of each text (N,), for true prices in dollars; those beyond the range count as its end."""
 
     @abstractmethod
     def distributions(self, outputs_NB: Tensor) -> list[PriceDistribution]:
-        """What the outputs say; a distribution that is empty where they are no numbers."""
+        """The distributions that the outputs mean; an empty one where they are NaN."""
 
     def settings(self) -> dict[str, Any]:
-        """What `load` needs beside the weights, for JSON."""
+        """The arguments of `make_head` but the width, for JSON."""
         return {"kind": self.kind, "low": self.low, "high": self.high}
 
     def save(self, file: Path) -> None:
+        """Writes weights, biases and scaling to `file` (safetensors)."""
         from safetensors.torch import save_file
 
         save_file({name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}, file)
 
     def restore(self, file: Path) -> None:
-        """Takes the weights that `save` wrote; BaseModelError when the file is missing, damaged, or another head's."""
+        """Reads what `save` wrote; BaseModelError when the file is missing, damaged, or another head's."""
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         try:
             self.load_state_dict(load_file(file))
         except (OSError, SafetensorError, RuntimeError) as error:
-            said = " ".join(str(error).split())[:160]
-            raise BaseModelError(f"{file}: no weights for this head ({said}); restore it or train again") from error
+            reason = " ".join(str(error).split())[:160]
+            raise BaseModelError(f"{file}: no weights for this head ({reason}); restore it or train again") from error
 
 
 class HistogramHead(PriceHead):
-    """Logits of `BINS` bins between `low` and `high`, see the module."""
+    """Logits of `BINS` bins of equal width in log price between `low` and `high`, see the module."""
 
     kind = "histogram"
 
@@ -144,13 +148,13 @@ class HistogramHead(PriceHead):
 
     def start_from(self, prices: ArrayLike) -> None:
         targets = self.targets(torch.tensor(np.asarray(prices, dtype=np.float32), device=self.linear.bias.device))
-        # As if each bin had been seen once more by a thousandth of the items: no bin starts as impossible.
+        # As if a thousandth of the items were spread evenly over all bins: no bin starts as impossible.
         shares = targets.mean(0) + 1e-3 / BINS
         with torch.no_grad():
             self.linear.bias.copy_((shares / shares.sum()).log())
 
     def targets(self, prices_N: Tensor) -> Tensor:
-        """The share (N, B) of each bin under the normal around each log price, cut to the range."""
+        """The share (N, B) of each bin under the normal distribution around each log price, cut to the range."""
         assert isinstance(self.edges, Tensor)
         edges = self.edges.to(prices_N.dtype)
         logs = prices_N.log().clamp(edges[0], edges[-1])
@@ -168,7 +172,7 @@ class HistogramHead(PriceHead):
 
 
 class QuantileHead(PriceHead):
-    """`QUANTILES` quantiles of the log price: the lowest, then steps upwards (softplus), see the module."""
+    """`QUANTILES` quantiles of the log price: the lowest, then upward steps (softplus), see the module."""
 
     kind = "quantile"
 
@@ -191,13 +195,13 @@ class QuantileHead(PriceHead):
     def loss(self, outputs_NB: Tensor, prices_N: Tensor) -> Tensor:
         assert isinstance(self.shares, Tensor)
         shares = self.shares.to(outputs_NB.dtype)
-        short = prices_N.log().clamp(math.log(self.low), math.log(self.high))[:, None] - self.quantiles(outputs_NB)
-        return torch.maximum(shares * short, (shares - 1) * short).mean(-1)
+        error = prices_N.log().clamp(math.log(self.low), math.log(self.high))[:, None] - self.quantiles(outputs_NB)
+        return torch.maximum(shares * error, (shares - 1) * error).mean(-1)
 
     def distributions(self, outputs_NB: Tensor) -> list[PriceDistribution]:
-        """Between two quantiles the mass is spread evenly over log prices, 16 of them to a step: on the quantiles
-        alone, a calibration could only choose among 32 coverages. The 1 in 64 that lies beyond the outermost ones is on
-        them: how far it reaches nobody was trained to say, and a calibration measures it (fastprice.inference.conformal).
+        """Between two quantiles the mass is spread evenly over 16 log prices, or a calibration could only choose among
+        32 coverages. The 1 in 64 beyond the outermost quantiles is on them: the loss does not train how far it reaches,
+        and conformal calibration measures it.
         """
         logs = self.quantiles(outputs_NB.detach().double()).cpu().numpy()
         found = []
@@ -223,13 +227,13 @@ def make_head(kind: str, width: int, low: float, high: float) -> PriceHead:
 
 
 @torch.inference_mode()
-def prompt_states(
+def prompt_hidden_states(
     model: Any, prompts: Sequence[Sequence[int]], *, batch_size: int = 64
 ) -> Iterator[tuple[list[int], Tensor]]:
-    """The decoder's last hidden state at the last token of each prompt (token ids, at least one), batch by batch:
-    which prompts, and their states (N, D).
+    """Yields, batch by batch, indices of prompts (token ids, at least one) and their hidden states (N, D).
 
-    Prompts are sorted by length and padded on the right, where causal attention lets nothing see the padding.
+    Those are the decoder's last hidden states at the last token of a prompt. Prompts are sorted by length and padded on
+    the right, where nothing attends to the padding.
     """
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     decoder = decoder_of(model)
@@ -252,11 +256,11 @@ def head_distributions(
 ) -> list[PriceDistribution]:
     """p(price | prompt) by `head`, for each prompt (token ids, at least one): one forward pass of the decoder.
 
-    `on_batch` is told how many are done.
+    `on_batch` is called with the number of finished prompts.
     """
     found: dict[int, PriceDistribution] = {}
-    for batch, states in prompt_states(model, prompts, batch_size=batch_size):
-        found |= zip(batch, head.distributions(head(states)), strict=True)
+    for batch, hidden in prompt_hidden_states(model, prompts, batch_size=batch_size):
+        found |= zip(batch, head.distributions(head(hidden)), strict=True)
         if on_batch:
             on_batch(len(found))
     return [found[index] for index in range(len(prompts))]

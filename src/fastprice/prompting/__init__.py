@@ -8,8 +8,8 @@
     tools            the model may calculate and convert first              tools.py
 
 A strategy turns items into prompts whose next token is the price's first (layout.py lays them out and sees to the
-context window). What follows is the same for all: p(price | prompt), from it the estimate for a loss and an interval,
-calibrated for this strategy. `PromptedEstimator` puts a model and a strategy together:
+context window). What follows is the same for all: p(price | prompt), from it the estimate for a criterion and an
+interval, calibrated for this strategy. `PromptedEstimator` puts a model and a strategy together:
 
     prompted = PromptedEstimator(estimator, "retrieval:4", split.train).calibrate(split.validation)
     prompted.predict(texts)

@@ -27,10 +27,11 @@ import numpy as np
 from fastprice.common.arrays import FloatArray
 from fastprice.common.plots import check_plot, save_plot
 from fastprice.data.items import Item
-from fastprice.errors import ConfigError, nearest_name
+from fastprice.errors import ConfigError
 from fastprice.evaluation.baselines import ConstantBaseline
-from fastprice.evaluation.compare import narrow_table, true_prices
+from fastprice.evaluation.evaluate import narrow_table, true_prices
 from fastprice.evaluation.metrics import Figure, Scores, paired_difference, score
+from fastprice.inference.price_distribution import check_criterion
 from fastprice.prompting.prompted_estimator import PromptedEstimator
 from fastprice.prompting.registry import EXAMPLES
 from fastprice.prompting.retrieval import BM25Index, Neighbors, Retrieval
@@ -86,12 +87,12 @@ class Comparison:
 
     truths: FloatArray
     entries: list[Entry]
-    loss: str
+    criterion: str
 
     @property
     def metric(self) -> str:
         """The figure that entries are ranked by, a name in fastprice.evaluation.metrics."""
-        return metric_of(self.loss)
+        return metric_of(self.criterion)
 
     def difference(self, entry: Entry, reference: Entry) -> Figure:
         """`metric` of `entry` less that of `reference`, with its paired 95 % bootstrap interval."""
@@ -168,7 +169,7 @@ class Comparison:
         zero_shot = next((entry for entry in self.entries if entry.name == "zero-shot"), None)
         return {
             "items": len(self.truths),
-            "loss": self.loss,
+            "criterion": self.criterion,
             "ranked_by": self.metric,
             "entries": [
                 {
@@ -191,11 +192,10 @@ class Comparison:
         }
 
 
-def metric_of(loss: str) -> str:
-    """The figure that guesses made for `loss` are ranked by; ConfigError for an unknown loss."""
-    if loss not in RANKED_BY:
-        raise ConfigError(f"unknown loss {loss!r}{nearest_name(loss, RANKED_BY)}: name one of {', '.join(RANKED_BY)}")
-    return RANKED_BY[loss]
+def metric_of(criterion: str) -> str:
+    """The figure that estimates for `criterion` are ranked by; ConfigError for an unknown criterion."""
+    check_criterion(criterion)
+    return RANKED_BY[criterion]
 
 
 def check_names(strategies: Sequence[Strategy]) -> None:
@@ -212,7 +212,7 @@ def compare_strategies(
     calibration: Sequence[Item],
     test: Sequence[Item],
     *,
-    loss: str = "mae",
+    criterion: str = "mae",
     on_items: Callable[[str, int], None] | None = None,
 ) -> Comparison:
     """Asks `estimator` for the prices of `test` by each strategy, and ranks the answers.
@@ -221,16 +221,18 @@ def compare_strategies(
     calibration  priced items for the intervals, at least 9 of them, else there are none
     on_items     is told the strategy at work and how many more items it has done
 
-    Raises ConfigError for an unknown loss or a strategy named twice, DataError for items without a price.
+    Raises ConfigError for an unknown criterion or a strategy named twice, DataError for items without a price.
     """
-    metric = metric_of(loss)
+    metric = metric_of(criterion)
     check_names(strategies)
     truths = true_prices(test)
-    entries = [_asked(estimator, strategy, train, calibration, test, truths, loss, on_items) for strategy in strategies]
+    entries = [
+        _asked(estimator, strategy, train, calibration, test, truths, criterion, on_items) for strategy in strategies
+    ]
     entries += _baselines(strategies, train, test, truths)
     sign = -1 if metric == "hit_rate" else 1
     entries.sort(key=lambda entry: sign * float(getattr(entry.scores, metric)))
-    return Comparison(truths, entries, loss)
+    return Comparison(truths, entries, criterion)
 
 
 def _asked(
@@ -240,7 +242,7 @@ def _asked(
     calibration: Sequence[Item],
     test: Sequence[Item],
     truths: FloatArray,
-    loss: str,
+    criterion: str,
     on_items: Callable[[str, int], None] | None,
 ) -> Entry:
     done = 0
@@ -259,7 +261,7 @@ def _asked(
     done = 0
     begun = time.perf_counter()
     answers = prompted.ask(test, on_items=told)
-    guesses = prompted.guesses(answers.distributions, loss)
+    guesses = prompted.estimates(answers.distributions, criterion)
     seconds = time.perf_counter() - begun
     held = width = None
     if prompted.calibration_ is not None and prompted.calibration_.max_coverage >= COVERAGE:

@@ -45,7 +45,7 @@ def _write_batch(estimator: PriceEstimator, prompts: Sequence[Sequence[int]], mo
     import torch
     from transformers import StoppingCriteria, StoppingCriteriaList
 
-    from fastprice.inference.greedy import write_greedily
+    from fastprice.inference.greedy import generate_greedily
 
     tokenizer = estimator.tokenizer
     width = max(len(prompt) for prompt in prompts)
@@ -56,7 +56,7 @@ def _write_batch(estimator: PriceEstimator, prompts: Sequence[Sequence[int]], mo
             return torch.tensor([stop in text for text in texts], device=input_ids.device)
 
     stopping = StoppingCriteriaList([StopAt()])
-    rows = write_greedily(estimator.model, tokenizer, prompts, most=most, stopping=stopping)
+    rows = generate_greedily(estimator.model, tokenizer, prompts, max_new_tokens=most, stopping_criteria=stopping)
     return [_cut_at(tokenizer, row, stop) for row in rows.cpu().numpy()]
 
 

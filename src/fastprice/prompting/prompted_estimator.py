@@ -47,7 +47,7 @@ class Answers:
 class PromptedEstimator:
     """`estimator` (fitted, loaded, or only prepared) asked by `strategy`, which may show it items of `train`.
 
-    `estimator` must give distributions (`reads_distributions`). A strategy by name is chosen with `seed`. Nothing is
+    `estimator` must give distributions (`gives_distributions_`). A strategy by name is chosen with `seed`. Nothing is
     trained.
     `calibration_` is None until `calibrate`.
     """
@@ -106,9 +106,9 @@ class PromptedEstimator:
                 on_items(len(distributions))
         return Answers(distributions, np.concatenate(read), np.concatenate(written), cut, tally)
 
-    def predict(self, texts: Sequence[str] | Sequence[Item], *, loss: str = "mae") -> NDArray[np.float64]:
-        """Prices in dollars, float64 (N,), best for `loss`; see `PriceEstimator.predict`."""
-        return self.guesses(self.ask(texts).distributions, loss)
+    def predict(self, texts: Sequence[str] | Sequence[Item], *, criterion: str = "mae") -> NDArray[np.float64]:
+        """Prices in dollars, float64 (N,), best for `criterion`; see `PriceEstimator.predict`."""
+        return self.estimates(self.ask(texts).distributions, criterion)
 
     def predict_distribution(self, texts: Sequence[str] | Sequence[Item]) -> list[PriceDistribution]:
         """p(price | prompt) within 1e-4 of each exact probability."""
@@ -121,9 +121,9 @@ class PromptedEstimator:
         """
         return self.intervals(self.ask(texts).distributions, coverage)
 
-    def guesses(self, distributions: Sequence[PriceDistribution], loss: str = "mae") -> NDArray[np.float64]:
-        """The best guess of each for `loss`, in dollars; of an empty one the estimator's fallback or train's median."""
-        prices = self.estimator.guesses(distributions, loss)
+    def estimates(self, distributions: Sequence[PriceDistribution], criterion: str = "mae") -> NDArray[np.float64]:
+        """The estimate of each for `criterion`, in dollars; for an empty one the fallback or train's median."""
+        prices = self.estimator.estimates(distributions, criterion)
         return np.where(np.isnan(prices), self._usual, prices)
 
     def intervals(self, distributions: Sequence[PriceDistribution], coverage: float = 0.9) -> NDArray[np.float64]:

@@ -68,7 +68,7 @@ class NumberLoss:
         trie = self._trie
         path = trie.paths[self._node_of[price]]
         path = path[path >= 0]
-        right = np.append(trie.slots[path[1:]], len(trie.alphabet) - 1)  # the last step is the end
+        right = np.append(trie.alphabet_index[path[1:]], len(trie.alphabet) - 1)  # the last step is the end
         if self.kind == "wasserstein":
             tables = [self._places_below(int(node), price) for node in path]
             for table, slot in zip(tables, right, strict=True):
@@ -93,7 +93,7 @@ class NumberLoss:
             first = trie.first_child[node]
             children = np.arange(first, first + trie.children[node])
             sums = np.bincount(kin[below], distances[below], len(kin))[children]
-            costs[trie.slots[children]] = sums / np.bincount(kin[below], minlength=len(kin))[children]
+            costs[trie.alphabet_index[children]] = sums / np.bincount(kin[below], minlength=len(kin))[children]
         return costs
 
     def batch(self, prices: list[int]) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Files priced in parts: every row accounted for, constant memory, and the same file however often it was stopped."""
+"""Files estimated in parts: every row in the result, constant memory, the same file however often it was stopped."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fastprice.errors import ConfigError, DataError
 from fastprice.inference.batch import Progress, Totals, chunks, predict_file
 from fastprice.inference.batch.parts import open_parts
 
-# What a PriceEstimator is to this module, at no cost: a price that depends on the text and on the chunk it is in.
+# A free stand-in for a PriceEstimator: its price depends on the text and on the chunk that the text is in.
 STUB = """
 import time
 from types import SimpleNamespace
@@ -38,7 +38,7 @@ class Stub:
         if on_batch:
             on_batch(len(prompts))
         return [1.0 + len(prompt.text) + len(prompts) / 3 for prompt in prompts]
-    def guesses(self, distributions, loss):
+    def estimates(self, distributions, criterion):
         return np.array(distributions, dtype=np.float64)
     def intervals(self, distributions, interval):
         return np.array([(each / 2, each * 2) for each in distributions]).reshape(-1, 2)
@@ -94,7 +94,7 @@ def run(source: Path, out: Path, model: Path, **options: Any) -> Totals:
     return predict_file(source, out, model=model, load=lambda _: Stub(), text="name", **options)[0]
 
 
-# ---- What comes out ------------------------------------------------------------------------------------------------
+# ---- The result ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("target", ["p.csv", "p.jsonl", "p.parquet"])
@@ -120,7 +120,7 @@ def test_every_row_of_the_source_is_a_row_of_the_target(
     assert sorted(each.name for each in tmp_path.iterdir()) == sorted([source, "model", target])
 
 
-def test_rows_that_are_none_are_told_where_they_stood(tmp_path: Path, model: Path) -> None:
+def test_unusable_rows_stay_in_their_place_with_a_reason(tmp_path: Path, model: Path) -> None:
     path = tmp_path / "a.jsonl"
     lines = ['{"name": "a lamp"}', "", "not json", "[1]", '{"name": "\\ud800 lamp\\u0000"}', '{"name": null}']
     path.write_text("\n".join(lines))
@@ -154,12 +154,12 @@ def test_the_model_sees_prices_masked_as_in_training(tmp_path: Path, model: Path
         assert read(tmp_path / "p.csv")["text"][0] == "lamp $80 obo"
 
 
-# ---- Stopped and going on ------------------------------------------------------------------------------------------
+# ---- Stopping and resuming -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("target", ["p.csv", "p.parquet"])
-def test_killed_at_any_moment_the_same_command_goes_on(tmp_path: Path, model: Path, target: str) -> None:
-    """SIGKILL at random moments of a run that takes about a second, until one run comes through."""
+def test_after_a_kill_at_any_moment_the_same_command_resumes(tmp_path: Path, model: Path, target: str) -> None:
+    """SIGKILL at random moments of a run of about a second; then one run to the end."""
     source = make_source(tmp_path / "a.csv", 600)
     whole, out = tmp_path / f"whole-{target}", tmp_path / target
     folder = tmp_path / f"{target}.partial"
@@ -178,10 +178,10 @@ def test_killed_at_any_moment_the_same_command_goes_on(tmp_path: Path, model: Pa
         while process.poll() is None and len(list(folder.glob("0*"))) <= before and time.monotonic() < deadline:
             time.sleep(0.002)
         time.sleep(draw.uniform(0, 0.1))
-        assert process.poll() is None, "it was to be killed at work"
+        assert process.poll() is None, "it was finished before it could be killed"
         process.send_signal(signal.SIGKILL)
         process.wait()
-        assert not out.exists(), "the target appeared before it was whole"
+        assert not out.exists(), "the target appeared before it was complete"
         counts.append(json.loads((folder / "ledger.json").read_text())["parts"])
     assert 0 < counts[0] < counts[-1] < 60
     assert counts == sorted(counts)
@@ -215,7 +215,7 @@ def stopped(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> tup
     return source, out
 
 
-def test_what_was_done_is_not_done_again(stopped: tuple[Path, Path], model: Path) -> None:
+def test_finished_rows_are_not_estimated_again(stopped: tuple[Path, Path], model: Path) -> None:
     source, out = stopped
     seen: list[Progress] = []
     totals = run(source, out, model, on_progress=seen.append)
@@ -224,8 +224,10 @@ def test_what_was_done_is_not_done_again(stopped: tuple[Path, Path], model: Path
     assert [row for row, _ in totals.examples] == [4, 11, 18, 25, 32]
 
 
-@pytest.mark.parametrize("change", ["input", "model", "--loss", "--interval", "--text", "mask"])
-def test_parts_of_another_call_are_refused_and_kept(stopped: tuple[Path, Path], model: Path, change: str) -> None:
+@pytest.mark.parametrize("change", ["input", "model", "--criterion", "--interval", "--text", "mask"])
+def test_parts_of_another_call_are_refused_and_left_as_they_are(
+    stopped: tuple[Path, Path], model: Path, change: str
+) -> None:
     source, out = stopped
     options: dict[str, Any] = {"text": "name"}
     if change == "input":
@@ -233,7 +235,9 @@ def test_parts_of_another_call_are_refused_and_kept(stopped: tuple[Path, Path], 
     elif change == "model":
         (model / "fastprice.json").write_text("{ }")
     else:
-        options[change.strip("-")] = {"--loss": "mse", "--interval": 0.8, "--text": "other", "mask": "prices"}[change]
+        options[change.strip("-")] = {"--criterion": "mse", "--interval": 0.8, "--text": "other", "mask": "prices"}[
+            change
+        ]
     folder = out.with_name("p.csv.partial")
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     with pytest.raises(ConfigError, match=rf"since then changed: {change};.*delete the folder") as caught:
@@ -251,18 +255,18 @@ def test_a_damaged_ledger_and_a_foreign_folder_are_refused(stopped: tuple[Path, 
     other = out.with_name("q.csv")
     other.with_name("q.csv.partial").mkdir()
     (other.with_name("q.csv.partial") / "thesis.txt").write_text("mine")
-    with pytest.raises(ConfigError, match="in the way"):
+    with pytest.raises(ConfigError, match="exists and was not made by predict"):
         run(source, other, model)
 
 
-def test_two_writers_never_write_the_same_parts(tmp_path: Path) -> None:
+def test_two_processes_cannot_write_the_same_parts(tmp_path: Path) -> None:
     out = tmp_path / "p.csv"
     with open_parts(out, {}), pytest.raises(ConfigError, match="another process"), open_parts(out, {}):
         pass
     with open_parts(out, {}):
         pass
     program = (
-        "import sys; from pathlib import Path; from fastprice.predictions.parts import open_parts\n"
+        "import sys; from pathlib import Path; from fastprice.inference.batch.parts import open_parts\n"
         "with open_parts(Path(sys.argv[1]), {}): print('held', flush=True); sys.stdin.read()"
     )
     arguments = [sys.executable, "-c", program, str(out)]
@@ -276,17 +280,17 @@ def test_two_writers_never_write_the_same_parts(tmp_path: Path) -> None:
         assert parts.count == 0
 
 
-def test_mistakes_before_the_first_estimate_leave_nothing(tmp_path: Path, model: Path) -> None:
+def test_errors_before_the_first_estimate_leave_no_file(tmp_path: Path, model: Path) -> None:
     source = make_source(tmp_path / "a.jsonl", 5)
     for options, error, said in (
         ({"text": "nmae"}, DataError, "did you mean 'name'"),
-        ({"loss": "mea"}, ConfigError, "mae"),
+        ({"criterion": "mea"}, ConfigError, "mae"),
         ({"interval": 90}, ConfigError, "0.9"),
     ):
         with pytest.raises(error, match=said):
             predict_file(source, tmp_path / "p.csv", model=model, load=lambda _: Stub(), **{"text": "name", **options})
     source.write_text('{"name": ""}\n' * 3)
-    with pytest.raises(DataError, match="none of its 3 rows can be priced; row 1: no text"):
+    with pytest.raises(DataError, match="none of its 3 rows has an estimate; row 1: no text"):
         run(source, tmp_path / "p.csv", model)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "model"]
 
@@ -298,9 +302,9 @@ def test_mistakes_before_the_first_estimate_leave_nothing(tmp_path: Path, model:
 def test_memory_does_not_grow_with_the_rows(
     tmp_path: Path, model: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The largest resident set of a process for 2,000 and for 20,000 rows, which hold 54 MB more text."""
+    """The largest resident set of a process for 2,000 and for 20,000 rows, with 54 MB more text."""
     peaks = []
-    monkeypatch.setenv("ARROW_DEFAULT_MEMORY_POOL", "system")  # others keep 10 to 20 MB more for later, then no more
+    monkeypatch.setenv("ARROW_DEFAULT_MEMORY_POOL", "system")  # other pools keep 10 to 20 MB for later
     for count in (2_000, 20_000):
         source = make_source(tmp_path / name, count, length=6_000)
         arguments = [str(source), str(tmp_path / "p.jsonl"), "0", "256", str(model)]
@@ -309,12 +313,12 @@ def test_memory_does_not_grow_with_the_rows(
     assert peaks[1] - peaks[0] < 27, f"MiB: {peaks}"
 
 
-def test_a_stub_is_like_the_estimator() -> None:
+def test_the_stub_has_the_methods_of_the_estimator() -> None:
     from fastprice.estimator import PriceEstimator
 
-    for name in ("prompts", "distributions", "guesses", "intervals"):
+    for name in ("prompts", "distributions", "estimates", "intervals"):
         assert callable(getattr(PriceEstimator, name))
-    assert isinstance(Stub().guesses([1], "mae"), np.ndarray)
+    assert isinstance(Stub().estimates([1], "mae"), np.ndarray)
     assert isinstance(Stub().prompts(["x"])[0], SimpleNamespace)
 
 
@@ -344,7 +348,7 @@ def test_the_bar_shows_rows_a_second_and_the_time_left() -> None:
     assert shown[False].strip() == ""
 
 
-def test_prices_are_masked_and_bounded_as_in_the_run_that_made_the_model(tmp_path: Path) -> None:
+def test_a_model_is_used_with_the_cleaning_of_its_run(tmp_path: Path) -> None:
     from fastprice.cli.options import trained_cleaning
     from fastprice.config import read_config
 
@@ -355,7 +359,7 @@ def test_prices_are_masked_and_bounded_as_in_the_run_that_made_the_model(tmp_pat
         assert trained_cleaning(folder) == {"min_price": 0.5, "max_price": 5000, "mask": "prices"}
 
 
-def test_prices_of_texts_are_printed_and_not_written(fastprice: Any, model: Path, tmp_path: Path) -> None:
-    status, _, said = fastprice("predict", "--model", model, "--item", "a lamp", "--out", tmp_path / "p.csv")
+def test_estimates_of_texts_are_printed_and_not_written(fastprice: Any, model: Path, tmp_path: Path) -> None:
+    status, _, errors = fastprice("predict", "--model", model, "--item", "a lamp", "--out", tmp_path / "p.csv")
     assert status == 2
-    assert "--out is for the rows of a FILE" in said
+    assert "--out is for the rows of a FILE" in errors

@@ -1,9 +1,9 @@
-"""Estimates for the rows of a file of any length: read, priced and written a chunk at a time.
+"""Estimates for the rows of a file of any length: read, estimated and written a chunk at a time.
 
-source ─► rows ─► chunks of 1,024 ─► estimates ─► parts beside the target ─► the target, whole
+source ─► rows ─► chunks of 1,024 ─► estimates ─► parts beside the target ─► the complete target
 
-chunks   what is priced at once, and the columns that come out
-parts    the numbered files beside the target, and going on after a stop
+chunks   which rows are estimated together, and the columns of the result
+parts    the numbered files beside the target, from which a stopped job goes on
 files    the job: `predict_file`
 """
 

@@ -1,16 +1,16 @@
-"""Rows into estimates, a chunk at a time, so that memory does not depend on how many rows there are.
+"""Estimates for rows, a chunk at a time, so that memory does not depend on the number of rows.
 
 A chunk ends after `CHUNK_ROWS` rows or `CHUNK_CHARACTERS` of text, counted from the first row of the source: its bounds
-depend on the source alone. Which texts share a batch decides the last digits of a probability, so equal chunks are what
-makes the result of a run that was stopped equal to that of one that was not.
+depend on the source alone. The texts that share a batch decide the last digits of a probability, so a stopped job gives
+the same result as another one only with equal chunks.
 
-Every row of the source comes out as one row, in its place. Its columns:
+Every row of the source gives one row of the result, in the same order. Its columns:
 
-    row         in the source, from 1 (in JSON Lines: the line)
+    row         number of the row in the source, from 1 (in JSON Lines: the line)
     estimate    dollars; empty where there is none
     low, high   dollars, with an interval only
     reason      why there is no estimate; empty where there is one
-    text        what was priced, or the first 200 characters of a row that could not be
+    text        the text that was read, or the first 200 characters of a row without an estimate
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ CHUNK_CHARACTERS = 2**24
 
 @dataclass(frozen=True)
 class Estimates:
-    """The rows of one chunk, in their order, and what was estimated for the N items among them.
+    """The rows of one chunk in order, and the estimates for the N items among them.
 
     prices  (N,) dollars
     bounds  (N, 2) dollars: low and high; None without an interval
-    cut     how many of the texts were longer than the model reads
+    cut     number of texts that were longer than the model reads
     """
 
     rows: list[Item | Reject]
@@ -53,31 +53,31 @@ class Estimates:
         return [row for row in self.rows if isinstance(row, Reject)]
 
     def frame(self) -> polars.DataFrame:
-        """One row for each of `rows`, with the columns named at the top of this module."""
+        """One row for each of `rows`, with the columns listed at the top of this module."""
         import polars as pl
 
-        place = np.cumsum([isinstance(row, Item) for row in self.rows]) - 1
+        index = np.cumsum([isinstance(row, Item) for row in self.rows]) - 1
 
-        def spread(values: NDArray[np.float64]) -> list[float | None]:
+        def by_row(values: NDArray[np.float64]) -> list[float | None]:
             return [
-                float(values[at]) if isinstance(row, Item) else None for at, row in zip(place, self.rows, strict=True)
+                float(values[at]) if isinstance(row, Item) else None for at, row in zip(index, self.rows, strict=True)
             ]
 
         columns: dict[str, tuple[list[Any], Any]] = {
             "row": ([row.row for row in self.rows], pl.Int64),
-            "estimate": (spread(self.prices), pl.Float64),
+            "estimate": (by_row(self.prices), pl.Float64),
         }
         if self.bounds is not None:
-            columns["low"] = (spread(self.bounds[:, 0]), pl.Float64)
-            columns["high"] = (spread(self.bounds[:, 1]), pl.Float64)
-        # "" and not null: readers of JSON Lines take the type of a column from its first rows.
+            columns["low"] = (by_row(self.bounds[:, 0]), pl.Float64)
+            columns["high"] = (by_row(self.bounds[:, 1]), pl.Float64)
+        # "" and not null: readers of JSON Lines infer the type of a column from its first rows.
         columns["reason"] = ([row.reason if isinstance(row, Reject) else "" for row in self.rows], pl.String)
         columns["text"] = ([_encodable(row.text) for row in self.rows], pl.String)
         return pl.DataFrame({name: pl.Series(values, dtype=dtype) for name, (values, dtype) in columns.items()})
 
 
 def chunked(rows: Iterable[Item | Reject]) -> Iterator[list[Item | Reject]]:
-    """The rows in chunks, see the module; none of them is empty."""
+    """The rows in non-empty chunks, see the module."""
     chunk: list[Item | Reject] = []
     characters = 0
     for row in rows:
@@ -94,47 +94,47 @@ def estimate_rows(
     estimator: Any,
     rows: Iterable[Item | Reject],
     *,
-    loss: str = "mae",
+    criterion: str = "mae",
     interval: float | None = None,
     mask: str = "own",
     on_row: Callable[[int, int], None] | None = None,
 ) -> Iterator[Estimates]:
-    """The estimates of each chunk of `rows`, as they come.
+    """Yields the estimates of each chunk of `rows`.
 
     estimator  a PriceEstimator that was fitted or loaded
-    loss       what the guesses make small, as in `PriceEstimator.predict`
-    interval   the share of unseen prices that low and high hold; None: no bounds
+    criterion  what the estimates minimize, as in `PriceEstimator.predict`
+    interval   the coverage of unseen prices by low and high, between 0 and 1; None: no bounds
     mask       that of the training texts (`clean_items`): "prices" masks every mention of money here as well
-    on_row     called as (rows of the chunk that are done, rows of the chunk)
+    on_row     called as (finished rows of the chunk, rows of the chunk)
 
-    Raises ConfigError for an unknown loss or an impossible interval, DataError for one that is not calibrated.
+    Raises ConfigError for an unknown criterion or an impossible interval, DataError for one that is not calibrated.
     """
     for chunk in chunked(rows):
-        yield _estimate(estimator, chunk, loss, interval, mask, on_row)
+        yield _estimate(estimator, chunk, criterion, interval, mask, on_row)
 
 
 def _estimate(
     estimator: Any,
     chunk: list[Item | Reject],
-    loss: str,
+    criterion: str,
     interval: float | None,
     mask: str,
     on_row: Callable[[int, int], None] | None,
 ) -> Estimates:
     texts = [prediction_text(row.text, mask) for row in chunk if isinstance(row, Item)]
-    without = len(chunk) - len(texts)
+    rejected = len(chunk) - len(texts)
 
     def on_batch(done: int) -> None:
         if on_row:
-            on_row(without + done, len(chunk))
+            on_row(rejected + done, len(chunk))
 
     prompts = estimator.prompts(texts)
     distributions = estimator.distributions(prompts, on_batch=on_batch)
-    prices = estimator.guesses(distributions, loss)
+    prices = estimator.estimates(distributions, criterion)
     bounds = None if interval is None else estimator.intervals(distributions, interval)
     return Estimates(chunk, prices, bounds, sum(prompt.cut > 0 for prompt in prompts))
 
 
 def _encodable(text: str) -> str:
-    """The text with a question mark for each half surrogate pair, which no file can hold."""
+    """The text with a question mark for each half of a surrogate pair, which has no UTF-8."""
     return text.encode("utf-8", "replace").decode("utf-8")

@@ -1,14 +1,14 @@
-"""A file that is written in parts beside its place, and put there when it is whole.
+"""A file that is written in parts beside its place, and moved there when it is complete.
 
-While `prices.csv` is made, `prices.csv.partial/` holds
+While `prices.csv` is written, `prices.csv.partial/` has
 
-    000000.csv, 000001.csv, ...   the chunks that are done, each of them a readable file
-    ledger.json                   what the parts were made from and with, how many there are, and what was counted
-    lock                          held by the process at work
+    000000.csv, 000001.csv, ...   the finished chunks, each of them a readable file
+    ledger.json                   the settings of the job, the number of parts, and their totals
+    lock                          locked by the process at work
 
-A part appears under its name when it is whole, then the ledger counts it, each by a rename. So a process killed at any
-moment leaves whole parts and a true ledger; a part that the ledger does not count is made again.
-Parts of another source, model or option are never mixed with one's own: they are refused while they hold estimates.
+A part gets its name when it is complete, then the ledger counts it, each by a rename. So a process killed at any moment
+leaves complete parts and a correct ledger; a part that the ledger does not count is written again. Parts of another
+source, model or option are never mixed with these: while they have estimates, they are refused.
 """
 
 from __future__ import annotations
@@ -33,15 +33,19 @@ __all__ = ["ENDINGS", "Parts", "Totals", "check_target"]
 
 ENDINGS = (".csv", ".jsonl", ".parquet")
 LEDGER, LOCK = "ledger.json", "lock"
-EXAMPLES = 5  # rows without an estimate that are told one by one
+EXAMPLES = 5  # rows without an estimate that are reported one by one
 _GROUP_ROWS, _GROUP_BYTES = 2**14, 2**26  # of a row group of a Parquet file
 
 
 @dataclass
 class Totals:
-    """What was counted over all parts: rows of the source, those priced, texts cut.
+    """Counts over all parts of a job.
 
-    `last_row` is the last row's number; `examples` are the first rows without an estimate, with their reasons.
+    rows      of the source
+    priced    of them, those with an estimate
+    cut       texts that were longer than the model reads
+    last_row  number of the last row in the source
+    examples  the first rows without an estimate: (number, reason)
     """
 
     rows: int = 0
@@ -52,7 +56,7 @@ class Totals:
 
 
 def check_target(path: Path) -> None:
-    """ConfigError when a table cannot be written to `path`; asked before the work, not after it."""
+    """Raises ConfigError when a table cannot be written to `path`; to be called before the work."""
     if path.suffix not in ENDINGS:
         raise ConfigError(f"--out {path}: the ending must be one of {', '.join(ENDINGS)}")
     if not path.parent.is_dir():
@@ -62,14 +66,14 @@ def check_target(path: Path) -> None:
 
 
 class Parts:
-    """The parts of `target`: `add` and `finish` write, `totals` says what is there. Made by `open_parts`."""
+    """The finished parts of `target`, their number and totals. Made by `open_parts`."""
 
     def __init__(self, target: Path, folder: Path, settings: dict[str, Any], count: int, totals: Totals) -> None:
         self.target, self.folder, self.settings = target, folder, settings
         self.count, self.totals = count, totals
 
     def add(self, frame: polars.DataFrame, totals: Totals) -> None:
-        """Writes the next part; `totals` are those of all parts up to it."""
+        """Writes the next part; `totals` are those of all parts up to and with it."""
         with atomic_file(self._part(self.count)) as half:
             _write_frame(frame, half, self.target.suffix)
         self.count, self.totals = self.count + 1, totals
@@ -80,7 +84,7 @@ class Parts:
         write_text_atomically(self.folder / LEDGER, json.dumps(ledger))
 
     def finish(self) -> None:
-        """Puts the parts together under the target's name, and takes them away."""
+        """Joins the parts under the target's name, and deletes them."""
         parts = [self._part(index) for index in range(self.count)]
         whole = self.folder / f"whole{self.target.suffix}"
         (_join_parquet if self.target.suffix == ".parquet" else _join_text)(parts, whole)
@@ -93,15 +97,15 @@ class Parts:
 
 @contextmanager
 def open_parts(target: Path, settings: dict[str, Any]) -> Iterator[Parts]:
-    """The parts of `target` made with `settings` (JSON values), those of an earlier process among them.
+    """The parts of `target` written with `settings` (JSON values), with those of an earlier process.
 
-    A mistake of the user's before the first estimate leaves nothing behind. Raises ConfigError when the parts there
-    hold estimates made with other settings (naming which), are damaged, or when another process is writing them.
+    A FastpriceError before the first estimate leaves nothing behind. Raises ConfigError when the parts there have
+    estimates made with other settings (and says which), are damaged, or are being written by another process.
     """
     check_target(target)
     folder = target.with_name(target.name + ".partial")
     if folder.exists() and not (folder / LOCK).is_file() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"{folder}: is in the way and was not made by predict; move it, or name another --out")
+        raise ConfigError(f"{folder}: exists and was not made by predict; move it, or name another --out")
     folder.mkdir(exist_ok=True)
     try:
         lock = FileLock(folder / LOCK).acquire(blocking=False)
@@ -120,24 +124,24 @@ def open_parts(target: Path, settings: dict[str, Any]) -> Iterator[Parts]:
 
 
 def _read_ledger(folder: Path, settings: dict[str, Any]) -> tuple[int, Totals]:
-    """(Parts that are done, their totals) of the folder; none where no estimate of them would be lost."""
+    """(Number of finished parts, their totals) of the folder; none if their settings differ and no estimate is lost."""
     path = folder / LEDGER
     if not path.is_file():
         return 0, Totals()
     try:
         ledger = json.loads(path.read_text(encoding="utf-8"))
-        count, totals, then = int(ledger["parts"]), Totals(**ledger["totals"]), dict(ledger["settings"])
+        count, totals, earlier = int(ledger["parts"]), Totals(**ledger["totals"]), dict(ledger["settings"])
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path}: is damaged ({error}); delete {folder} to start anew") from error
     totals.examples = [(row, reason) for row, reason in totals.examples]
-    changed = [name for name in {**settings, **then} if settings.get(name) != then.get(name)]
+    changed = [name for name in {**settings, **earlier} if settings.get(name) != earlier.get(name)]
     if not changed:
         return count, totals
     if not totals.priced:
         return 0, Totals()
     raise ConfigError(
-        f"{folder}: holds {totals.rows:,} rows that an earlier command left, and since then changed: "
-        f"{', '.join(changed)}; repeat that command to go on with them, or delete the folder to start anew"
+        f"{folder}: has {totals.rows:,} rows of an earlier command, and since then changed: {', '.join(changed)}; "
+        "repeat that command to go on with them, or delete the folder to start anew"
     )
 
 
@@ -151,7 +155,7 @@ def _write_frame(frame: polars.DataFrame, path: Path, ending: str) -> None:
 
 
 def _join_text(parts: list[Path], whole: Path) -> None:
-    """CSV and JSON Lines one after the other; of the CSV headers, the first alone."""
+    """CSV or JSON Lines files one after the other; of CSV headers, only the first."""
     with whole.open("wb") as out:
         for index, part in enumerate(parts):
             with part.open("rb") as lines:

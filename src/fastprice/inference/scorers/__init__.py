@@ -1,1 +1,1 @@
-"""Scorers: the log-probabilities of tokens after prompts, by the stock model or by merged dense weights."""
+"""Scorers: the log-probabilities of price tokens after prompts, from the stock model or from merged dense weights."""

@@ -1,24 +1,20 @@
-"""A lean forward pass on dense weights, for prediction alone: Llama, Mistral, Qwen 2 and 3.
+"""`MergedDecoder`: a forward pass for prediction alone, on dense weights with the adapters merged into them.
 
-A tuned model comes out of training as NF4 weights with adapters beside them, in modules made for everything. Each pass
-then dequantizes every weight, casts to the adapter's dtype and back, and adds two thin products to each wide one. Here
-w + s B A is computed once, q, k and v are one product and so are gate and up, and of the last layer only what is read
-is computed: keys and values of every token, all else of the tokens whose next token is wanted. Small models on a CPU
-spend as much on starting operations as on small products, so there are few: the numbers of a head that turn together
-stand side by side, so that all queries and keys turn in one product of complex numbers, in place; keys and values are
-stored by one copy; a residual sum is part of the product before it.
+After training, NF4 weights have adapters beside them: each pass dequantizes every weight and adds two thin products to
+each wide one. Here w + s B A is computed once; q, k and v are one product, and so are gate and up; the last layer
+computes only the outputs that are read. Small models on a CPU spend as much time on starting operations as on small
+products, so there are few: rotary pairs are stored as neighbors, so that all queries and keys rotate in one in-place
+product of complex numbers, and a residual sum is part of the product before it.
 
-What it costs. The copy takes `dense_bytes` (two bytes a weight in 16 bits, four on a CPU), beside a 4-bit base four to
-eight times smaller, so it is made only where it fits into `_SHARE` of the memory that is free; never of weights that
-are not all on the model's device, nor of layers with hooks: weights that visit from the host do so because they do not
-fit. It is a copy: train on, and it is out of date. Estimates are equal within the dtype's rounding; in
-bf16 the sum w + s B A is rounded once, where PEFT rounds the two products.
-
-`DenseDecoder.of` compares its logits with those of the model it was made from before it is used, so that an option of a
-configuration that is not known here costs speed and nothing else.
+It takes `merged_bytes` of memory (two bytes a weight in 16 bits, four on a CPU; a 4-bit base has half a byte), so it is
+made only where that fits into half of the free memory; never of weights that are not all on the model's device, nor of
+layers with hooks, whose weights visit from the host because they do not fit. It is a copy: after more training it is
+out of date. Estimates are equal within rounding (in bf16, w + s B A is rounded once, where PEFT rounds both products).
+`MergedDecoder.of` compares its logits with the model's before it is used, so that an option of a configuration that is
+not known here costs speed and nothing else.
 
 Legend: T tokens of a pass, packed without padding, B rows (items), Q queries of a row, C columns of a row in the cache,
-H heads, K key heads, d head width, D width, V vocabulary, N tokens read.
+H heads, K key heads, d head width, D width, V vocabulary, N output tokens.
 """
 
 from __future__ import annotations
@@ -34,11 +30,12 @@ from torch import Tensor, nn
 from fastprice.models.families import family_of
 from fastprice.models.parts import plain_model
 
-__all__ = ["DenseDecoder", "Queries", "Tokens", "dense_bytes", "free_bytes"]
+__all__ = ["MergedDecoder", "PassTokens", "QueryPositions", "free_bytes", "merged_bytes"]
 
-_SHARE = 0.5  # of free memory
-_LOGITS = {"cpu": 2**18, "cuda": 2**25}  # elements upcast to fp32 at once: what caches hold, and 128 MiB
-_ROUNDING = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 2e-1}  # of logits, whose spread is about 1 to 5
+_MEMORY_SHARE = 0.5  # of the free memory, that the copy may take
+_LOGITS = {"cpu": 2**18, "cuda": 2**25}  # elements upcast to fp32 at once: as many as CPU caches hold; 128 MiB
+# Largest difference of logits (in standard deviations of the model's own, at least 1) that is rounding.
+_ROUNDING = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 2e-1}
 _PROJECTIONS = (
     "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
     "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
@@ -46,13 +43,14 @@ _PROJECTIONS = (
 
 
 @dataclass(frozen=True)
-class Tokens:
-    """The tokens of a pass.
+class PassTokens:
+    """The tokens of a pass, and where their keys and values go.
 
-    ids        (T,)
-    positions  (T,) int64: of each in its text, all below `span`
-    cells      (S,) int64: where their keys go, row * C + column
-    sources    (S,) int64: whose key goes there; None: token i's to cell i
+    ids        (T,) token ids, int64
+    positions  (T,) int64: of each token in its text, all below `span`
+    span       an upper bound of the positions
+    cells      (S,) int64: cells of the cache that are written, row * C + column
+    sources    (S,) int64: the token whose key and value go there; None: those of token i go to cell i
     """
 
     ids: Tensor
@@ -63,12 +61,12 @@ class Tokens:
 
 
 @dataclass(frozen=True)
-class Queries:
-    """Where the tokens that ask in a pass, or in its last layer, stand in the grid (rows, Q) of their attention.
+class QueryPositions:
+    """Where the query tokens of a pass, or of its last layer, are in the padded grid (R, Q) of their attention.
 
-    rows    of the cache: a slice of R rows
-    places  (N,) where each token stands in the flat grid; None: token i at place i, and N = R * Q
-    mask    (R or 1, 1, Q, columns used): what each sees, in the model's dtype, to be added to the scores
+    rows    the R rows of the cache, a slice
+    places  (N,) int64, place of each query token in the flat grid; None: token i is at place i, and N = R * Q
+    mask    (R or 1, 1, Q, columns used): added to the attention scores, in the model's dtype
     """
 
     rows: slice
@@ -78,7 +76,7 @@ class Queries:
 
 @dataclass(frozen=True)
 class _Linear:
-    """Weights are (K, N), as few tokens times them are faster by up to a quarter than times (N, K) on a CPU."""
+    """A linear layer with weights (K, N): on a CPU, a few tokens times them are up to a quarter faster than (N, K)."""
 
     weight: Tensor
     bias: Tensor | None = None
@@ -99,7 +97,7 @@ class _Linear:
 
 @dataclass(frozen=True)
 class _Layer:
-    """qkv and gate_up have the weights of the norm before them in theirs; queries and keys are interleaved."""
+    """Weights of a decoder layer: qkv and gate_up include those of the norm before them; rotary pairs are neighbors."""
 
     qkv: _Linear
     norms: Tensor | None  # (H + K, d) of queries and keys, Qwen 3
@@ -110,8 +108,8 @@ class _Layer:
     activation: nn.Module
 
 
-class DenseDecoder:
-    """The dense copy of a model, and its forward pass. Made by `of`."""
+class MergedDecoder:
+    """The merged dense weights of a model, and its forward pass. Made by `of`."""
 
     def __init__(self, plain: Any) -> None:
         config = plain.config
@@ -121,26 +119,26 @@ class DenseDecoder:
         self.head_width = plain.model.layers[0].self_attn.head_dim
         self.layers = [_layer(layer, self.head_width) for layer in plain.model.layers]
         self.norm: Tensor = plain.model.norm.weight.detach()
-        self.head = _transposed(_dense(plain.lm_head))
+        self.lm_head = _transposed(_merged(plain.lm_head))
         self._rotary = plain.model.rotary_emb
-        self._table = torch.empty(0)
+        self._rotations = torch.empty(0)
 
     @classmethod
-    def of(cls, model: Any) -> DenseDecoder | None:
-        """The copy for `model`; None where the lean pass does not know it, or the memory for it is missing.
+    def of(cls, model: Any) -> MergedDecoder | None:
+        """The merged copy of `model`; None where this forward pass does not serve it, or the free memory is too small.
 
-        Warns where the two disagree about logits, and gives None. Runs under inference mode.
+        Where the logits of the two disagree, it warns and returns None.
         """
         plain = plain_model(model)
-        if not _is_known(plain) or dense_bytes(plain) > _SHARE * free_bytes(plain.device):
+        if not _is_served(plain) or merged_bytes(plain) > _MEMORY_SHARE * free_bytes(plain.device):
             return None
         with torch.inference_mode():
             decoder = cls(plain)
-            difference = decoder._difference(model)
+            difference = decoder.logit_difference(model)
         if not difference <= _ROUNDING[decoder.embeddings.dtype]:
             warnings.warn(
-                f"the lean forward pass and {type(plain).__name__} disagree by {difference:.2g} in their logits: "
-                "prediction takes the stock path, which is slower",
+                f"the merged copy of {type(plain).__name__} disagrees with it by {difference:.2g} in its logits: "
+                "prediction uses the stock forward pass, which is slower",
                 stacklevel=2,
             )
             return None
@@ -155,74 +153,75 @@ class DenseDecoder:
         return self.embeddings.dtype
 
     def new_cache(self, rows: int, columns: int) -> Tensor:
-        """Room for keys and values of `rows` items of `columns` tokens. Zeros: what a mask hides must be finite."""
+        """A cache for keys and values of `rows` items of `columns` tokens, of zeros: what is masked must be finite."""
         shape = (len(self.layers), rows, columns, 2, self.key_heads, self.head_width)
         return torch.zeros(shape, dtype=self.dtype, device=self.device)
 
     def __call__(
         self,
         cache: Tensor,
-        tokens: Tokens,
-        queries: Queries,
-        read: Tensor | None = None,
-        last: Queries | None = None,
+        tokens: PassTokens,
+        queries: QueryPositions,
+        outputs: Tensor | None = None,
+        output_queries: QueryPositions | None = None,
     ) -> Tensor:
-        """One pass over `tokens`: their keys and values go into `cache`, hidden states (N, D) come out.
+        """One pass over `tokens`: writes their keys and values into `cache`, returns hidden states (N, D).
 
-        queries  how the tokens stand in the attention of every layer
-        read     (N,) int64: the tokens whose hidden states are wanted; None: all
-        last     as `queries`, for the last layer, in which only those of `read` ask
+        queries         positions of all tokens in the attention of each layer
+        outputs         (N,) int64: the tokens whose hidden states are returned; None: all
+        output_queries  as `queries`, for the last layer, in which only the tokens of `outputs` are queries
         """
         x = F.embedding(tokens.ids, self.embeddings)
-        turn = self._angles(tokens.span)[tokens.positions, None]
+        rotation = self._rotation_table(tokens.span)[tokens.positions, None]
         q_width, width = self.heads * self.head_width, (self.heads + self.key_heads) * self.head_width
         cells = cache.flatten(1, 2).flatten(2)  # (layers, B * C, 2 * K * d)
-        for layer, room, stored in zip(self.layers, cache.unbind(0), cells.unbind(0), strict=True):
+        for layer, layer_cache, layer_cells in zip(self.layers, cache.unbind(0), cells.unbind(0), strict=True):
             normed = self._normed(x)
-            if layer is self.layers[-1] and read is not None and last is not None:
-                made = layer.qkv.part(q_width)(normed)
-                self._turn(made[:, : width - q_width], turn, layer.norms, self.heads)
-                asks, x, queries = layer.qkv.part(0, q_width)(normed[read]), x[read], last
-                self._turn(asks, turn[read], layer.norms, 0)
+            if layer is self.layers[-1] and outputs is not None and output_queries is not None:
+                kv = layer.qkv.part(q_width)(normed)
+                self._rotate(kv[:, : width - q_width], rotation, layer.norms, self.heads)
+                q, x, queries = layer.qkv.part(0, q_width)(normed[outputs]), x[outputs], output_queries
+                self._rotate(q, rotation[outputs], layer.norms, 0)
             else:
-                made = layer.qkv(normed)
-                self._turn(made[:, :width], turn, layer.norms, 0)
-                asks, made = made[:, :q_width], made[:, q_width:]
-            stored.index_copy_(0, tokens.cells, made if tokens.sources is None else made[tokens.sources])
-            layer.out.add_to(x, self._attend(asks.unflatten(1, (self.heads, -1)), room, queries, layer.scaling))
+                qkv = layer.qkv(normed)
+                self._rotate(qkv[:, :width], rotation, layer.norms, 0)
+                q, kv = qkv[:, :q_width], qkv[:, q_width:]
+            layer_cells.index_copy_(0, tokens.cells, kv if tokens.sources is None else kv[tokens.sources])
+            layer.out.add_to(x, self._attend(q.unflatten(1, (self.heads, -1)), layer_cache, queries, layer.scaling))
             gate, up = layer.gate_up(self._normed(x)).chunk(2, dim=-1)
             layer.down.add_to(x, layer.activation(gate).mul_(up))
         return F.rms_norm(x, x.shape[-1:], self.norm, self.epsilon)
 
     def log_probabilities(self, hidden: Tensor, alphabet: Tensor) -> Tensor:
-        """Log probabilities (N, U) of the tokens `alphabet` (U,) after hidden states (N, D): fp32, of the whole V."""
-        rows = max(1, _LOGITS["cuda" if hidden.is_cuda else "cpu"] // self.head.weight.shape[1])
-        parts = [self.head(part).float().log_softmax(-1)[:, alphabet] for part in hidden.split(rows)]
+        """Log-probabilities, fp32 (N, U), among all V of the tokens `alphabet` (U,) after hidden states (N, D)."""
+        rows = max(1, _LOGITS["cuda" if hidden.is_cuda else "cpu"] // self.lm_head.weight.shape[1])
+        parts = [self.lm_head(part).float().log_softmax(-1)[:, alphabet] for part in hidden.split(rows)]
         return torch.cat(parts)
 
-    def _turn(self, x: Tensor, turn: Tensor, norms: Tensor | None, first: int) -> None:
-        """Norms and turns queries or keys, in place: x (T, h * d), of both those from the `first` head on.
+    def _rotate(self, x: Tensor, rotation: Tensor, norms: Tensor | None, first: int) -> None:
+        """Normalizes queries and keys where the family does so, and applies RoPE, in place.
 
-        Numbers that turn together are neighbors, so that turning is one product of complex numbers, by (T, 1, d / 2).
+        x (T, h * d) holds the heads from number `first` on (queries, then keys). Rotary pairs are neighbors, so that
+        RoPE is one product of complex numbers, by `rotation` (T, 1, d / 2).
         """
         heads = x.unflatten(1, (-1, self.head_width))
         if norms is not None:
             heads.copy_(self._normed(heads).mul_(norms[first : first + heads.shape[1]]))
         if x.dtype == torch.float32:
-            torch.view_as_complex(heads.unflatten(2, (-1, 2))).mul_(turn)
+            torch.view_as_complex(heads.unflatten(2, (-1, 2))).mul_(rotation)
         else:
-            turned = torch.view_as_complex(heads.float().unflatten(2, (-1, 2))).mul_(turn)
-            heads.copy_(torch.view_as_real(turned).flatten(2))
+            rotated = torch.view_as_complex(heads.float().unflatten(2, (-1, 2))).mul_(rotation)
+            heads.copy_(torch.view_as_real(rotated).flatten(2))
 
-    def _attend(self, asks: Tensor, room: Tensor, queries: Queries, scaling: float) -> Tensor:
-        """asks (N, H, d) over the cache of a layer (B, C, 2, K, d): (N, H * d)."""
+    def _attend(self, q: Tensor, layer_cache: Tensor, queries: QueryPositions, scaling: float) -> Tensor:
+        """Attention of q (N, H, d) over the cache of a layer (B, C, 2, K, d): (N, H * d)."""
         width, columns = queries.mask.shape[2:]
-        keys, values = room[queries.rows, :columns].permute(2, 0, 3, 1, 4)  # (R, K, C, d)
-        grid = asks
+        keys, values = layer_cache[queries.rows, :columns].permute(2, 0, 3, 1, 4)  # (R, K, C, d)
+        grid = q
         if queries.places is not None:
-            grid = asks.new_zeros(len(keys) * width, *asks.shape[1:]).index_copy_(0, queries.places, asks)
+            grid = q.new_zeros(len(keys) * width, *q.shape[1:]).index_copy_(0, queries.places, q)
         shared = self.heads // self.key_heads
-        if shared > 1 and keys.is_cuda:  # masked, CUDA's fused kernels take no fewer key heads than heads
+        if shared > 1 and keys.is_cuda:  # CUDA's fused kernels take a mask only with as many key heads as heads
             keys, values = keys.repeat_interleave(shared, 1), values.repeat_interleave(shared, 1)
         out = F.scaled_dot_product_attention(
             grid.unflatten(0, (len(keys), width)).transpose(1, 2),
@@ -236,32 +235,36 @@ class DenseDecoder:
         return flat if queries.places is None else flat[queries.places]
 
     def _normed(self, x: Tensor) -> Tensor:
-        """x over its root mean square, in fp32; the weights of a layer's norms are in its projections."""
+        """x over its root mean square; the weights of a layer's norms are in its projections."""
         return F.rms_norm(x, x.shape[-1:], None, self.epsilon)
 
-    def _angles(self, positions: int) -> Tensor:
-        """How far (P, d / 2) the first `positions` positions at least turn, as complex numbers of the model's size."""
-        if len(self._table) < positions:
-            some = torch.arange(2 ** (positions - 1).bit_length(), device=self.device, dtype=torch.float32)
-            angles = some[:, None] * self._rotary.inv_freq.float().to(self.device)
-            self._table = torch.polar(torch.full_like(angles, self._rotary.attention_scaling), angles)
-        return self._table
+    def _rotation_table(self, positions: int) -> Tensor:
+        """RoPE of at least the first `positions` positions (P, d / 2), complex numbers scaled as the model's are."""
+        if len(self._rotations) < positions:
+            indices = torch.arange(2 ** (positions - 1).bit_length(), device=self.device, dtype=torch.float32)
+            angles = indices[:, None] * self._rotary.inv_freq.float().to(self.device)
+            self._rotations = torch.polar(torch.full_like(angles, self._rotary.attention_scaling), angles)
+        return self._rotations
 
-    def _difference(self, model: Any) -> float:
-        """The largest difference between our logits and those of `model` on eight tokens; NaNs count as equal."""
+    @torch.inference_mode()
+    def logit_difference(self, model: Any) -> float:
+        """The largest difference of logits to those of `model` on eight tokens, over their standard deviation.
+
+        That is at least 1. NaN equals NaN.
+        """
         ids = torch.linspace(0, len(self.embeddings) - 1, 8, device=self.device).long()
         places = torch.arange(8, device=self.device)
         mask = torch.full((8, 8), torch.finfo(self.dtype).min, dtype=self.dtype, device=self.device).triu(1)
-        tokens = Tokens(ids, places, 8, places)
-        hidden = self(self.new_cache(1, 8), tokens, Queries(slice(0, 1), None, mask[None, None]))
-        ours, theirs = self.head(hidden).float(), model(input_ids=ids[None], use_cache=False).logits[0].float()
+        tokens = PassTokens(ids, places, 8, places)
+        hidden = self(self.new_cache(1, 8), tokens, QueryPositions(slice(0, 1), None, mask[None, None]))
+        ours, theirs = self.lm_head(hidden).float(), model(input_ids=ids[None], use_cache=False).logits[0].float()
         if torch.equal(ours.isnan(), theirs.isnan()):
             ours, theirs = ours.nan_to_num(), theirs.nan_to_num()
         return float((ours - theirs).abs().max() / theirs.std().clamp(min=1.0))
 
 
-def dense_bytes(model: Any) -> int:
-    """Bytes of the weights that the copy of a known model holds for itself: those of its decoder layers."""
+def merged_bytes(model: Any) -> int:
+    """Bytes that the merged copy of a served model takes: the weights of its decoder layers."""
     size = model.model.embed_tokens.weight.element_size()
     return sum(
         size * linear.in_features * linear.out_features
@@ -271,7 +274,7 @@ def dense_bytes(model: Any) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Bytes that can still be had on `device`: on CUDA with what PyTorch holds and does not use; else of the host."""
+    """Free bytes on `device`: on CUDA with those that PyTorch has reserved and does not use; else of the host."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + unused
@@ -280,24 +283,27 @@ def free_bytes(device: torch.device) -> int:
     return 1024 * int(available)
 
 
-def _is_known(plain: Any) -> bool:
+def _is_served(plain: Any) -> bool:
+    """Whether this forward pass computes what the transformers model `plain` does, and its weights can be read."""
     family = family_of(plain)
     if family is None or type(plain).__name__ != family.merged_decoder:
         return False
     device = plain.model.embed_tokens.weight.device
     return (
         plain.config.rope_parameters.get("rope_type", "default") in family.merged_ropes
+        and hasattr(plain.model.rotary_emb, "inv_freq")
+        and hasattr(plain.model.rotary_emb, "attention_scaling")
         and type(plain.model.embed_tokens) is nn.Embedding
         and all(parameter.device == device for parameter in plain.parameters())
         and device.type != "meta"
         and not any(layer._forward_hooks or layer._forward_pre_hooks for layer in plain.model.layers)
-        and _readable(plain.lm_head)
-        and all(_readable(layer.get_submodule(name)) for layer in plain.model.layers for name in _PROJECTIONS)
+        and _is_readable(plain.lm_head)
+        and all(_is_readable(layer.get_submodule(name)) for layer in plain.model.layers for name in _PROJECTIONS)
     )
 
 
-def _readable(linear: Any) -> bool:
-    """Whether `_dense` knows what `linear` computes: a plain or 4-bit layer, with any number of plain LoRA adapters."""
+def _is_readable(linear: Any) -> bool:
+    """Whether `_merged` can read `linear`: a plain or 4-bit layer, with any number of plain LoRA adapters."""
     if not hasattr(linear, "base_layer"):
         state = getattr(linear.weight, "quant_state", None)
         # bitsandbytes repacks weights in place on some CPUs, see `settle_four_bit`.
@@ -307,17 +313,17 @@ def _readable(linear: Any) -> bool:
     if type(linear).__qualname__ not in ("Linear", "Linear4bit") or not hasattr(linear, "lora_A"):
         return False
     return (
-        _readable(linear.base_layer)
+        _is_readable(linear.base_layer)
         and not linear.fan_in_fan_out
         and not linear.lora_variant
         and not any(linear.lora_bias.values())
     )
 
 
-def _dense(linear: Any) -> _Linear:
+def _merged(linear: Any) -> _Linear:
     """w + s B A, in fp32 and then rounded to the dtype of w; w itself where there is no adapter."""
     if hasattr(linear, "base_layer"):
-        base = _dense(linear.base_layer)
+        base = _merged(linear.base_layer)
         # Merged adapters are in the base already.
         active = [] if linear.disable_adapters or linear.merged else linear.active_adapters
         deltas = [
@@ -340,7 +346,7 @@ def _dense(linear: Any) -> _Linear:
 
 
 def _transposed(linear: _Linear) -> _Linear:
-    """Weights (N, K) as (K, N), not copied."""
+    """Weights (N, K) as a view (K, N)."""
     return _Linear(linear.weight.t(), linear.bias)
 
 
@@ -353,22 +359,23 @@ def _stacked(*linears: _Linear) -> _Linear:
     return _Linear(weight, torch.cat(biases))
 
 
-def _after(norm: Any, linear: Any) -> _Linear:
-    """A linear layer with the weights of the norm before it."""
-    dense = _dense(linear)
-    return _Linear((dense.weight.float() * norm.weight.float()).to(dense.weight.dtype), dense.bias)
+def _with_norm(norm: Any, linear: Any) -> _Linear:
+    """A linear layer times the weights of the norm before it."""
+    merged = _merged(linear)
+    return _Linear((merged.weight.float() * norm.weight.float()).to(merged.weight.dtype), merged.bias)
 
 
 def _layer(layer: Any, head_width: int) -> _Layer:
+    """The weights of a decoder layer of transformers, merged and arranged."""
     attention, mlp = layer.self_attn, layer.mlp
 
     def interleaved(x: Tensor) -> Tensor:
-        """x (h * d, ...): numbers that turn together, i and i + d / 2 of a head, as neighbors 2 i and 2 i + 1."""
+        """x (h * d, ...) with the rotary pairs i and i + d / 2 of each head moved to 2 i and 2 i + 1."""
         pairs: Tensor = x.unflatten(0, (-1, 2, head_width // 2)).transpose(1, 2).flatten(0, 2)
         return pairs
 
     queries, keys, values = (
-        _after(layer.input_layernorm, linear) for linear in (attention.q_proj, attention.k_proj, attention.v_proj)
+        _with_norm(layer.input_layernorm, linear) for linear in (attention.q_proj, attention.k_proj, attention.v_proj)
     )
     queries, keys = (
         _Linear(interleaved(each.weight), None if each.bias is None else interleaved(each.bias))
@@ -376,16 +383,18 @@ def _layer(layer: Any, head_width: int) -> _Layer:
     )
     norms = None
     if getattr(attention, "q_norm", None) is not None:
-        of_each = ((attention.q_norm, queries), (attention.k_norm, keys))
+        normed = ((attention.q_norm, queries), (attention.k_norm, keys))
         norms = torch.cat(
-            [interleaved(norm.weight.detach()).expand(len(each.weight) // head_width, -1) for norm, each in of_each]
+            [interleaved(norm.weight.detach()).expand(len(each.weight) // head_width, -1) for norm, each in normed]
         )
     return _Layer(
         qkv=_stacked(queries, keys, values),
         norms=norms,
-        out=_stacked(_dense(attention.o_proj)),
-        gate_up=_stacked(*(_after(layer.post_attention_layernorm, linear) for linear in (mlp.gate_proj, mlp.up_proj))),
-        down=_stacked(_dense(mlp.down_proj)),
+        out=_stacked(_merged(attention.o_proj)),
+        gate_up=_stacked(
+            *(_with_norm(layer.post_attention_layernorm, linear) for linear in (mlp.gate_proj, mlp.up_proj))
+        ),
+        down=_stacked(_merged(mlp.down_proj)),
         scaling=attention.scaling,
         activation=mlp.act_fn,
     )

@@ -1,11 +1,12 @@
-"""Asking a model what follows a prompt and some tokens of a price.
+"""What a scorer is: log-probabilities of price tokens after prompts and after nodes of the price trie.
 
-The nodes of an item stand side by side after its prompt, and a mask lets each see the prompt and its own ancestors
-alone (tree attention: Miao et al., "SpecInfer", 2023), so that a prompt's keys and values are computed once and read by
-all. There are two ways: `fastprice.inference.scorers.stock` calls any transformers model, `fastprice.inference.scorers.merged` a lean copy
-of the weights, several times as fast, of the models that `fastprice.inference.scorers.merged_decoder` knows.
+The queried nodes of an item stand side by side after its prompt, and an attention mask lets each attend to the prompt
+and to its own ancestors only (tree attention: Miao et al., "SpecInfer", 2023). So the keys and values of a prompt are
+computed once and read by all of its nodes.
 
-Legend: B items of a batch, M nodes of the trie, U its tokens and the end, N pairs (item, node).
+Two implementations: `stock.StockScorer` calls the forward pass of any transformers model, `merged.MergedScorer` runs a
+dense copy of the weights with the adapters merged into it, several times as fast, for the families that
+`fastprice.models.families` lists with a merged decoder.
 """
 
 from __future__ import annotations
@@ -19,45 +20,51 @@ from torch import Tensor
 from fastprice.common.arrays import FloatArray, IntArray
 from fastprice.inference.price_trie import PriceTrie
 
-__all__ = ["TRUNK", "Prompts", "Reader", "Reading", "common_length", "on_host"]
+__all__ = ["TRUNK_NODES", "Prompts", "Scorer", "ScoringSession", "common_prefix_length", "to_host"]
 
 Prompts = Sequence[Sequence[int]]
 
-TRUNK = 16  # nodes of the trie at most, in whole levels, that are computed with every prompt
+TRUNK_NODES = 16  # nodes of the trie at most, in whole levels, that are computed together with every prompt
 
 
-class Reading(Protocol):
-    """The prompts of a batch, computed."""
+class ScoringSession(Protocol):
+    """A batch of B prompts whose keys and values are cached, ready to score nodes of the trie after them.
 
-    # (B, trunk, U): log probabilities after the first nodes of the trie, as many levels as fit in `TRUNK`
-    scores: FloatArray
+    trunk_scores  float64 (B, trunk, U): natural log-probabilities of the trie's alphabet after the first nodes of the
+                  trie, as many whole levels as fit in `TRUNK_NODES`
+    """
 
-    def ask(self, items: IntArray, nodes: IntArray) -> FloatArray:
-        """Log probabilities (N, U) of the trie's tokens and the end after nodes (N,) of items (N,)."""
+    trunk_scores: FloatArray
+
+    def score(self, items: IntArray, nodes: IntArray) -> FloatArray:
+        """Log-probabilities, float64 (N, U), of the trie's alphabet after nodes (N,) of items (N,) of the batch."""
 
 
-class Reader(Protocol):
-    """A model, and the trie of the prices that it is asked about."""
+class Scorer(Protocol):
+    """A model, and the trie of the prices that it scores."""
 
     trie: PriceTrie
 
-    def begin(self, prompts: Prompts) -> None:
-        """Computes what all `prompts` begin with, where that pays. `read` is then asked about some of them."""
+    def prepare(self, prompts: Prompts) -> None:
+        """Forgets earlier prompts, and computes the common prefix of `prompts` where that pays.
+
+        `start_session` is then called with some of them at a time.
+        """
 
     def batches(self, prompts: Prompts, batch_size: int) -> Iterator[list[int]]:
-        """Indices of `prompts` to read together, at most `batch_size` at once."""
+        """Indices of `prompts` to compute together, at most `batch_size` at once."""
 
-    def read(self, prompts: Prompts) -> Reading:
-        """Computes `prompts`."""
+    def start_session(self, prompts: Prompts) -> ScoringSession:
+        """Computes `prompts` and the trunk of the trie after each; an earlier session is no longer valid."""
 
 
-def on_host(scores: Tensor) -> FloatArray:
-    """float64; not a number is no probability."""
+def to_host(scores: Tensor) -> FloatArray:
+    """Log-probabilities as float64 on the host, NaN as -inf: what is not a number is no probability."""
     found: FloatArray = scores.nan_to_num(nan=-torch.inf, neginf=-torch.inf).double().cpu().numpy()
     return found
 
 
-def common_length(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many tokens both begin with."""
-    most = min(len(one), len(other))
-    return next((at for at in range(most) if one[at] != other[at]), most)
+def common_prefix_length(one: Sequence[int], other: Sequence[int]) -> int:
+    """The number of tokens that both begin with."""
+    shorter = min(len(one), len(other))
+    return next((at for at in range(shorter) if one[at] != other[at]), shorter)

@@ -1,7 +1,7 @@
-"""Several models on the same unseen items: their guesses, their scores, and one table of them.
+"""Evaluation of several models on the same unseen items: their estimates, their scores, and one table of them.
 
-A model is a name and a function from N texts to N dollars. Nothing here knows how a model works, so base model, tuned
-model and baselines are measured by the same code on the same items, the clock included.
+A model is a name and a function from N texts to N dollars. Nothing here depends on how a model works, so base model,
+tuned model and baselines are measured by the same code on the same items, their time as well.
 """
 
 from __future__ import annotations
@@ -23,9 +23,17 @@ if TYPE_CHECKING:
 
     from fastprice.data.items import Item
 
-__all__ = ["Evaluation", "ModelResult", "Predict", "evaluate_all", "evaluate_model"]
+__all__ = [
+    "Evaluation",
+    "ModelResult",
+    "PredictFunction",
+    "evaluate_model",
+    "evaluate_models",
+    "narrow_table",
+    "true_prices",
+]
 
-Predict = Callable[[list[str]], ArrayLike]
+PredictFunction = Callable[[list[str]], ArrayLike]
 
 HIGHER_IS_BETTER = frozenset({"r2", "hit_rate"})
 _HEADINGS = {"mae": "MAE $", "rmse": "RMSE $", "rmsle": "RMSLE", "mape": "MAPE %", "r2": "R²", "hit_rate": "hits %"}
@@ -36,12 +44,15 @@ _ROWS_NAMED = 5
 
 @dataclass(frozen=True, eq=False)
 class ModelResult:
-    """One model on the items of an Evaluation.
+    """One model on the items of an `Evaluation`.
 
-    guesses   N dollars, float64, in the order of the items
-    seconds   wall time of the one call that predicted all N, warm-up included
-    unparsed  items for which the model gave no price, so that a fallback stands in `guesses`
-    note      one line for the reader of the table
+    Attributes:
+        name: of the model, in tables and charts.
+        guesses: its estimates, float64 (N,), dollars, in the order of the items.
+        scores: their metrics.
+        seconds: wall time of the one call that predicted all N, with warm-up.
+        unparsed: number of items for which the model gave no price, so that `guesses` has the fallback.
+        note: one line for the reader of the table.
     """
 
     name: str
@@ -53,14 +64,19 @@ class ModelResult:
 
     @property
     def ms_per_item(self) -> float:
+        """Wall time of prediction, milliseconds an item."""
         return 1000.0 * self.seconds / len(self.guesses)
 
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """All models on the same items; `truths` holds the N prices of `items` in dollars, float64.
+    """Several models on the same items, as `fastprice.run.run` and `evaluate_models` return it.
 
-    `confidence` is that of every interval in `results`.
+    Attributes:
+        items: the N items, none of them trained on.
+        truths: their true prices, float64 (N,), dollars.
+        results: one result a model, in the order of the table.
+        confidence: of every interval in `results`, 0 to 1.
     """
 
     items: list[Item]
@@ -76,7 +92,7 @@ class Evaluation:
         raise KeyError(name)
 
     def cells(self) -> list[list[tuple[str, bool]]]:
-        """The table's body, one list a model: (text, is it the column's best), in the order of `headings`."""
+        """The body of the table, one list a model: (text, whether it is the best of its column), as in `headings`."""
         best = {
             metric: _best(metric, [getattr(result.scores, metric) for result in self.results]) for metric in _HEADINGS
         }
@@ -94,6 +110,7 @@ class Evaluation:
 
     @staticmethod
     def headings() -> list[str]:
+        """The headings of the table's columns: the model, its metrics, its time."""
         return ["model", *_HEADINGS.values(), _TIME_HEADING]
 
     def footnotes(self) -> list[str]:
@@ -102,14 +119,14 @@ class Evaluation:
         for result in self.results:
             remarks = [result.note] if result.note else []
             if result.unparsed:
-                of = f"{result.unparsed:,} of {len(self.items):,}"
-                remarks.append(f"no price for {of} items, where a fallback counts")
+                count = f"{result.unparsed:,} of {len(self.items):,}"
+                remarks.append(f"no price for {count} items, where the fallback is scored")
             if remarks:
                 lines.append(f"{result.name}: {'; '.join(remarks)}")
         return lines
 
     def table(self) -> Table:
-        """The comparison as a rich table for the terminal; the best of each column is bold."""
+        """A rich table for the terminal; the best of each column is bold."""
         from rich.text import Text
 
         table = narrow_table(f"{len(self.items):,} items", self.footnotes())
@@ -131,7 +148,7 @@ class Evaluation:
         return "\n".join([*lines, *([""] if footnotes else []), *(f"- {line}" for line in footnotes)])
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON: the number of items and each model's figures; neither texts nor guesses."""
+        """Plain values for JSON: the number of items and each model's figures; neither texts nor estimates."""
         return {
             "items": len(self.items),
             "confidence": self.confidence,
@@ -149,8 +166,8 @@ class Evaluation:
         }
 
 
-def evaluate_all(
-    models: Mapping[str, Predict],
+def evaluate_models(
+    models: Mapping[str, PredictFunction],
     items: Sequence[Item],
     *,
     fallback: float | None = None,
@@ -159,10 +176,16 @@ def evaluate_all(
     resamples: int = 1000,
     seed: int = 0,
 ) -> Evaluation:
-    """Runs every model of `models` (name -> function from texts to dollars) on `items`, in the mapping's order.
+    """Evaluates every model of `models` (name -> function from texts to dollars) on `items`, in the mapping's order.
 
-    `fallback` and the rest are those of `evaluate_model`; `notes` holds a line for some of the names.
-    Raises DataError, before any model runs, where an item has no true price.
+    Args:
+        models: functions from a list of N texts to N dollars, by name.
+        items: N items with true prices.
+        fallback: dollars for items without an estimate (NaN); None: a NaN is an error.
+        notes: a line for the reader, for some of the names.
+        confidence: of the bootstrap intervals; `resamples` and `seed`: of the bootstrap, see `score`.
+
+    Raises DataError, before any model runs, where an item has no true price; else as `evaluate_model`.
     """
     truths_N = true_prices(items)
     remarks = notes or {}
@@ -184,7 +207,7 @@ def evaluate_all(
 
 def evaluate_model(
     name: str,
-    predict: Predict,
+    predict: PredictFunction,
     items: Sequence[Item],
     *,
     fallback: float | None = None,
@@ -193,10 +216,11 @@ def evaluate_model(
     resamples: int = 1000,
     seed: int = 0,
 ) -> ModelResult:
-    """Times one call of `predict` on the texts of `items` and scores what it returns.
+    """Times one call of `predict` on the texts of `items`, and scores its estimates.
 
-    A model that has no price for an item returns NaN there; `fallback` (dollars) then stands in and `unparsed` counts
-    such items. Without a fallback a NaN is an error, as any other guess is that is not a finite number: DataError.
+    A model without a price for an item returns NaN there: `fallback` (dollars) replaces it, and `unparsed` counts such
+    items. Raises DataError for an item without a true price, for a NaN without a fallback, and for any other estimate
+    that is not a finite number.
     """
     truths_N = true_prices(items)
     texts = [item.text for item in items]
@@ -234,12 +258,12 @@ def narrow_table(title: str, footnotes: Sequence[str]) -> Table:
 
 
 def true_prices(items: Sequence[Item]) -> FloatArray:
-    """The prices of `items` in dollars, float64; DataError names the rows of those that have none."""
+    """The prices of N items in dollars, float64 (N,); DataError names the rows of those that have none."""
     if not items:
         raise DataError("there are no items to evaluate on: the test set is empty")
     without = [index for index, item in enumerate(items) if item.price is None]
     if without:
-        named = ", ".join(_whereabouts(items[index], index) for index in without[:_ROWS_NAMED])
+        named = ", ".join(_location(items[index], index) for index in without[:_ROWS_NAMED])
         more = f" and {len(without) - _ROWS_NAMED} more" if len(without) > _ROWS_NAMED else ""
         raise DataError(
             f"{len(without)} of {len(items)} items have no price ({named}{more}): give each one a true price"
@@ -247,12 +271,12 @@ def true_prices(items: Sequence[Item]) -> FloatArray:
     return np.array([item.price for item in items], dtype=np.float64)
 
 
-def _whereabouts(item: Item, index: int) -> str:
+def _location(item: Item, index: int) -> str:
     return f"item {index}" if item.row is None else f"row {item.row}"
 
 
 def _best(metric: str, figures: list[Figure]) -> float:
-    """The best value of a column; NaN, which equals nothing, where fewer than two models can be compared."""
+    """The best value of a column; NaN, which equals nothing, where fewer than two models have one."""
     defined = [float(figure) for figure in figures if figure == figure]
     if len(defined) < 2:
         return float("nan")

@@ -1,4 +1,4 @@
-"""One table for several models: the right numbers in it, the best marked, hostile names harmless, gaps refused."""
+"""One table for several models: the right numbers, the best marked, any name harmless, missing prices refused."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rich.console import Console
 
 from fastprice.data.items import Item
 from fastprice.errors import DataError
-from fastprice.evaluation.compare import Evaluation, evaluate_all, evaluate_model
+from fastprice.evaluation.evaluate import Evaluation, evaluate_model, evaluate_models
 from fastprice.evaluation.metrics import score
 
 ITEMS = [Item(f"item {index}", 10.0 * (index + 1), None, index + 2) for index in range(12)]
@@ -39,7 +39,7 @@ def test_every_model_gets_the_same_texts_and_its_own_scores() -> None:
         seen.append(texts)
         return times(1.1)(texts)
 
-    evaluation = evaluate_all({"spy": spying, "double": times(2)}, ITEMS, seed=3)
+    evaluation = evaluate_models({"spy": spying, "double": times(2)}, ITEMS, seed=3)
     assert seen == [[item.text for item in ITEMS]]
     assert [result.name for result in evaluation.results] == ["spy", "double"]
     assert evaluation.truths.tolist() == TRUTHS
@@ -49,7 +49,7 @@ def test_every_model_gets_the_same_texts_and_its_own_scores() -> None:
         evaluation.result("triple")
 
 
-def test_the_clock_runs_around_prediction() -> None:
+def test_the_time_of_prediction_is_measured() -> None:
     def slow(texts: list[str]) -> list[float]:
         time.sleep(0.05)
         return times(1)(texts)
@@ -59,15 +59,15 @@ def test_the_clock_runs_around_prediction() -> None:
     assert result.ms_per_item == pytest.approx(1000 * result.seconds / len(ITEMS))
 
 
-def test_a_missing_guess_takes_the_fallback_and_is_counted() -> None:
+def test_a_missing_estimate_is_replaced_by_the_fallback_and_counted() -> None:
     answer = np.array([math.nan, *TRUTHS[1:-1], math.nan])
     result = evaluate_model("shy", lambda texts: answer, ITEMS, fallback=50.0)
     assert result.unparsed == 2
     assert result.guesses[[0, -1]].tolist() == [50, 50]
     assert result.scores.mae == pytest.approx((40 + 70) / 12)
-    assert math.isnan(answer[0])  # the model's own array is left alone
+    assert math.isnan(answer[0])  # the model's own array is unchanged
     evaluation = Evaluation(ITEMS, np.array(TRUTHS), [result])
-    assert evaluation.footnotes() == ["shy: no price for 2 of 12 items, where a fallback counts"]
+    assert evaluation.footnotes() == ["shy: no price for 2 of 12 items, where the fallback is scored"]
 
 
 @pytest.mark.parametrize(
@@ -82,16 +82,16 @@ def test_a_missing_guess_takes_the_fallback_and_is_counted() -> None:
 )
 def test_unusable_answers_name_the_model(answer: list[float], words: str) -> None:
     with pytest.raises(DataError, match=words) as caught:
-        evaluate_all({"odd": lambda texts: answer}, ITEMS)
+        evaluate_models({"odd": lambda texts: answer}, ITEMS)
     assert "\n" not in str(caught.value)
 
 
-def test_an_error_inside_a_model_is_not_dressed_up() -> None:
+def test_an_error_inside_a_model_is_raised_unchanged() -> None:
     def broken(texts: list[str]) -> list[float]:
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        evaluate_all({"broken": broken}, ITEMS)
+        evaluate_models({"broken": broken}, ITEMS)
 
 
 def test_items_without_a_price_are_named_before_any_model_runs() -> None:
@@ -100,13 +100,13 @@ def test_items_without_a_price_are_named_before_any_model_runs() -> None:
 
     items = [*ITEMS, Item("a", None, None, 40), Item("b"), *(Item("c", None, None, row) for row in range(50, 60))]
     with pytest.raises(DataError, match=r"12 of 24 items have no price \(row 40, item 13, row 50.* and 7 more\)"):
-        evaluate_all({"never": never}, items)
+        evaluate_models({"never": never}, items)
     with pytest.raises(DataError, match="test set is empty"):
-        evaluate_all({"never": never}, [])
+        evaluate_models({"never": never}, [])
 
 
 def test_terminal_table_fits_80_columns_and_bolds_the_best() -> None:
-    evaluation = evaluate_all(
+    evaluation = evaluate_models(
         {"tuned model": times(1.1), "TF-IDF + LightGBM": times(2.2)}, ITEMS, notes={"tuned model": "4 bits"}
     )
     text = rendered(evaluation)
@@ -121,7 +121,7 @@ def test_terminal_table_fits_80_columns_and_bolds_the_best() -> None:
 
 
 def test_best_is_the_highest_where_higher_is_better_and_ties_share_it() -> None:
-    evaluation = evaluate_all({"good": times(1.1), "bad": times(5), "twin": times(1.1)}, ITEMS)
+    evaluation = evaluate_models({"good": times(1.1), "bad": times(5), "twin": times(1.1)}, ITEMS)
     headings = evaluation.headings()
     good, bad, twin = (
         {heading: best for heading, (_, best) in zip(headings, row, strict=True)} for row in evaluation.cells()
@@ -132,18 +132,18 @@ def test_best_is_the_highest_where_higher_is_better_and_ties_share_it() -> None:
 
 
 def test_a_single_model_is_not_called_the_best() -> None:
-    (row,) = evaluate_all({"alone": times(1.1)}, ITEMS).cells()
+    (row,) = evaluate_models({"alone": times(1.1)}, ITEMS).cells()
     assert not any(best for _, best in row)
 
 
-def test_undefined_figures_show_a_dash() -> None:
-    evaluation = evaluate_all({"one": times(1.1), "two": times(1.2)}, ITEMS[:1])
+def test_an_undefined_figure_is_a_dash() -> None:
+    evaluation = evaluate_models({"one": times(1.1), "two": times(1.2)}, ITEMS[:1])
     assert "–" in [text for text, _ in evaluation.cells()[0]]
     json.dumps(evaluation.as_dict(), allow_nan=False)
 
 
-def test_markdown_holds_the_same_numbers_and_survives_odd_names() -> None:
-    evaluation = evaluate_all({"a|b [red]x[/red]\n": times(1.1), "c": times(2)}, ITEMS, notes={"c": "why"})
+def test_markdown_has_the_same_numbers_and_escapes_names() -> None:
+    evaluation = evaluate_models({"a|b [red]x[/red]\n": times(1.1), "c": times(2)}, ITEMS, notes={"c": "why"})
     lines = evaluation.markdown().splitlines()
     assert lines[0].startswith("| model | MAE $ |")
     assert lines[2].startswith(r"| a\|b [red]x[/red]  | **")
@@ -154,8 +154,8 @@ def test_markdown_holds_the_same_numbers_and_survives_odd_names() -> None:
     assert "[red]x[/red]" in rendered(evaluation, width=120).replace("\n", "")
 
 
-def test_as_dict_goes_through_json() -> None:
-    read = json.loads(json.dumps(evaluate_all({"m": times(1.1)}, ITEMS).as_dict(), allow_nan=False))
+def test_as_dict_is_valid_json() -> None:
+    read = json.loads(json.dumps(evaluate_models({"m": times(1.1)}, ITEMS).as_dict(), allow_nan=False))
     assert read["items"] == 12
     assert read["models"][0]["name"] == "m"
     assert read["models"][0]["scores"]["mae"]["value"] == pytest.approx(6.5)
