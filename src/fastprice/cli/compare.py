@@ -63,7 +63,7 @@ def compare(
     set_: Set = None,
 ) -> None:
     """Rank ways of asking a model (zero-shot, few-shot, retrieval, chaining, tools) on items it has not seen."""
-    from fastprice.data.inputs import draw_items
+    from fastprice.data.estimator_inputs import draw_items
     from fastprice.prompting import choose_strategy
     from fastprice.prompting.compare import check_names, compare_strategies, metric_of
     from fastprice.run import prepare_items

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from fastprice.data.inputs import price_of
+from fastprice.data.estimator_inputs import price_of
 from fastprice.data.items import Item
 from fastprice.errors import DataError
 from fastprice.inference.conformal import Calibration, calibrate

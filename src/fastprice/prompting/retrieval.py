@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fastprice.data.inputs import price_of
+from fastprice.data.estimator_inputs import price_of
 from fastprice.data.items import Item
 from fastprice.errors import BaseModelError, DataError, MissingDependencyError
 from fastprice.prompting.few_shot import asked_of, unlike
