@@ -26,7 +26,7 @@ from fastprice.errors import DataError
 DATA = SHARED / "data"
 
 
-# ---- Formats and values -----------------------------------------------------------------------------------------------
+# ---- Formats and values ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ from fastprice.errors import ConfigError
 if TYPE_CHECKING:
     from fastprice.config import RunConfig
     from fastprice.estimator import PriceEstimator
-    from fastprice.prompting.compare import Comparison
+    from fastprice.prompting.compare import StrategyComparison
     from fastprice.run import Prepared
 
 STRATEGIES = ["zero-shot", "few-shot:4", "retrieval:4", "chaining", "tools"]
@@ -64,11 +64,11 @@ def compare(
 ) -> None:
     """Rank ways of asking a model (zero-shot, few-shot, retrieval, chaining, tools) on items it has not seen."""
     from fastprice.data.estimator_inputs import draw_items
-    from fastprice.prompting import choose_strategy
-    from fastprice.prompting.compare import check_names, compare_strategies, metric_of
+    from fastprice.prompting import make_strategy
+    from fastprice.prompting.compare import check_unique_names, compare_strategies, ranking_metric
     from fastprice.run import prepare_items
 
-    metric_of(criterion)
+    ranking_metric(criterion)
     if model is not None and (base is not None or method is not None):
         raise ConfigError("compare: give --model (a run's) or --base, not both; a run knows its base and method")
     given = overrides_of(
@@ -77,8 +77,8 @@ def compare(
          "model.method": method, "seed": seed},
     )  # fmt: skip
     settings = _settings(config, model, given)
-    chosen = [choose_strategy(name, seed=settings.seed) for name in strategies or STRATEGIES]
-    check_names(chosen)
+    chosen = [make_strategy(name, seed=settings.seed) for name in strategies or STRATEGIES]
+    check_unique_names(chosen)
     if out is not None:
         _make_folder(out)
     if plot is not None:
@@ -115,7 +115,9 @@ def compare(
         path = _write(out, settings, str(model or settings.model.base), comparison)
         console.print(f"written: {path}", highlight=False, markup=False)
     if plot is not None:
-        comparison.plot(plot)
+        from fastprice.prompting.plot import plot_comparison
+
+        plot_comparison(comparison, plot)
         console.print(f"plot: {plot}", highlight=False, markup=False)
 
 
@@ -196,7 +198,7 @@ def _make_folder(out: Path) -> None:
         raise ConfigError(f"--out {out}: no folder can be made there ({error.strerror}); name another place") from error
 
 
-def _write(out: Path, settings: RunConfig, model: str, comparison: Comparison) -> Path:
+def _write(out: Path, settings: RunConfig, model: str, comparison: StrategyComparison) -> Path:
     from fastprice import __version__
 
     about = {"model": model, "data": settings.data.model_dump(), "seed": settings.seed, "fastprice": __version__}
