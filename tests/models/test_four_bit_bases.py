@@ -11,7 +11,7 @@ import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from fastprice.benchmarking.models import model_config, random_nf4_model
+from fastprice.benchmarking.random_models import model_config, random_nf4_model
 from fastprice.errors import ConfigError
 from fastprice.inference.scorers.merged_decoder import MergedDecoder, _merged
 from fastprice.models.base_models import resolve_base
@@ -19,7 +19,7 @@ from fastprice.models.peft_engine import PeftEngine
 from fastprice.offload.device_transfers import SimulatedTransfers
 from fastprice.offload.nf4_loading import load_nf4
 from fastprice.offload.quantize import quantize
-from fastprice_kernels.reference.nf4 import nf4_reference
+from fastprice_kernels import reference
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the engine would load onto the CUDA device")
 
@@ -98,7 +98,7 @@ def test_the_dense_copy_has_the_exact_weights(cpu_kind: str, columns: int, stora
         "cpu"
     )
     state = linear.weight.quant_state
-    exact = nf4_reference(
+    exact = reference.dequantize_nf4(
         linear.weight.data.view(torch.uint8), state.code, state.absmax, state.state2.code, state.state2.absmax,
         state.offset, 64, 256, (96, columns), torch.float32,
     )  # fmt: skip

@@ -92,9 +92,7 @@ def test_the_plot_has_the_figures_of_the_table_best_on_top() -> None:
     for entry in baselines:
         drawn_at = lines[f"{entry.name}: {entry.scores.mae:.1f}"].get_xdata()
         assert set(drawn_at) == {float(entry.scores.mae)}  # type: ignore[arg-type]
-    assert len({line.get_linestyle() for line in lines.values()}) == len(lines), (
-        "two baselines share a line style"
-    )
+    assert len({line.get_linestyle() for line in lines.values()}) == len(lines), "two baselines share a line style"
 
 
 def test_the_metric_of_the_ranking_is_drawn() -> None:
