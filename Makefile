@@ -27,9 +27,13 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Everything that a rented GPU can show in nine minutes, without network and without installing fastprice.
+# Everything that a rented GPU can show in nine minutes, without network and without installing fastprice: its tests
+# first, without those that read machine code or run in Triton's interpreter, which need no GPU.
 gpu:
-	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu --minutes 9 --out benchmarks/results
+	PYTHONPATH=src:kernels $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m fastprice.benchmarking --minutes 9 \
+	  --tests "tests/gpu -m 'not slow'" \
+	  --tests "tests/kernels -m 'not interpreter and not slow' -k 'not codegen and not machine_code'" \
+	  --out benchmarks/results
 
 # The documentation as a site, in site/; a broken link or reference fails.
 docs: $(VENV)/.installed-docs

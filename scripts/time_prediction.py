@@ -104,7 +104,7 @@ def print_times(
         ways["a call each"] = lambda: [
             decoder.distributions([prompt], tolerance=SAMPLING_TOLERANCE) for prompt in prompts
         ]
-    samples = interleave(ways, "cpu", seconds=0.0, warmup=1, least=3, clock=time.process_time)
+    samples = interleave(ways, "cpu", seconds=0.0, warmup=1, min_rounds=3, clock=time.process_time)
     each = {name: 1e3 * spread_of(seconds).p50 / len(prompts) for name, seconds in samples.items()}
     times = ", ".join(f"{each[name] / each['ours']:.1f}" for name in COLUMNS[:3])
     cells = (f"{each[name]:.2f}" if name in each else "" for name in COLUMNS)

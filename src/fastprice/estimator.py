@@ -111,12 +111,14 @@ class PriceEstimator(EstimatorConfig, PricePredictor, RegressorMixin, BaseEstima
         validation: Sequence[Item] | ArrayLike | None = None,
         *,
         on_event: Callable[[TrainingEvent], None] | None = None,
+        on_trainer: Callable[[Any], None] | None = None,
     ) -> PriceEstimator:
         """Fine-tunes on `train`; keeps the weights with the smallest error in dollars on `validation`.
 
         train       Items with prices; or texts, with their prices as second argument (scikit-learn's `fit(X, y)`)
         validation  Items with prices, or None: the last weights are kept
         on_event    called with every logged fastprice.training.callbacks.TrainingEvent
+        on_trainer  called with TRL's trainer when it is ready to train, to add callbacks to it, say
 
         Raises DataError for items without a price, ConfigError, BaseModelError, TrainingError.
         """
@@ -160,6 +162,7 @@ class PriceEstimator(EstimatorConfig, PricePredictor, RegressorMixin, BaseEstima
                 ),
                 auxiliary=auxiliary,
                 on_event=on_event,
+                on_trainer=on_trainer,
             )
         except BaseException:
             self._drop_model()  # half-trained: never to be predicted with or saved by mistake

@@ -21,7 +21,7 @@ COMMANDS = ("demo", "train", "inspect", "predict", "evaluate", "explain", "compa
 def received(monkeypatch: pytest.MonkeyPatch) -> list[RunConfig]:
     """The settings with which `fastprice train` would start a run."""
     runs: list[RunConfig] = []
-    monkeypatch.setattr("fastprice.run.run", lambda config, console: runs.append(config))
+    monkeypatch.setattr("fastprice.run.train_and_evaluate", lambda config, console: runs.append(config))
     return runs
 
 

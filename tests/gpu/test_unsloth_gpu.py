@@ -26,7 +26,7 @@ import unsloth
 from unsloth import FastLanguageModel
 import torch
 from pathlib import Path
-from fastprice.benchmarking.models import model_config, random_nf4_model, save_model, seed_adapters
+from fastprice.benchmarking.random_models import model_config, random_nf4_model, save_model, seed_adapters
 from fastprice_kernels import install, uninstall
 
 layers = 3

@@ -11,7 +11,7 @@ import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from fastprice.benchmarking.models import model_config, random_nf4_model
+from fastprice.benchmarking.random_models import model_config, random_nf4_model
 from fastprice.errors import ConfigError
 from fastprice.inference.scorers.merged_decoder import MergedDecoder, _merged
 from fastprice.models.base_models import resolve_base

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, Qwen2Config
 
-from fastprice.benchmarking.models import random_nf4_model, seed_adapters
+from fastprice.benchmarking.random_models import random_nf4_model, seed_adapters
 from fastprice.models.peft_engine import PeftEngine
 
 SIZES: dict[str, Any] = {

@@ -91,8 +91,10 @@ def test_a_damaged_copy_is_one_line(copy, tmp_path):
     damaged = Path(shutil.copytree(copy, tmp_path / "copy"))
     for shard in damaged.glob("*.safetensors"):
         tensors = load_file(shard)
-        kept = {name: tensor for name, tensor in tensors.items() if not name.endswith("up_proj.weight.nested_absmax")}
-        save_file(kept, shard)
+        remaining = {
+            name: tensor for name, tensor in tensors.items() if not name.endswith("up_proj.weight.nested_absmax")
+        }
+        save_file(remaining, shard)
     with pytest.raises(BaseModelError, match=r"statistics of model.layers.*damaged or incomplete"):
         load_nf4(str(damaged), dtype=torch.float32, transfers=SimulatedTransfers())
 

@@ -52,7 +52,7 @@ for command in (
     doctor.doctor,
 ):
     app.command()(command)
-app.add_typer(bench.bench_app, name="bench")
+app.command(context_settings=bench.PASS_ON)(bench.bench)
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from fastprice.errors import ConfigError
 if TYPE_CHECKING:
     from fastprice.estimator import PriceEstimator
     from fastprice.prompting.compare import Comparison
-    from fastprice.run import Prepared
+    from fastprice.run import PreparedItems
 
 STRATEGIES = ["zero-shot", "few-shot:4", "retrieval:4", "chaining", "tools"]
 RESULT = "compare.json"
@@ -132,7 +132,7 @@ def _flat(settings: RunConfig) -> dict[str, Any]:
     return dotted
 
 
-def _same_items(model: Path, prepared: Prepared) -> bool:
+def _same_items(model: Path, prepared: PreparedItems) -> bool:
     """Whether the data gives the run's counts; False where the run left none.
 
     Raises ConfigError when it gives others: other items make another split.
@@ -152,7 +152,7 @@ def _same_items(model: Path, prepared: Prepared) -> bool:
     return False
 
 
-def _base(settings: RunConfig, prepared: Prepared) -> PriceEstimator:
+def _base(settings: RunConfig, prepared: PreparedItems) -> PriceEstimator:
     """The base model, untrained, with the fallback and ceiling price that training on these items would set."""
     import numpy as np
 

@@ -19,11 +19,11 @@ def demo(
     seed: Annotated[int, typer.Option(help="Seed of products, split and training.")] = 0,
 ) -> None:
     """Train the shipped nano model on synthetic products: minutes, no GPU, no data needed."""
-    from fastprice.run import run
+    from fastprice.run import train_and_evaluate
 
     # A nano model's matrices are too small to share: on two cores two threads trained 4,100 tokens/s, one 6,800.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     given: dict[str, Any] = {"out": out, "seed": seed}
     if items is not None:
         given["data.synthetic"] = items
-    run(read_config(Path(str(files("fastprice") / "configs" / "demo.yaml")), given), make_console())
+    train_and_evaluate(read_config(Path(str(files("fastprice") / "configs" / "demo.yaml")), given), make_console())

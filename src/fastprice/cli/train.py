@@ -11,6 +11,6 @@ from fastprice.config import read_config
 @settings_options("data", "clean", "split", "model", "train", "seed", "out")
 def train(given: dict[str, Any], config: ConfigFile = None) -> None:
     """Fine-tune on a file of products; evaluate base, tuned model and baselines on the same unseen items."""
-    from fastprice.run import run
+    from fastprice.run import train_and_evaluate
 
-    run(read_config(config, given), make_console())
+    train_and_evaluate(read_config(config, given), make_console())

@@ -330,12 +330,12 @@ def test_the_bar_shows_rows_a_second_and_the_time_left() -> None:
 
     from rich.console import Console
 
-    from fastprice.cli.predict import _Bar
+    from fastprice.cli.predict import FileProgress
 
     shown = {}
     for terminal in (True, False):
         file = io.StringIO()
-        with _Bar(Console(file=file, force_terminal=terminal, width=120, color_system=None)) as bar:
+        with FileProgress(Console(file=file, force_terminal=terminal, width=120, color_system=None)) as bar:
             bar(Progress(rows=4_000, resumed=4_000, share=0.0))
             time.sleep(0.1)
             bar(Progress(rows=5_000, resumed=4_000, share=0.5))

@@ -1,59 +1,34 @@
-"""Results as tables: for the README, for the end of a run, and one result against another.
+"""Results as text: Markdown tables, the table at the end of a run, the line to paste, a line for a row.
 
-Every number comes from a result file. A result taken on a CPU says so in its title, and arithmetic limits have a table
-of their own: nothing here can make a figure look as if a GPU had been measured.
+Every number comes from a result file. A result measured on a CPU says so in its title, and limits by arithmetic have a
+table of their own: no figure can look as if a GPU had been measured.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from fastprice.benchmarking.analysis import PHASES, ok_rows, summarize_kernels, summarize_steps
-from fastprice.errors import DataError
+from fastprice.benchmarking.reporting.results import Result
+from fastprice.benchmarking.reporting.summaries import PHASES, ok_rows, summarize_kernels, summarize_steps
+from fastprice.benchmarking.workload import GIB, NF4_BYTES, linear_weights, shape_of, step_flops
 
-__all__ = ["compare", "find_results", "limits_table", "load_result", "markdown", "paste_line", "short_table", "title"]
-
-GIB = 2**30
-Result = Mapping[str, Any]
-_NOISE_FLOOR = 0.03  # two runs of one commit on one machine differ by this much without a reason
-
-
-def load_result(path: Path) -> dict[str, Any]:
-    """A result file; DataError for anything else."""
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-        result["environment"]["kind"], result["rows"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is no benchmark result ({error}); make one with: fastprice bench") from error
-    return dict(result)
-
-
-def find_results(folder: Path) -> list[Path]:
-    """The result files in `folder`, the oldest first; DataError where there is none."""
-    found = sorted(folder.glob("*.json"), key=lambda path: load_result(path)["environment"]["time"])
-    if not found:
-        raise DataError(f"{folder} holds no benchmark results (*.json); make one with: fastprice bench --out {folder}")
-    return found
+__all__ = ["comparison_table", "limits_table", "markdown", "paste_line", "row_line", "short_table", "title"]
 
 
 def title(result: Result) -> str:
-    """What was measured where; says CPU for a CPU."""
+    """The device, date and commit of a result; says CPU for a CPU."""
     about = result["environment"]
     where = about["device"] if about["kind"] == "gpu" else f"{about['device']}: the code exercised, no GPU figure"
     return f"{where} ({about['time'][:10]}, commit {about['commit']})"
 
 
-def short_table(path: Path) -> str:
-    """The result as a few lines of text for the end of a run."""
-    result = load_result(path)
+def short_table(result: Result) -> str:
+    """The result as a few lines of text for the end of a run, with what failed and what `fastprice doctor` warns of."""
     failed = [row for row in result["rows"] if row.get("status") in ("failed", "wrong")]
     parts = [title(result), _limits_line(result), *_blocks(result)]
     parts += [f"{row['stage']}: {row['status']}: {row.get('reason', '')}" for row in failed]
-    spoilers = result["environment"].get("spoilers") or []
-    parts += [f"beware: {each}" for each in spoilers]
+    parts += [f"warning: {each}" for each in result["environment"].get("warnings", ())]
     return "\n".join(part for part in parts if part)
 
 
@@ -83,14 +58,46 @@ def paste_line(result: Result) -> str:
     return " | ".join(parts)
 
 
+def row_line(row: Mapping[str, Any]) -> str:
+    """One row as a line of text, for the screen while the suite runs."""
+    kind, status = row["case"].get("kind", ""), row.get("status", "ok")
+    what = " ".join(str(row["case"][name]) for name in ("peer", "model", "tokens") if name in row["case"])
+    if status != "ok":
+        where = " ".join(str(row[name]) for name in ("family", "name") if name in row)
+        return f"{where or what or kind}: {status}: {row.get('reason', '')}"
+    if kind == "kernels":
+        ratios = ", ".join(f"{name} {ratio['p50']:.2f}x" for name, ratio in row["ratios"].items())
+        noisy = f" (noisy: {', '.join(row['noisy'])})" if row["noisy"] else ""
+        return f"{row['family']} {row['name']}: {row['share_of_limit']['fastprice']:.0%} of the limit; {ratios}{noisy}"
+    if kind == "step":
+        memory = row["peak_reserved"]
+        reserved = f", {memory / GIB:.2f} GiB reserved" if memory else ""
+        return f"{what}: {row['mean_tokens_per_second']:,.0f} tokens/s, {row['steps']} steps{reserved}"
+    if kind == "predict":
+        rates = ", ".join(f"{name} {each['p50']:,.0f} items/s" for name, each in row["items_per_second"].items())
+        return f"{what}: {rates}"
+    if kind == "offload":
+        offloaded = f"{row['offloaded_layers']} layers offloaded" if row["cap_bytes"] else "all layers on the device"
+        return f"{what}: {row['mean_tokens_per_second']:,.0f} tokens/s, {offloaded}"
+    if kind == "tests":
+        return ", ".join(f"{count} {outcome}" for outcome, count in row["counts"].items())
+    if kind == "estimate":
+        error = f", off by {row['error']:+.1%}" if "error" in row else ", nothing measured to compare with"
+        return f"{row['model']} {row['peer']}: {row['estimated_reserved'] / GIB:.2f} GiB estimated{error}"
+    if "limits" in row:
+        copy, product = row["limits"]["copy_bytes_per_second"] / 1e9, row["limits"]["matmul_flops"] / 1e12
+        return f"copy {copy:,.0f} GB/s, matmul {product:,.2f} TFLOP/s"
+    if "environment" in row:
+        return f"{row['environment']['device']}, commit {row['environment']['commit']}"
+    return what or kind
+
+
 def limits_table(models: Sequence[str], tokens: int = 4096) -> str:
     """Arithmetic, not measurement: FLOP a token and the tokens/s that two cards could reach at most.
 
     The cards' figures: H200 4.3 TB/s copy and 790 TFLOP/s bf16 as measured on one, RTX 4090 1.0 TB/s and 165 TFLOP/s
     from its data sheet. Weights are dequantized once forward and once backward.
     """
-    from fastprice.benchmarking.cases import NF4_BYTES, shape_of, step_flops
-
     lines = [
         "| model | GFLOP a token | ceiling H200, tok/s | ceiling RTX 4090, tok/s |",
         "|---|---|---|---|",
@@ -99,7 +106,7 @@ def limits_table(models: Sequence[str], tokens: int = 4096) -> str:
         shape = shape_of(model)
         texts = tokens // 140
         flops = step_flops(shape, [140] * texts, 3 * texts, 16)
-        moved = 2 * shape.linear_weights * (NF4_BYTES + 2)
+        moved = 2 * linear_weights(shape) * (NF4_BYTES + 2)
         times = [flops / rate + moved / bandwidth for rate, bandwidth in ((790e12, 4.3e12), (165e12, 1.0e12))]
         ceilings = [140 * texts / seconds for seconds in times]
         each = flops / (140 * texts) / 1e9
@@ -107,53 +114,12 @@ def limits_table(models: Sequence[str], tokens: int = 4096) -> str:
     return "\n".join(lines)
 
 
-def compare(before: Result, after: Result) -> list[dict[str, Any]]:
-    """What changed from one result to another of the same device, with a verdict that respects noise.
-
-    One entry for everything that both measured: `change` is the ratio of speeds (above 1: `after` is faster), `noise`
-    the share by which it may differ without meaning, the verdict "faster", "slower" or "same". DataError for results of
-    two devices: their times say nothing of each other.
-    """
-    devices = [result["environment"]["device"] for result in (before, after)]
-    if devices[0] != devices[1]:
-        raise DataError(f"these results are of two devices, {devices[0]} and {devices[1]}: compare results of one")
-    entries = []
-    old_speeds, new_speeds = _speeds(before), _speeds(after)
-    for name, (speed, noise) in new_speeds.items():
-        if name not in old_speeds:
-            continue
-        old_speed, old_noise = old_speeds[name]
-        change, allowed = speed / old_speed, _NOISE_FLOOR + noise + old_noise
-        verdict = "same" if 1 / (1 + allowed) <= change <= 1 + allowed else "faster" if change > 1 else "slower"
-        entries.append({"what": name, "change": change, "noise": allowed, "verdict": verdict})
-    return entries
-
-
 def comparison_table(entries: Iterable[Mapping[str, Any]]) -> str:
+    """The entries of `results.compare` as a Markdown table."""
     lines = ["| what | speed after / before | noise | verdict |", "|---|---|---|---|"]
     for entry in entries:
         lines.append(f"| {entry['what']} | {entry['change']:.3f} | ±{entry['noise']:.1%} | {entry['verdict']} |")
     return "\n".join(lines)
-
-
-def _speeds(result: Result) -> dict[str, tuple[float, float]]:
-    """Name of a measurement -> (speed, relative noise)."""
-    speeds: dict[str, tuple[float, float]] = {}
-    for entry in summarize_steps(result["rows"], result["limits"]):
-        rates = entry["rates"]
-        within = entry["step_seconds"]["noise"] / 2
-        between = (rates[-1] - rates[0]) / entry["tokens_per_second"] if len(rates) > 1 else within
-        cap = f", cap {entry['cap_bytes'] / GIB:.0f} GiB" if entry["cap_bytes"] else ""
-        name = f"{entry['model']}, {entry['tokens']} tokens, rank {entry['rank']}, {entry['peer']}{cap}"
-        speeds[name] = (entry["tokens_per_second"], between)
-    for row in ok_rows(result["rows"], "kernels"):
-        beside = " beside unsloth" if row["unsloth"] else ""
-        took = row["seconds"]["fastprice"]
-        speeds[f"{row['family']} {row['name']}{beside}"] = (1 / took["p50"], took["noise"] / 2)
-    for row in ok_rows(result["rows"], "predict"):
-        rate = row["items_per_second"]["fastprice"]
-        speeds[f"prediction, {row['case']['model']}"] = (rate["p50"], rate["noise"] / 2)
-    return speeds
 
 
 def _limits_line(result: Result) -> str:
@@ -174,7 +140,7 @@ def _blocks(result: Result) -> list[str]:
         _kernel_table(rows),
         _memory_table(rows),
         _predict_table(rows),
-        _stream_table(rows),
+        _offload_table(rows),
         _fit_table(rows),
     ]
 
@@ -209,20 +175,21 @@ def _step_table(result: Result) -> str:
 
 
 def _phase_table(result: Result) -> str:
-    """Where a step's time goes, in shares of it, and how the model was loaded."""
+    """The phases of a step as shares of its time, the attention that served it, and what loading the model took."""
     entries = summarize_steps(result["rows"], result["limits"])
     if not entries:
         return ""
     lines = [
-        "| model, tokens, rank | peer | forward | backward | optimizer, data | loading | host peak after it |",
-        "|---|---|---|---|---|---|---|",
+        "| model, tokens, rank | peer | attention | forward | backward | optimizer, data | loading | host peak after |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for entry in entries:
         took = {name: each["p50"] for name, each in entry["phase_seconds"].items()}
         whole = sum(took.values())
         shares = [f"{took[name] / whole:.0%}" if took else "-" for name in PHASES]
         lines.append(
-            f"| {entry['model']}, {entry['tokens']}, {entry['rank']} | {entry['peer']} | {' | '.join(shares)} | "
+            f"| {entry['model']}, {entry['tokens']}, {entry['rank']} | {entry['peer']} | {entry['attention']} | "
+            f"{' | '.join(shares)} | "
             f"{entry['load_seconds']:.1f} s | {entry['load_host_bytes'] / GIB:.2f} GiB |"
         )
     return "\n".join(lines)
@@ -263,21 +230,24 @@ def _predict_table(rows: Iterable[Mapping[str, Any]]) -> str:
     for row in found:
         for name, rate in row["items_per_second"].items():
             ratio = row["ratios"].get(name)
-            told = f"{ratio['p50']:.2f}x as fast" if ratio else "-"
-            lines.append(f"| {row['case']['model']}, batch {row['batch']} | {name} | {rate['p50']:,.1f} | {told} |")
+            speed = f"{ratio['p50']:.2f}x as fast" if ratio else "-"
+            lines.append(f"| {row['case']['model']}, batch {row['batch']} | {name} | {rate['p50']:,.1f} | {speed} |")
     return "\n".join(lines)
 
 
-def _stream_table(rows: Iterable[Mapping[str, Any]]) -> str:
-    """Streamed beside resident training of one model; on a CPU the device is the pretend one."""
-    found = ok_rows(rows, "stream")
+def _offload_table(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Training with offloaded layers beside training with all on the device, which a CPU simulates."""
+    found = ok_rows(rows, "offload")
     resident = {row["case"]["model"]: row["mean_tokens_per_second"] for row in found if not row["cap_bytes"]}
-    lines = ["| streaming | layers from the host | tokens/s | of resident | peak reserved |", "|---|---|---|---|---|"]
+    lines = [
+        "| offload | layers on the host | tokens/s | of all on the device | peak reserved |",
+        "|---|---|---|---|---|",
+    ]
     for row in found:
         model, rate = row["case"]["model"], row["mean_tokens_per_second"]
         share = f"{rate / resident[model]:.0%}" if row["cap_bytes"] and model in resident else "-"
-        layers = f"{row['streamed_layers']} of {row['layers']}" if row["cap_bytes"] else "none"
-        name = f"{model}, {row['micro_batch']:,} tokens" + (", pretend device" if not row["peak_reserved"] else "")
+        layers = f"{row['offloaded_layers']} of {row['layers']}" if row["cap_bytes"] else "none"
+        name = f"{model}, {row['micro_batch']:,} tokens" + (", simulated device" if not row["peak_reserved"] else "")
         peak = f"{row['peak_reserved'] / GIB:.2f} GiB" if row["peak_reserved"] else "-"
         lines.append(f"| {name} | {layers} | {rate:,.0f} | {share} | {peak} |")
     return "\n".join(lines) if found else ""

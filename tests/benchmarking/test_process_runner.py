@@ -1,4 +1,4 @@
-"""The runner keeps every row and every file whole, whatever its workers do."""
+"""Every row is written and every file is whole, whatever the workers do."""
 
 from __future__ import annotations
 
@@ -10,39 +10,39 @@ from typing import Any
 
 import pytest
 
-from fastprice.benchmarking.runner import Runner, result_path
+from fastprice.benchmarking.process_runner import ProcessRunner
 
 ABOUT = {"kind": "gpu", "device": "NVIDIA H200", "time": "2026-11-21T10:00:00+00:00", "commit": "abc123+changes"}
 WORKER = """
 import json, subprocess, sys, time
 case = json.loads(sys.argv[1])
-print("noise before", flush=True)
+print("other output", flush=True)
 for number in range(case["rows"]):
     print('FASTPRICE-ROW ' + json.dumps({"status": "ok", "number": number}), flush=True)
 if case.get("hang"):
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     print('FASTPRICE-ROW ' + json.dumps({"status": "ok", "child": child.pid}), flush=True)
     time.sleep(60)
-print("last words", file=sys.stderr)
+print("last line", file=sys.stderr)
 sys.exit(case.get("status", 0))
 """
 
 
 @pytest.fixture
-def runner(tmp_path: Path) -> Runner:
+def runner(tmp_path: Path) -> ProcessRunner:
     script = tmp_path / "worker.py"
     script.write_text(WORKER)
-    made = Runner(tmp_path / "out", 1.0, quiet=True, worker=(sys.executable, str(script)))
+    made = ProcessRunner(tmp_path / "out", 1.0, quiet=True, worker=(sys.executable, str(script)))
     made.environment = dict(ABOUT)
     return made
 
 
-def written(runner: Runner) -> list[dict[str, Any]]:
+def written(runner: ProcessRunner) -> list[dict[str, Any]]:
     assert runner.path is not None
     return list(json.loads(runner.path.read_text())["rows"])
 
 
-def test_rows_are_kept_with_their_case(runner: Runner) -> None:
+def test_rows_are_written_with_their_case(runner: ProcessRunner) -> None:
     rows = runner.measure("steps", {"rows": 2, "kind": "x"}, timeout=20)
     assert [row["number"] for row in rows] == [0, 1]
     assert rows[0]["stage"] == "steps"
@@ -50,20 +50,20 @@ def test_rows_are_kept_with_their_case(runner: Runner) -> None:
     assert written(runner) == rows
 
 
-def test_a_worker_that_dies_leaves_its_rows_and_its_last_words(runner: Runner) -> None:
+def test_a_worker_that_dies_leaves_its_rows_and_its_last_line(runner: ProcessRunner) -> None:
     rows = runner.measure("steps", {"rows": 1, "status": 3}, timeout=20)
     assert [row["status"] for row in rows] == ["ok", "failed"]
-    assert "status 3: last words" in rows[-1]["reason"]
-    assert "noise before" in (runner.folder / "log.txt").read_text()
+    assert "status 3: last line" in rows[-1]["reason"]
+    assert "other output" in (runner.folder / "log.txt").read_text()
     assert written(runner) == rows
 
 
-def test_a_worker_that_says_nothing_is_a_failure(runner: Runner) -> None:
+def test_a_worker_that_prints_no_row_is_a_failure(runner: ProcessRunner) -> None:
     (row,) = runner.measure("steps", {"rows": 0}, timeout=20)
-    assert row["reason"] == "said nothing"
+    assert row["reason"] == "printed no row"
 
 
-def test_a_worker_that_hangs_is_ended_with_its_children(runner: Runner) -> None:
+def test_a_worker_that_hangs_is_killed_with_its_children(runner: ProcessRunner) -> None:
     rows = runner.measure("steps", {"rows": 1, "hang": True}, timeout=5)
     assert rows[-1]["reason"] == "stopped after 5 s"
     child = next(row["child"] for row in rows if "child" in row)
@@ -73,33 +73,18 @@ def test_a_worker_that_hangs_is_ended_with_its_children(runner: Runner) -> None:
     assert not _runs(child)
 
 
-def test_nothing_starts_when_the_time_is_over(runner: Runner) -> None:
+def test_nothing_starts_when_the_time_is_over(runner: ProcessRunner) -> None:
     runner._minutes = 0.0
     (row,) = runner.measure("steps", {"rows": 1}, timeout=20)
     assert row["status"] == "skipped"
     assert runner.call("tests", [sys.executable, "-c", "print(1)"], timeout=20)[0] == 124
 
 
-def test_other_commands_give_their_status_and_their_end(runner: Runner) -> None:
+def test_other_commands_give_their_status_and_their_end(runner: ProcessRunner) -> None:
     status, tail = runner.call("tests", [sys.executable, "-c", "print('3 passed'); raise SystemExit(1)"], timeout=20)
     assert status == 1
     assert "3 passed" in tail
     assert runner.call("tests", [sys.executable, "-c", "import time; time.sleep(60)"], timeout=5)[0] == 124
-
-
-def test_results_are_never_overwritten(tmp_path: Path) -> None:
-    names = []
-    for _ in range(3):
-        path = result_path(tmp_path, ABOUT)
-        path.write_text("{}")
-        names.append(path.name)
-    assert names == [
-        "nvidia-h200-2026-11-21-abc123-changes.json",
-        "nvidia-h200-2026-11-21-abc123-changes-2.json",
-        "nvidia-h200-2026-11-21-abc123-changes-3.json",
-    ]
-    cpu = {**ABOUT, "kind": "cpu", "device": "CPU, some processor"}
-    assert result_path(tmp_path, cpu).name.startswith("cpu-2026")
 
 
 def _runs(pid: int) -> bool:

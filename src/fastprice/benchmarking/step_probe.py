@@ -1,8 +1,8 @@
-"""A watcher of one training run, whatever trainer runs it: it replaces `training_step`, and nothing else.
+"""Measures the training steps of one run, whatever trainer runs it.
 
 Before the first step it takes loss and gradient norm of a fixed batch with fixed adapters, in the trainer's own path
 (its collator, autocast, scaling), by which runs are compared. Then it times steps and their phases without ever waiting
-for the device, and last it samples the allocator over one more step.
+for the device, and last it samples the allocator over one more step. `MeasurementDone` then ends the run.
 """
 
 from __future__ import annotations
@@ -12,59 +12,50 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastprice.benchmarking.analysis import PHASES
-from fastprice.benchmarking.models import seed_adapters
+from fastprice.benchmarking.random_models import seed_adapters
+from fastprice.benchmarking.reporting.summaries import PHASES
 from fastprice.benchmarking.timing import Stopwatch, spread_of
 from fastprice.memory.recompute_levels import format_recompute_levels
 from fastprice.models.peft_engine import compute_dtype
 from fastprice.prompts.template import IGNORE
 
-__all__ = ["WARMUP", "Enough", "Probe", "summarize_probe"]
+__all__ = ["WARMUP", "MeasurementDone", "StepProbe"]
 
 WARMUP = 4  # steps: autotuning, allocator growth, lazy compilation
 
 
-class Enough(BaseException):
-    """Ends a training run from inside once it has been measured; not an Exception, so that no trainer swallows it."""
+class MeasurementDone(BaseException):
+    """Ends a training run from inside once it was measured; not an Exception, so that no trainer catches it."""
 
 
-@dataclass
-class Probe:
-    """Watches the `training_step` of one run; see the module's docstring.
+class StepProbe:
+    """Measures one training run; see the module's docstring.
 
-    check: the rows of the fixed batch, as the trainer's collator takes them, or None to take no check;
-    steps: how many to time after the warm-up; seconds: stop timing after so long, at least two steps done.
+    device   that the run trains on
+    steps    how many to time after the warm-up; timing stops after `seconds`, when at least two steps were timed
+    check    the rows of the fixed batch, as the trainer's collator takes them; None: no check
     """
 
-    check: Sequence[dict[str, Any]] | None
-    steps: int
-    seconds: float
-    device: torch.device
-    loss: float = float("nan")
-    gradient_norm: float = float("nan")
-    adapters: int = 0
-    counts: list[tuple[Any, Any]] = field(default_factory=list)
-    curve: list[tuple[float, int]] = field(default_factory=list)
-    done: int = 0
-    step_seconds: list[float] = field(default_factory=list)
-    phase_seconds: dict[str, list[float]] = field(default_factory=dict)
-    load_seconds: float = float("nan")
-    load_host_bytes: int = 0
-    keep: str | None = None
-    peak_allocated: int | None = None
-    peak_reserved: int | None = None
-
-    def __post_init__(self) -> None:
-        self._watch = Stopwatch(self.device)
+    def __init__(
+        self, device: torch.device, steps: int, seconds: float, check: Sequence[dict[str, Any]] | None = None
+    ) -> None:
+        self.device = device
+        self.done = 0
+        self._steps = steps
+        self._seconds = seconds
+        self._check = check
+        self._watch = Stopwatch(device)
         self._began = 0.0
         self._forward_over = False
         self._phases_seen = True
+        self._counts: list[tuple[Any, Any]] = []  # tokens and texts of each timed micro-batch
+        self._phases: dict[str, list[float]] = {}
+        self._figures: dict[str, Any] = {}
 
     @contextmanager
     def loading(self) -> Iterator[None]:
@@ -73,46 +64,52 @@ class Probe:
         yield
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-        self.load_seconds = time.perf_counter() - began
-        self.load_host_bytes = _host_peak()
+        self._figures |= {"load_seconds": time.perf_counter() - began, "load_host_bytes": _host_peak()}
 
-    @contextmanager
-    def watching(self, trainer_class: Any) -> Iterator[None]:
-        """Puts the probe into `trainer_class` and takes it out again."""
-        own = trainer_class.__dict__.get("training_step")
-        original = trainer_class.training_step
-        probe = self
+    def attach(self, trainer: Any) -> None:
+        """Lets every `training_step` of this trainer, a transformers.Trainer that was not started yet, run here."""
+        original = trainer.training_step
 
-        def training_step(
-            trainer: Any, model: Any, inputs: Any, num_items_in_batch: Any = None, *rest: Any, **named: Any
-        ) -> Any:
+        def training_step(model: Any, inputs: Any, num_items_in_batch: Any = None, *rest: Any, **named: Any) -> Any:
             def run(batch: Any, items: Any) -> Any:
-                return original(trainer, model, batch, items, *rest, **named)
+                return original(model, batch, items, *rest, **named)
 
-            return probe._step(trainer, model, inputs, num_items_in_batch, run)
+            return self._step(trainer, model, inputs, num_items_in_batch, run)
 
-        trainer_class.training_step = training_step
-        try:
-            yield
-        finally:
-            if own is None:
-                del trainer_class.training_step
-            else:
-                trainer_class.training_step = own
+        trainer.training_step = training_step
+
+    def figures(self) -> dict[str, Any]:
+        """The figures of a run that ended in `MeasurementDone`: times in seconds, memory in bytes, real tokens and
+        texts (padding left out) a second."""
+        times = [sum(each) for each in zip(*self._phases.values(), strict=True)]
+        tokens, texts = ([int(count[place]) for count in self._counts[: len(times)]] for place in (0, 1))
+        phases = self._phases if self._phases_seen else {}
+        rates = spread_of([count / each for count, each in zip(tokens, times, strict=True)])
+        return {
+            "dtype": str(compute_dtype()).removeprefix("torch."),
+            **self._figures,
+            "steps": len(times),
+            "step_seconds": spread_of(times).as_dict(),
+            "phase_seconds": {name: spread_of(each).as_dict() for name, each in phases.items()},
+            "tokens_per_second": rates.as_dict(),
+            "mean_tokens_per_second": sum(tokens) / sum(times),
+            "items_per_second": sum(texts) / sum(times),
+            "tokens_per_step": sum(tokens) / len(tokens),
+        }
 
     def _step(self, trainer: Any, model: Any, inputs: Any, items: Any, run: Callable[[Any, Any], Any]) -> Any:
-        if self.done == 0 and self.check is not None:
-            self._take_check(trainer, model, run)
+        if self.done == 0 and self._check is not None:
+            self._take_check(self._check, trainer, model, run)
         if self.done == WARMUP - 1:
             self._reset_memory()  # one step before the clock starts, as the allocator must grow again
         if self.done == WARMUP:
             self._began = time.perf_counter()
-            self._mark_forward(trainer)
+            self._mark_end_of_forward(trainer)
         if self.done >= WARMUP:
             self._watch.mark()  # also the end of the step before
             if self._finished():
                 self._finish(trainer, inputs, items, run)
-            self.counts.append(_count(inputs))
+            self._counts.append(_count(inputs))
         self._forward_over = False
         result = run(inputs, items)
         self.done += 1
@@ -123,8 +120,8 @@ class Probe:
             self._watch.mark()
         return result
 
-    def _mark_forward(self, trainer: Any) -> None:
-        """Lets the trainer's `compute_loss` mark its end, which parts forward from backward."""
+    def _mark_end_of_forward(self, trainer: Any) -> None:
+        """Marks the end of the trainer's `compute_loss`, where forward ends and backward begins."""
         original = trainer.compute_loss
 
         def compute_loss(*arguments: Any, **named: Any) -> Any:
@@ -136,12 +133,14 @@ class Probe:
 
         trainer.compute_loss = compute_loss
 
-    def _take_check(self, trainer: Any, model: Any, run: Callable[[Any, Any], Any]) -> None:
+    def _take_check(
+        self, rows: Sequence[dict[str, Any]], trainer: Any, model: Any, run: Callable[[Any, Any], Any]
+    ) -> None:
         """Loss and gradient norm of the fixed rows, with adapters that are the same for every peer."""
-        self.adapters = seed_adapters(model)
-        batch = trainer.data_collator([dict(example) for example in self.check or ()])
+        adapters = seed_adapters(model)
+        batch = trainer.data_collator([dict(row) for row in rows])
         labeled = torch.tensor(_predicted(batch["labels"]), device=self.device)
-        self.loss = float(run(batch, labeled))
+        loss = float(run(batch, labeled))
         scaler = getattr(trainer.accelerator, "scaler", None)
         scale = float(scaler.get_scale()) if scaler is not None and scaler.is_enabled() else 1.0
         squares = [
@@ -149,7 +148,8 @@ class Probe:
             for parameter in model.parameters()
             if parameter.grad is not None
         ]
-        self.gradient_norm = sum(squares) ** 0.5 / scale
+        norm = sum(squares) ** 0.5 / scale
+        self._figures |= {"check_loss": loss, "check_gradient_norm": norm, "adapters": adapters}
         for parameter in model.parameters():
             parameter.grad = None
 
@@ -162,47 +162,25 @@ class Probe:
 
     def _finished(self) -> bool:
         timed = self.done - WARMUP
-        return timed >= self.steps or (timed >= 2 and time.perf_counter() - self._began > self.seconds)
+        return timed >= self._steps or (timed >= 2 and time.perf_counter() - self._began > self._seconds)
 
     def _finish(self, trainer: Any, inputs: Any, items: Any, run: Callable[[Any, Any], Any]) -> None:
         controller = getattr(trainer, "recompute_controller", None)  # of fastprice's own trainer
-        self.keep = None if controller is None else format_recompute_levels(controller.levels)
         marks = self._watch.intervals()
-        parts = {name: marks[place :: len(PHASES)] for place, name in enumerate(PHASES)}
-        self.step_seconds = [sum(each) for each in zip(*parts.values(), strict=True)]
-        self.phase_seconds = parts if self._phases_seen else {}
+        self._phases = {name: marks[place :: len(PHASES)] for place, name in enumerate(PHASES)}
+        self._figures |= {
+            "recompute": None if controller is None else format_recompute_levels(controller.levels),
+            "peak_allocated": None,
+            "peak_reserved": None,
+            "memory_curve": [],
+        }
         if self.device.type == "cuda":
-            self.peak_allocated = torch.cuda.max_memory_allocated()
-            self.peak_reserved = torch.cuda.max_memory_reserved()
-            self.curve = _memory_curve(lambda: run(inputs, items))
-        raise Enough
-
-
-def summarize_probe(probe: Probe) -> dict[str, Any]:
-    """The figures of a run that ended in `Enough`: steps in seconds, real tokens and texts a second, peaks in bytes."""
-    tokens = [int(count[0]) for count in probe.counts[: len(probe.step_seconds)]]
-    items = [int(count[1]) for count in probe.counts[: len(probe.step_seconds)]]
-    times = probe.step_seconds
-    rates = spread_of([count / each for count, each in zip(tokens, times, strict=True)])
-    return {
-        "dtype": str(compute_dtype()).removeprefix("torch."),
-        "check_loss": probe.loss,
-        "check_gradient_norm": probe.gradient_norm,
-        "adapters": probe.adapters,
-        "steps": len(times),
-        "step_seconds": spread_of(times).as_dict(),
-        "phase_seconds": {name: spread_of(each).as_dict() for name, each in probe.phase_seconds.items()},
-        "load_seconds": probe.load_seconds,
-        "load_host_bytes": probe.load_host_bytes,
-        "keep": probe.keep,
-        "tokens_per_second": rates.as_dict(),
-        "mean_tokens_per_second": sum(tokens) / sum(times),
-        "items_per_second": sum(items) / sum(times),
-        "tokens_per_step": sum(tokens) / len(tokens),
-        "peak_allocated": probe.peak_allocated,
-        "peak_reserved": probe.peak_reserved,
-        "memory_curve": probe.curve,
-    }
+            self._figures |= {
+                "peak_allocated": torch.cuda.max_memory_allocated(),
+                "peak_reserved": torch.cuda.max_memory_reserved(),
+            }
+            self._figures["memory_curve"] = _memory_curve(lambda: run(inputs, items))
+        raise MeasurementDone
 
 
 def _host_peak() -> int:
@@ -230,7 +208,7 @@ def _count(inputs: Any) -> tuple[Any, Any]:
 
 
 def _memory_curve(step: Callable[[], object]) -> list[tuple[float, int]]:
-    """(share of the step, bytes allocated) over one untimed step, by a thread that asks the allocator."""
+    """(share of the step, bytes allocated) over one untimed step, sampled by a thread."""
     samples: list[tuple[float, int]] = []
     running = True
 

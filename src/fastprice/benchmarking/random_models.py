@@ -1,4 +1,4 @@
-"""Models of a real shape with random NF4 weights, made where they will run: no download, no 16-bit copy.
+"""Models of a real shape with random NF4 weights, made on the device that runs them: no download, no 16-bit copy.
 
 A weight is drawn directly in bitsandbytes' packed form (random bytes, random 8-bit scales), so that Llama-3.1-70B takes
 35 GB and seconds instead of 141 GB and a quantization. `save_model` writes such a model as a folder that transformers
@@ -9,37 +9,37 @@ from __future__ import annotations
 
 import json
 import math
+import zlib
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastprice.benchmarking.cases import MODELS, shape_of
+from fastprice.benchmarking.workload import model_settings
 
 __all__ = ["model_config", "random_nf4_model", "random_nf4_weight", "save_model", "seed_adapters"]
 
 _BLOCK, _NESTED_BLOCK = 64, 256  # bitsandbytes' defaults, as transformers and Unsloth use them
-_NF4_RMS = 0.57  # of the sixteen NF4 values, each as likely
+_NF4_RMS = 0.57  # root mean square of the sixteen NF4 values, all equally likely
 
 
 def model_config(model: str, layers: int | None = None) -> Any:
-    """The transformers configuration of a name of `cases.MODELS`, with the nano tokenizer's special tokens.
+    """The transformers configuration of a name of `workload.MODELS`, with the nano tokenizer's special tokens.
 
-    `layers` shortens it. Raises ConfigError for an unknown name.
+    layers: in place of the model's own number. Raises ConfigError for an unknown name.
     """
     from transformers import AutoConfig
 
     from fastprice.models.base_models import load_tokenizer
 
-    shape_of(model)
-    numbers = dict(MODELS[model])
+    settings = model_settings(model)
     tokenizer = load_tokenizer("nano")
     if layers is not None:
-        numbers["num_hidden_layers"] = layers
+        settings["num_hidden_layers"] = layers
     return AutoConfig.for_model(
-        numbers.pop("model_type"),
-        **numbers,
+        settings.pop("model_type"),
+        **settings,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -86,8 +86,9 @@ def random_nf4_weight(
 def random_nf4_model(config: Any, device: torch.device | str, dtype: torch.dtype, seed: int = 0) -> Any:
     """The transformers model of `config` on `device`: linear layers of its blocks in NF4, all else in `dtype`.
 
-    Nothing larger than one weight exists beside the model itself. The model says of itself what a pre-quantized one
-    says (`is_loaded_in_4bit`, `config.quantization_config`), so PEFT and TRL treat it as one.
+    No tensor larger than one weight exists beside the model itself. It has the marks of a pre-quantized one
+    (`is_loaded_in_4bit`, `config.quantization_config`), so PEFT and TRL treat it as one. RuntimeError for a kind of
+    model that has other tensors than weights and rotary frequencies.
     """
     import bitsandbytes
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -110,7 +111,7 @@ def random_nf4_model(config: Any, device: torch.device | str, dtype: torch.dtype
                 fill.normal_(0.0, 0.02, generator=generator)  # transformers' initializer_range
             _set_parameter(model, name, fill)
     model.tie_weights()
-    # Rotary frequencies are computed, not drawn: made anew off the meta device.
+    # Rotary frequencies are computed, not drawn: computed again off the meta device.
     model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
     model.config.quantization_config = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -121,7 +122,7 @@ def random_nf4_model(config: Any, device: torch.device | str, dtype: torch.dtype
     model.is_loaded_in_4bit = model.is_quantized = True
     left = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
     if left:
-        raise RuntimeError(f"{type(model).__name__} keeps tensors that were not drawn: {', '.join(left[:5])}")
+        raise RuntimeError(f"{type(model).__name__} has tensors that were not drawn: {', '.join(left[:5])}")
     return model.eval().requires_grad_(False)
 
 
@@ -149,14 +150,14 @@ def seed_adapters(model: Any, seed: int = 0) -> int:
     """Fills every LoRA A and B of `model` from `seed` and the parameter's name; returns how many were filled.
 
     Engines draw A differently and leave B at zero, where A's gradient is zero too. With the same small values
-    everywhere, losses and gradient norms of two engines can be held against each other.
+    everywhere, losses and gradient norms of two engines can be compared.
     """
     filled = 0
     for name, parameter in model.named_parameters():
         if "lora_A" in name or "lora_B" in name:
             # Wrappers add prefixes; the layer's own path starts at "layers.".
             own = name[name.index("layers.") :]
-            generator = torch.Generator().manual_seed(hash_name(own, seed))
+            generator = torch.Generator().manual_seed(_seed_of(own, seed))
             values = torch.randn(parameter.shape, generator=generator) * (0.3 / math.sqrt(parameter.shape[1]))
             with torch.no_grad():
                 parameter.copy_(values)
@@ -164,10 +165,8 @@ def seed_adapters(model: Any, seed: int = 0) -> int:
     return filled
 
 
-def hash_name(name: str, seed: int) -> int:
+def _seed_of(name: str, seed: int) -> int:
     """A number of 32 bits from a name and a seed, the same in every process."""
-    import zlib
-
     return zlib.crc32(f"{seed}:{name}".encode())
 
 
@@ -199,7 +198,7 @@ def _nf4_linear(
         bnb_quantized=True,
     )
     layer.quant_state = state
-    # bitsandbytes would repack the weights in place on some CPUs; see engines/peft.py.
+    # bitsandbytes would repack the weights in place on some CPUs; see fastprice.models.peft_engine.
     layer.support_avx512bf16_for_cpu = False
     return layer
 

@@ -1,4 +1,4 @@
-"""One piece of work, done by fastprice and by its peers: checked first, timed side by side, held against the limit."""
+"""One piece of work, done by fastprice and by its peers: checked first, timed side by side, compared with the limit."""
 
 from __future__ import annotations
 
@@ -10,21 +10,40 @@ import torch
 
 from fastprice.benchmarking.timing import NOISY, interleave, ratios, spread_of, synchronize
 
-__all__ = ["OURS", "Comparison", "run_comparison"]
+__all__ = ["OURS", "ROUNDING", "Comparison", "KernelSettings", "dtype_name", "run_comparison", "seeded_generator"]
 
 OURS = "fastprice"
+# Relative error of one product or sum in each dtype; the tolerance of a case with several is as many times that.
+ROUNDING = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 2e-5}
+
+
+@dataclass(frozen=True)
+class KernelSettings:
+    """What the cases of a run share.
+
+    model     name of `workload.MODELS` whose layers give the shapes
+    tokens    rows of x
+    dtype     of activations; adapters are fp32
+    unsloth   compare with Unsloth alone, which patches the other peers when it is imported
+    """
+
+    model: str
+    tokens: int
+    device: torch.device
+    dtype: torch.dtype
+    unsloth: bool
 
 
 @dataclass
 class Comparison:
     """Functions that do the same work.
 
-    family, case: what it is, such as "dequantize" and "4096x14336 bfloat16".
-    functions: by name, `OURS` among them; each returns its result, a tensor or a tuple of tensors.
-    reference: the result to hold them against.
-    tolerance: largest ||out - reference|| / ||reference|| over the tensors of a result; 0 asks for equal bits.
-    bytes_moved, flops: the least the work needs, for its floor.
-    absent: names that could not take part, with the reason.
+    family, case         its name, such as "dequantize" and "4096x14336 bfloat16"
+    functions            by name, `OURS` among them; each returns its result, a tensor or a tuple of tensors
+    reference            computes the result to compare them with
+    tolerance            largest ||out - reference|| / ||reference|| over the tensors of a result; 0: bit for bit
+    bytes_moved, flops   the least that the work needs, for its floor
+    absent               names that cannot take part, with the reason
     """
 
     family: str
@@ -40,7 +59,7 @@ class Comparison:
 def run_comparison(
     comparison: Comparison, device: torch.device | str, limits: Mapping[str, Any], seconds: float
 ) -> dict[str, Any]:
-    """A row of figures. Who is wrong is not timed, and when `OURS` is wrong or absent there is no ratio at all.
+    """A row of figures. A wrong function is not timed, and where `OURS` is wrong or absent there is no ratio at all.
 
     limits: as `environment.measure_limits` returns them; seconds: of timing, over all functions together.
     """
@@ -53,25 +72,25 @@ def run_comparison(
         "status": "ok",
     }
     truth = _tensors(comparison.reference())
-    able: dict[str, Callable[[], Any]] = {}
+    right: dict[str, Callable[[], Any]] = {}
     for name, function in comparison.functions.items():
         try:
             error = _error(_tensors(function()), truth)
-        except Exception as problem:  # a peer that cannot run here is a finding, whatever it raises
+        except Exception as problem:  # a peer may raise anything; that it cannot run here is a finding
             row["absent"][name] = f"{type(problem).__name__}: {str(problem).strip().splitlines()[:1]}"[:300]
             continue
         row["errors"][name] = error
         if error <= comparison.tolerance:
-            able[name] = function
+            right[name] = function
         else:
             row["absent"][name] = f"wrong: error {error:.2e}, {comparison.tolerance:.2e} allowed"
     del truth
-    if OURS not in able:
+    if OURS not in right:
         wrong = OURS in row["errors"]
-        row["status"], row["reason"] = ("wrong" if wrong else "absent"), row["absent"].get(OURS, "not there")
+        row["status"], row["reason"] = ("wrong" if wrong else "absent"), row["absent"].get(OURS, "missing")
         return row
-    row["extra_bytes"] = {name: _extra_bytes(function, device) for name, function in able.items()}
-    samples = interleave(able, device, seconds=seconds)
+    row["extra_bytes"] = {name: _extra_bytes(function, device) for name, function in right.items()}
+    samples = interleave(right, device, seconds=seconds)
     row["seconds"] = {name: spread_of(values).as_dict() for name, values in samples.items()}
     row["ratios"] = {name: ratios(values, samples[OURS]).as_dict() for name, values in samples.items() if name != OURS}
     floor = max(comparison.bytes_moved / limits["copy_bytes_per_second"], comparison.flops / limits["matmul_flops"])
@@ -79,6 +98,14 @@ def run_comparison(
     row["share_of_limit"] = {name: floor / spread["p50"] for name, spread in row["seconds"].items()}
     row["noisy"] = [name for name, spread in row["seconds"].items() if spread["noise"] > NOISY]
     return row
+
+
+def seeded_generator(device: torch.device) -> torch.Generator:
+    return torch.Generator(device=device).manual_seed(0)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _tensors(result: Any) -> list[torch.Tensor]:

@@ -1,15 +1,15 @@
-"""One measurement in a process of its own: `python -m fastprice.benchmarking.worker '{"kind": "step", ...}'`.
+"""One measurement in its own process: `python -m fastprice.benchmarking.worker_process '{"kind": "step", ...}'`.
 
-Each row of figures is printed as one line as soon as it is known, so that a worker that is stopped or dies leaves what
-it had. Everything else a library prints is noise around those lines. A failure is a row too: its class and first line.
+Each row of figures is printed as one line as soon as it is known, so that a worker that is stopped or dies leaves the
+rows before. All other lines are output of libraries. A failure is a row too: the exception's class and first line.
 
-kinds:  environment   what the machine is and reaches at most
+kinds:  environment   the machine and its limits
         kernels       families, model, tokens, seconds a case, unsloth: one row a comparison
         folder        writes `model` with random NF4 weights to `folder`
-        step          one peer's training steps (peers.py)
+        step          one peer's training steps (peer_training.py)
         predict       prices a second: the distribution, and generate + a regular expression, in turns
         estimate      the memory estimate for each measured step of `steps`
-        stream        training through PriceEstimator, resident or under a memory cap with weights from the host
+        offload       training through PriceEstimator, resident or under a memory cap with layers offloaded to the host
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["MARK", "main", "reason_of"]
+__all__ = ["ROW_MARK", "failure_row", "main"]
 
-MARK = "FASTPRICE-ROW "
+ROW_MARK = "FASTPRICE-ROW "
 
 Row = dict[str, Any]
 Case = Mapping[str, Any]
@@ -37,14 +37,14 @@ def main(arguments: list[str]) -> int:
         if case.get("cap_bytes"):
             _cap_memory(case["cap_bytes"])
         for row in KINDS[case["kind"]](case):
-            _print({"status": "ok", **row})
-    except Exception as error:  # whatever a peer raises is this case's result
-        _print({"status": "failed", **reason_of(error), "seconds_in_all": time.perf_counter() - began})
+            _print_row({"status": "ok", **row})
+    except Exception as error:  # a peer may raise anything, and that is this case's result
+        _print_row({"status": "failed", **failure_row(error), "seconds_in_all": time.perf_counter() - began})
     return 0
 
 
-def reason_of(error: BaseException) -> Row:
-    """What happened, in one line, and whether it was a lack of GPU memory."""
+def failure_row(error: BaseException) -> Row:
+    """The exception in one line, and whether it was for want of GPU memory."""
     import torch
 
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -52,9 +52,9 @@ def reason_of(error: BaseException) -> Row:
     return {"reason": f"{type(error).__name__}: {lines[0] if lines else ''}"[:400], "oom": oom}
 
 
-def _print(row: Row) -> None:
+def _print_row(row: Row) -> None:
     # A library may have left half a line on standard output.
-    sys.stdout.write(f"\n{MARK}{json.dumps(row)}\n")
+    sys.stdout.write(f"\n{ROW_MARK}{json.dumps(row)}\n")
     sys.stdout.flush()
 
 
@@ -77,36 +77,36 @@ def _device() -> Any:
 
 
 def _environment(case: Case) -> Iterator[Row]:
-    from fastprice.benchmarking.environment import environment, measure_limits, settings_that_spoil
+    from fastprice.benchmarking.environment import doctor_warnings, environment, measure_limits
 
-    yield {"environment": environment(case.get("commit")), "spoilers": settings_that_spoil()}
+    yield {"environment": environment(case.get("commit")), "warnings": doctor_warnings()}
     yield {"limits": measure_limits(_device(), case["seconds"])}
 
 
 def _kernels(case: Case) -> Iterator[Row]:
     import torch
 
-    from fastprice.benchmarking.comparison import run_comparison
-    from fastprice.benchmarking.kernel_cases import cases
+    from fastprice.benchmarking.kernel_cases import kernel_cases
+    from fastprice.benchmarking.kernel_comparison import KernelSettings, run_comparison
     from fastprice.models.peft_engine import compute_dtype
 
     if case["unsloth"]:
         import fastprice.models.unsloth_engine  # noqa: F401  (before anything that it patches)
     device = _device()
-    makers = cases(case["families"], case["model"], case["tokens"], device, compute_dtype(), unsloth=case["unsloth"])
-    for make in makers:
+    settings = KernelSettings(case["model"], case["tokens"], device, compute_dtype(), case["unsloth"])
+    for make in kernel_cases(case["families"], settings):
         try:
             comparison = make()
             yield {**run_comparison(comparison, device, case["limits"], case["seconds"]), "unsloth": case["unsloth"]}
             del comparison
         except Exception as error:  # one case that fails leaves the others
-            yield {"status": "failed", **reason_of(error)}
+            yield {"status": "failed", **failure_row(error)}
         if device.type == "cuda":
             torch.cuda.empty_cache()
 
 
 def _folder(case: Case) -> Iterator[Row]:
-    from fastprice.benchmarking.models import model_config, random_nf4_model, save_model
+    from fastprice.benchmarking.random_models import model_config, random_nf4_model, save_model
     from fastprice.models.peft_engine import compute_dtype
 
     began = time.perf_counter()
@@ -118,21 +118,10 @@ def _folder(case: Case) -> Iterator[Row]:
 
 
 def _step(case: Case) -> Iterator[Row]:
-    from transformers import AutoConfig
+    from fastprice.benchmarking.peer_training import TrainingCase, train_steps
 
-    from fastprice.benchmarking.peers import train_steps
-
-    config = AutoConfig.from_pretrained(case["folder"])
-    yield train_steps(
-        case["peer"],
-        case["folder"],
-        tokens=case["tokens"],
-        batch=case["batch"],
-        rank=case["rank"],
-        steps=case["steps"],
-        seconds=case["seconds"],
-        config=config,
-    )
+    sizes = {name: case[name] for name in ("tokens", "batch", "rank", "steps", "seconds")}
+    yield train_steps(case["peer"], TrainingCase(case["folder"], **sizes))
 
 
 def _predict(case: Case) -> Iterator[Row]:
@@ -142,15 +131,15 @@ def _predict(case: Case) -> Iterator[Row]:
 
 
 def _estimate(case: Case) -> Iterator[Row]:
-    from fastprice.benchmarking.memory import estimated
+    from fastprice.benchmarking.memory_estimates import compare_estimates
 
-    yield from estimated(case["steps"])
+    yield from compare_estimates(case["steps"])
 
 
-def _stream(case: Case) -> Iterator[Row]:
-    from fastprice.benchmarking.memory import streamed
+def _offload(case: Case) -> Iterator[Row]:
+    from fastprice.benchmarking.offloaded_training import train_offloaded
 
-    yield streamed(case["folder"], cap_bytes=case["cap_bytes"], tokens=case["tokens"], rank=case["rank"])
+    yield train_offloaded(case["folder"], cap_bytes=case["cap_bytes"], tokens=case["tokens"], rank=case["rank"])
 
 
 KINDS: dict[str, Callable[[Case], Iterator[Row]]] = {
@@ -160,7 +149,7 @@ KINDS: dict[str, Callable[[Case], Iterator[Row]]] = {
     "step": _step,
     "predict": _predict,
     "estimate": _estimate,
-    "stream": _stream,
+    "offload": _offload,
 }
 
 if __name__ == "__main__":
