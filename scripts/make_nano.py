@@ -42,7 +42,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 from fastprice.data.synthetic import Offer, generate_offers
 from fastprice.data.synthetic.categories import CATEGORIES, NumberAttribute
 from fastprice.data.synthetic.random_draws import pick, pick_weighted, shuffled
-from fastprice.prompts.template import HEAD, TAIL
+from fastprice.prompts.template import PREAMBLE, PRICE_CUE
 
 PAD, BOS, EOS = "<|pad|>", "<|bos|>", "<|eos|>"
 VOCABULARY = 2048
@@ -90,7 +90,7 @@ def documents(seed: int) -> Iterator[list[Segment]]:
         if kind == "drill":
             yield _drill(rng)
         elif kind == "wrapper":
-            yield [Segment(f"{HEAD}{source.text}{TAIL}", source.weight)]
+            yield [Segment(f"{PREAMBLE}{source.text}{PRICE_CUE}", source.weight)]
         elif kind == "question":
             question, lead, answer = _question(rng, source)
             yield [

@@ -20,7 +20,7 @@ import fastprice
 from fastprice.data.synthetic import generate_offers, make_synthetic_items
 from fastprice.data.synthetic.categories import ChoiceAttribute
 from fastprice.data.synthetic.random_draws import pick
-from fastprice.prompts.template import HEAD, TAIL
+from fastprice.prompts.template import PREAMBLE, PRICE_CUE
 
 NANO = Path(fastprice.__file__).parent / "nano"
 
@@ -79,8 +79,8 @@ def test_each_digit_is_one_token_whatever_stands_before_it(tokenizer, digits, be
     assert [tokenizer.decode([token]) for token in tail] == list(digits)
     assert tokenizer.decode(ids[: -len(digits)]) == before
     # A prompt and its answer cost the same tokens apart and together.
-    assert tokenizer(TAIL + digits, add_special_tokens=False)["input_ids"] == (
-        tokenizer(TAIL, add_special_tokens=False)["input_ids"] + tail
+    assert tokenizer(PRICE_CUE + digits, add_special_tokens=False)["input_ids"] == (
+        tokenizer(PRICE_CUE, add_special_tokens=False)["input_ids"] + tail
     )
 
 
@@ -145,8 +145,8 @@ def test_no_document_holds_a_price():
         assert not money.search(text), text
         if "$" in text:
             # The price prompt, and nothing after it: no token is an answer.
-            assert text.startswith(HEAD)
-            assert text.endswith(TAIL)
+            assert text.startswith(PREAMBLE)
+            assert text.endswith(PRICE_CUE)
             assert all(part.weight < ANSWER_WEIGHT / 2 for part in document)
             wrappers += 1
     share = 100 * wrappers / 5_000
@@ -155,7 +155,7 @@ def test_no_document_holds_a_price():
 
 def test_what_follows_the_price_prompt_is_not_learned(tokenizer):
     ids, weights = make_batch(tokenizer, 5)
-    tail = tokenizer(TAIL, add_special_tokens=False)["input_ids"]
+    tail = tokenizer(PRICE_CUE, add_special_tokens=False)["input_ids"]
     flat, weight = ids.flatten().tolist(), weights.flatten().tolist()
     ends = [i + len(tail) for i in range(len(flat) - len(tail)) if flat[i : i + len(tail)] == tail]
     assert ends

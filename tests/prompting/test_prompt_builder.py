@@ -19,7 +19,7 @@ from fastprice.prompting.prompt_builder import (
     context_window,
     sanitize,
 )
-from fastprice.prompts.template import HEAD, TAIL, encode_prompt
+from fastprice.prompts.template import PREAMBLE, PRICE_CUE, encode_prompt
 
 TOKENIZER = load_tokenizer("nano")
 UNLIMITED = PromptBuilder(TOKENIZER, max_tokens=100, window=None)
@@ -44,13 +44,13 @@ def decoded_prompt(builder: PromptBuilder, text: str, **parts: object) -> str:
 
 def test_examples_come_first_with_their_prices_and_the_item_last() -> None:
     assert decoded_prompt(UNLIMITED, "a lamp", examples=EXAMPLES) == (
-        f"{HEAD}a red kettle{TAIL}20\n\na blue bicycle{TAIL}310\n\na lamp{TAIL}"
+        f"{PREAMBLE}a red kettle{PRICE_CUE}20\n\na blue bicycle{PRICE_CUE}310\n\na lamp{PRICE_CUE}"
     )
 
 
 def test_facts_follow_the_text_on_lines_of_their_own() -> None:
     assert decoded_prompt(UNLIMITED, "a lamp", facts=["Brand: Ekolite", "2 * 3 = 6"]) == (
-        f"{HEAD}a lamp\nBrand: Ekolite\n2 * 3 = 6{TAIL}"
+        f"{PREAMBLE}a lamp\nBrand: Ekolite\n2 * 3 = 6{PRICE_CUE}"
     )
 
 
@@ -69,8 +69,8 @@ def test_examples_are_in_json_where_answers_are() -> None:
 
 
 def check_structure(decoded: str, examples: int) -> None:
-    assert decoded.startswith(HEAD)
-    assert decoded.endswith(TAIL)
+    assert decoded.startswith(PREAMBLE)
+    assert decoded.endswith(PRICE_CUE)
     assert len(re.findall(r"(?i)price\s+is\s*\$", decoded)) == examples + 1
     assert len(re.findall(r"(?i)how\s+much\s+does\s+this\s+cost", decoded)) == 1
     assert decoded.count("\n\n") == 2 + 2 * examples
@@ -119,15 +119,15 @@ def test_examples_are_dropped_from_the_least_similar_and_the_item_is_never_cut()
         built = builder.price_prompt(item, examples=examples)
         decoded = TOKENIZER.decode(built.prompt.ids[1:])
         assert len(built.prompt.ids) + PRICE_TOKENS <= window
-        assert decoded.endswith(f"{item}{TAIL}")
+        assert decoded.endswith(f"{item}{PRICE_CUE}")
         assert built.prompt.cut == 0
-        kept = decoded.count(TAIL) - 1
+        kept = decoded.count(PRICE_CUE) - 1
         assert built.dropped == 3 - kept
         assert [name for name in ("far", "near", "nearest") if f"{name} word0" in decoded] == [
             "far", "near", "nearest",
         ][built.dropped :]  # fmt: skip
         if built.shortened:
-            first = decoded[len(HEAD) :].split(TAIL)[0]
+            first = decoded[len(PREAMBLE) :].split(PRICE_CUE)[0]
             assert MIN_EXAMPLE_TOKENS <= tokens(first) < tokens(examples[built.dropped].text)
         seen.add((built.dropped, built.shortened))
     assert {(0, 0), (0, 1), (1, 0), (1, 1), (2, 1), (3, 0)} <= seen

@@ -17,7 +17,7 @@ from fastprice.prompting.generation import Completion, generate_text
 from fastprice.prompting.prompt_builder import PromptBuilder
 from fastprice.prompting.retrieval import EmbeddingIndex, NearestNeighbors, Retrieval, load_sentence_encoder
 from fastprice.prompting.tools import tool_use
-from fastprice.prompts.template import HEAD, TAIL
+from fastprice.prompts.template import PREAMBLE, PRICE_CUE
 
 ALL = ["zero-shot", "few-shot:3", "retrieval:3", "chaining", "tools"]
 
@@ -84,7 +84,7 @@ def test_few_shot_examples_are_the_same_for_all_but_never_the_item(nano: PriceEs
     strategy = FewShot(3, seed=1).fit(split.train)
     example = strategy.examples_[0][0]
     mine, other = prompts_of(strategy, nano, [Item(example.text.upper()), Item("something else altogether")])
-    assert other.count(TAIL) == mine.count(TAIL) == 4
+    assert other.count(PRICE_CUE) == mine.count(PRICE_CUE) == 4
     assert example.text in other
     assert example.text not in mine.partition(example.text.upper())[0]
 
@@ -145,8 +145,8 @@ def test_many_copies_of_the_item_do_not_hide_the_neighbors() -> None:
 
 def test_the_most_similar_example_is_nearest_to_the_item(nano: PriceEstimator) -> None:
     (prompt,) = prompts_of(Retrieval(2).fit(TRAIN), nano, [QUERY])
-    assert prompt.startswith(f"{HEAD}Ekolite tablet")
-    assert f"wired connection{TAIL}60\n\nEkolite Sport" in prompt
+    assert prompt.startswith(f"{PREAMBLE}Ekolite tablet")
+    assert f"wired connection{PRICE_CUE}60\n\nEkolite Sport" in prompt
 
 
 def test_items_with_nothing_in_common_are_no_examples(nano: PriceEstimator) -> None:
@@ -196,7 +196,7 @@ def test_chaining_adds_the_generated_facts(nano: PriceEstimator, script: Callabl
     batch = make_strategy("chaining").build_prompts(nano, [Item("Ekolite speakers, pair")])
     assert prompts[0].endswith("\n\nEkolite speakers, pair\n\nBrand:")
     assert nano.tokenizer.decode(batch.prompts[0].ids[1:]) == (
-        f"{HEAD}Ekolite speakers, pair\nBrand: Ekolite\nType: speakers\nQuantity: 2{TAIL}"
+        f"{PREAMBLE}Ekolite speakers, pair\nBrand: Ekolite\nType: speakers\nQuantity: 2{PRICE_CUE}"
     )
     assert batch.tally == {"facts added": 3}
     assert batch.generated_tokens.tolist() == [5]
@@ -226,7 +226,7 @@ def test_calls_are_answered_and_added_before_the_price(nano: PriceEstimator, scr
     batch = make_strategy("tools").build_prompts(nano, [Item("two lamps")])
     assert prompts[1].endswith("two lamps\n\nCALL calc(2 * 9.50)\n= 19\n")
     assert nano.tokenizer.decode(batch.prompts[0].ids[1:]) == (
-        f"{HEAD}two lamps\n2 * 9.50 = 19\n12 oz to kg = 0.340194{TAIL}"
+        f"{PREAMBLE}two lamps\n2 * 9.50 = 19\n12 oz to kg = 0.340194{PRICE_CUE}"
     )
     assert batch.tally["calls answered"] == 2
     assert batch.generated_tokens.tolist() == [15]

@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 from fastprice.data.cleaning import repair_text
 from fastprice.data.items import Item
 from fastprice.errors import ConfigError
-from fastprice.prompts.template import HEAD, TEXT, Form, Prompt, answer_text, encode_text, token_ids
+from fastprice.prompts.template import PREAMBLE, TEXT, AnswerFormat, Prompt, answer_text, encode_text, token_ids
 
 if TYPE_CHECKING:
     from fastprice.estimator import PriceEstimator
@@ -77,10 +77,10 @@ class PromptBuilder:
         form: of the prices in the prompt and in the answer.
     """
 
-    def __init__(self, tokenizer: Any, *, max_tokens: int, window: int | None, form: Form = TEXT) -> None:
+    def __init__(self, tokenizer: Any, *, max_tokens: int, window: int | None, form: AnswerFormat = TEXT) -> None:
         self.tokenizer, self.max_tokens, self.window, self.form = tokenizer, max_tokens, window, form
         self.bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-        parts = (HEAD, form.tail, _GAP)
+        parts = (PREAMBLE, form.cue, _GAP)
         self.preamble, self.answer_cue, self.gap = (token_ids(tokenizer, part) for part in parts)
 
     @classmethod
