@@ -32,17 +32,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fastprice import Item, PriceEstimator, score
+from fastprice.common.arrays import FloatArray
 from fastprice.config import RunConfig, read_config
 from fastprice.errors import ConfigError
 from fastprice.evaluation.metrics import paired_difference
 from fastprice.inference.conformal import calibrate
 from fastprice.run import Prepared, prepare_items
 from fastprice.training.callbacks import Progress
-
-FloatArray = NDArray[np.float64]
 
 SUMMARIES = {"mae": "median", "rmsle": "log-mean", "hits": "best window"}  # by criterion
 COVERAGE = 0.9

@@ -49,6 +49,14 @@ def shared() -> Path:
     return SHARED
 
 
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The name of a base model that trains in a second; see tests/tiny_base.py."""
+    from tests.tiny_base import save_tiny_base
+
+    return save_tiny_base(tmp_path_factory.mktemp("base"))
+
+
 @pytest.fixture
 def fastprice(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -73,6 +73,7 @@ def _scaled(
     return w.to(dtype).reshape(tuple(shape))
 
 
+@torch.no_grad()  # as machine code that autograd knows nothing of
 def _packed_product(
     x: Tensor, packed: Tensor, shape: Sequence[int], absmax: Tensor, code: Tensor, blocksize: int
 ) -> Tensor:

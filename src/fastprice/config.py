@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from fastprice.errors import ConfigError, nearest_name
 from fastprice.memory import parse_bytes
-from fastprice.memory.recompute_levels import check_keep
+from fastprice.memory.recompute_levels import check_recompute
 
 __all__ = ["CleanConfig", "DataConfig", "ModelConfig", "RunConfig", "SplitConfig", "TrainConfig", "read_config"]
 
@@ -81,13 +81,13 @@ class ModelConfig(_Section):
     dropout: float = Field(default=0.0, ge=0, lt=1)
     max_tokens: int = Field(default=256, ge=8)
     max_memory: str | int | None = Field(default=None, description="GPU memory to stay within, such as 24GiB")
-    recompute: str = Field(default="auto", description="what each layer keeps for its backward pass (docs/fit.md)")
+    recompute: str = Field(default="auto", description="recompute level of each layer (docs/fit.md)")
 
     @field_validator("recompute")
     @classmethod
     def _known_levels(cls, value: str) -> str:
         try:
-            return check_keep(value)
+            return check_recompute(value)
         except ConfigError as error:
             raise ValueError(str(error).removeprefix("recompute: ")) from error
 

@@ -6,7 +6,7 @@
     ├── BaseModelError          a base model or a saved estimator that cannot be found, read or trained
     ├── MissingDependencyError  an optional package or device that the request needs
     ├── TrainingError           training that started and cannot go on (loss not finite, no labeled token)
-    ├── StreamingError          weights that could not be brought from the host to the device
+    ├── OffloadError            weights that could not be copied from host memory to the GPU
     └── NotFittedError          prediction before `fit` or `load`
 
 Every message is one line: what is wrong, where (file, row, column, key), and what to do. The command line prints that
@@ -25,7 +25,7 @@ __all__ = [
     "FastpriceError",
     "MissingDependencyError",
     "NotFittedError",
-    "StreamingError",
+    "OffloadError",
     "TrainingError",
     "nearest_name",
 ]
@@ -55,8 +55,8 @@ class TrainingError(FastpriceError):
     """Training that cannot go on without doing harm."""
 
 
-class StreamingError(FastpriceError):
-    """Weights that could not be brought from the host to the device in time."""
+class OffloadError(FastpriceError):
+    """Weights of an offloaded layer that could not be copied from host memory to the GPU."""
 
 
 class NotFittedError(FastpriceError, ValueError, AttributeError):

@@ -11,13 +11,14 @@ import numpy as np
 from numpy.typing import ArrayLike
 from sklearn.base import BaseEstimator, RegressorMixin
 
+from fastprice.config import TrainConfig
 from fastprice.data.inputs import draw_items, price_of, training_items
 from fastprice.data.items import Item
 from fastprice.errors import BaseModelError, ConfigError, DataError, NotFittedError
 from fastprice.inference.conformal import Calibration, calibrate
 from fastprice.inference.predictor import PricePredictor
 from fastprice.memory import parse_bytes
-from fastprice.memory.recompute_levels import check_keep
+from fastprice.memory.recompute_levels import check_recompute
 from fastprice.models.adapters import TEXT_LOSSES, check_method, suggested_learning_rate
 from fastprice.models.engine_choice import choose_engine
 from fastprice.models.saved_folder import ADAPTER, HEAD, MANIFEST, MODEL, read_manifest, write_folder
@@ -25,11 +26,11 @@ from fastprice.prompts.template import encode_rows
 
 if TYPE_CHECKING:
     from fastprice.inference.price_heads import PriceHead
-    from fastprice.memory import Plan
+    from fastprice.memory import MemoryPlan
     from fastprice.models.adapters import Method
     from fastprice.models.engine import Engine, LoadedModel
-    from fastprice.offload import Streaming
-    from fastprice.training.auxiliary_losses import Objective
+    from fastprice.offload import LayerOffload
+    from fastprice.training.auxiliary_losses import AuxiliaryLosses
     from fastprice.training.callbacks import TrainingEvent
     from fastprice.training.train import TrainingResult
 
@@ -56,9 +57,9 @@ class PriceEstimator(PricePredictor, RegressorMixin, BaseEstimator):  # type: ig
     kernels        "auto": fastprice_kernels under the model while it trains on CUDA; "on" or "off" anywhere
     cuda_graphs    "on": steps replayed as CUDA graphs once a replay agreed with the eager step (fastprice.training.cuda_graphs);
                    "auto": where that is possible and pays; "off"
-    recompute      what each layer keeps for its backward pass: "all", "costly" (cheap things are computed again),
-                   "input" (its forward pass is done again), "host" (so too, from its input on the host); counts from
-                   the first layer on ("12 input, 20 costly"); or "auto": what fits the GPU, on a CPU everything
+    recompute      what the backward pass computes again of each layer: "none", "selective" (norms and the product in
+                   the MLP), "full" (the forward pass), "offload" (so too, from its input in host memory); counts from
+                   the first layer on ("12 full, 20 selective"); or "auto": as little as fits the GPU, on a CPU none
     rank, alpha    of the adapters; alpha None is 2 x rank; dropout on their input
     learning_rate  peak; None is a width-dependent default (`fastprice.models.adapters.suggested_learning_rate`)
     epochs         passes over the training items
@@ -75,7 +76,7 @@ class PriceEstimator(PricePredictor, RegressorMixin, BaseEstimator):  # type: ig
     After `fit`: `fallback_price_` (median training price, for a text that gives no price any probability),
     `ceiling_price_` (largest training price, and the largest that is estimated), `training_`
     (fastprice.training.train.TrainingResult), `cut_` (training texts that were shortened), `calibration_` (of intervals),
-    `plan_` (fastprice.memory.Plan, with `max_memory`).
+    `plan_` (fastprice.memory.MemoryPlan, with `max_memory`).
     Follows scikit-learn: `get_params`, `set_params`, `clone`, `cross_val_score(estimator, items)`.
     """
 
@@ -173,6 +174,7 @@ class PriceEstimator(PricePredictor, RegressorMixin, BaseEstimator):  # type: ig
 
         Raises DataError for items without a price, ConfigError, BaseModelError, TrainingError.
         """
+        from fastprice.training.step_options import StepOptions
         from fastprice.training.train import train as run_training
 
         items, validation_items = training_items(train, validation)
@@ -183,7 +185,7 @@ class PriceEstimator(PricePredictor, RegressorMixin, BaseEstimator):  # type: ig
         self.fallback_price_, self.ceiling_price_ = float(np.median(prices)), max(prices)
         self._decoder = None
         rows = encode_rows(self._tokenizer, items, self.max_tokens, self.form)
-        objective = self._objective(items)
+        auxiliary = self._auxiliary_losses(items)
         self.cut_ = sum(row.cut > 0 for row in rows)
         watched = draw_items(validation_items, self.validation_items, self.seed)
         truths = np.array([price_of(item) for item in watched])
@@ -195,9 +197,6 @@ class PriceEstimator(PricePredictor, RegressorMixin, BaseEstimator):  # type: ig
             finally:
                 self._decoder = None  # room for training
 
-        learning_rate = self.learning_rate
-        if learning_rate is None:
-            learning_rate = suggested_learning_rate(self._model.config.hidden_size, check_method(self.method))
         try:
             self.training_: TrainingResult = run_training(
                 self._engine,
@@ -205,20 +204,15 @@ class PriceEstimator(PricePredictor, RegressorMixin, BaseEstimator):  # type: ig
                 self._tokenizer,
                 rows,
                 validation_error if watched else None,
-                epochs=self.epochs,
-                learning_rate=learning_rate,
-                pack_tokens=self.pack_tokens if self.plan_ is None else self.plan_.tokens,
-                gradient_accumulation=self.gradient_accumulation
-                * (1 if self.plan_ is None else self.plan_.accumulation),
-                evaluations=self.evaluations,
-                warmup_ratio=self.warmup_ratio,
+                self._training_settings(),
                 seed=self.seed,
-                kernels=self.kernels,
-                cuda_graphs=self.cuda_graphs,
-                recompute=self.recompute,
-                budget=None if self.max_memory is None else parse_bytes(self.max_memory),
-                streamed=0 if self.plan_ is None else self.plan_.streamed,
-                objective=objective,
+                options=StepOptions(
+                    kernels=self.kernels,
+                    recompute=self.recompute,
+                    memory_budget=None if self.max_memory is None else parse_bytes(self.max_memory),
+                    offloaded_layers=0 if self.plan_ is None else self.plan_.offloaded_layers,
+                ),
+                auxiliary=auxiliary,
                 on_event=on_event,
             )
         except BaseException:
@@ -308,23 +302,23 @@ class PriceEstimator(PricePredictor, RegressorMixin, BaseEstimator):  # type: ig
         return choose_engine("peft" if self.engine == "auto" and needs_peft else self.engine)
 
     def _drop_model(self) -> None:
-        """Lets go of the model and frees what is streamed to it."""
-        streaming = getattr(self, "_streaming", None)
-        if streaming is not None:
-            streaming.close()
-        self.plan_: Plan | None = None
-        self._streaming: Streaming | None = None
+        """Releases the model and the device buffers of its offloaded layers."""
+        layer_offload = getattr(self, "_layer_offload", None)
+        if layer_offload is not None:
+            layer_offload.close()
+        self.plan_: MemoryPlan | None = None
+        self._layer_offload: LayerOffload | None = None
         if hasattr(self, "_model"):
             del self._model
 
     def _load_base(self, engine: Engine, method: Method) -> LoadedModel:
-        """The base, as a plan for `max_memory` says where that is given; sets `plan_` and `_streaming`."""
+        """The base, as a plan for `max_memory` says where that is given; sets `plan_` and `_layer_offload`."""
         self._drop_model()
         max_tokens = self.max_tokens + _WRAPPER_TOKENS
         if self.max_memory is None:
             return engine.load_base(self.base, method=method, max_tokens=max_tokens)
         from fastprice.offload.planned_loading import load_planned
-        from fastprice.training.train import uses_kernels
+        from fastprice.training.step_options import uses_kernels
 
         planned = load_planned(
             self.base,
@@ -336,7 +330,7 @@ class PriceEstimator(PricePredictor, RegressorMixin, BaseEstimator):  # type: ig
             max_tokens=max_tokens,
             kernels=uses_kernels(self.kernels),
         )
-        self.plan_, self._streaming = planned.plan, planned.streaming
+        self.plan_, self._layer_offload = planned.plan, planned.layer_offload
         return planned.loaded
 
     def _write_weights(self, folder: Path) -> None:
@@ -348,9 +342,21 @@ class PriceEstimator(PricePredictor, RegressorMixin, BaseEstimator):  # type: ig
         else:
             self._model.save_pretrained(folder / ADAPTER)
 
-    def _objective(self, items: list[Item]) -> Objective | None:
-        """What is added to the text's cross-entropy; makes the head."""
-        from fastprice.training.auxiliary_losses import Objective
+    def _training_settings(self) -> TrainConfig:
+        """The settings of training, with the learning rate and the sizes of the memory plan filled in."""
+        settings = TrainConfig(**{name: getattr(self, name) for name in TrainConfig.model_fields})
+        changes: dict[str, float] = {}
+        if settings.learning_rate is None:
+            hidden_size = self._model.config.hidden_size
+            changes["learning_rate"] = suggested_learning_rate(hidden_size, check_method(self.method))
+        if self.plan_ is not None:
+            changes["pack_tokens"] = self.plan_.tokens
+            changes["gradient_accumulation"] = self.gradient_accumulation * self.plan_.gradient_accumulation
+        return settings.model_copy(update=changes)
+
+    def _auxiliary_losses(self, items: list[Item]) -> AuxiliaryLosses | None:
+        """The losses added to that of the text, if any; makes the price head."""
+        from fastprice.training.auxiliary_losses import AuxiliaryLosses
 
         self._head = self._new_head(items) if self.output == "head" else None
         number = None
@@ -362,7 +368,7 @@ class PriceEstimator(PricePredictor, RegressorMixin, BaseEstimator):  # type: ig
             number = NumberLoss(self.text_loss, trie, self._tokenizer)
         if self._head is None and number is None:
             return None
-        return Objective(self._head, self.price_head_weight, number, self.text_loss_weight)
+        return AuxiliaryLosses(self._head, self.price_head_weight, number, self.text_loss_weight)
 
     def _new_head(self, items: list[Item]) -> PriceHead:
         """A head started from the prices of the training items, and from what the untrained model makes of some."""
@@ -430,7 +436,7 @@ class PriceEstimator(PricePredictor, RegressorMixin, BaseEstimator):  # type: ig
             if not holds
         ]
         try:
-            check_keep(self.recompute)
+            check_recompute(self.recompute)
         except ConfigError as error:
             wrong.append(str(error))
         if self.pack_tokens < self.max_tokens + _WRAPPER_TOKENS:

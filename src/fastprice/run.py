@@ -9,7 +9,6 @@ The model is written as soon as it is trained, before the evaluation. Every file
 from __future__ import annotations
 
 import json
-import os
 import random
 from collections import Counter
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastprice import __version__
+from fastprice.common.files import write_text_atomically
 from fastprice.config import RunConfig
 from fastprice.data.cleaning import clean_items
 from fastprice.data.items import Item, Items, load_items
@@ -132,7 +132,7 @@ def run(config: RunConfig, console: Console) -> RunResult:
 
     out.mkdir(parents=True, exist_ok=True)
     prepared.items.write_rejects(out / REJECTS)
-    _write(out / CONFIG, config.to_yaml())
+    write_text_atomically(out / CONFIG, config.to_yaml())
     if prepared.items.rejects:
         console.print(f"{len(prepared.items.rejects):,} rows that cannot be used, with reasons: {out / REJECTS}")
 
@@ -152,11 +152,11 @@ def run(config: RunConfig, console: Console) -> RunResult:
     console.print(
         f"trained on {training.tokens:,} tokens in {training.seconds:,.0f} s"
         + ("" if training.best_mae is None else f"; kept step {training.best_step} (${training.best_mae:.2f})")
-        + ("" if training.recompute is None else f"; each layer kept: {training.recompute}")
+        + ("" if training.recompute is None else f"; recompute: {training.recompute}")
         + (f"; {estimator.cut_:,} texts cut at {estimator.max_tokens} tokens" if estimator.cut_ else "")
     )
 
-    for move in training.moves:
+    for move in training.recompute_changes:
         console.print(f"  memory: {move}", highlight=False)
 
     results = []
@@ -212,7 +212,7 @@ def _write_results(
         "curves": curves,
         "versions": _versions(),
     }
-    _write(out / RESULTS, json.dumps(results, indent=1) + "\n")
+    write_text_atomically(out / RESULTS, json.dumps(results, indent=1) + "\n")
     write_report(
         out / REPORT,
         title=f"fastprice: {config.model.base} on {prepared.items.source or 'items'}",
@@ -270,12 +270,3 @@ def _versions() -> dict[str, str]:
 
     libraries = ("torch", "transformers", "trl", "peft", "bitsandbytes")
     return {"fastprice": __version__, **{name: version(name) for name in libraries}}
-
-
-def _write(path: Path, content: str) -> None:
-    half = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        half.write_text(content, encoding="utf-8")
-        half.replace(path)
-    finally:
-        half.unlink(missing_ok=True)

@@ -104,12 +104,32 @@ def test_r2_survives_resamples_without_variation() -> None:
     assert scores.r2.low <= scores.r2 <= scores.r2.high
 
 
+def test_one_resample_without_variation_gives_r2_no_interval() -> None:
+    figures = [score([10.0, 20.0], [11.0, 22.0], resamples=1, seed=seed).r2 for seed in range(8)]
+    assert figures == pytest.approx([1 - 5 / 50] * 8)
+    assert {math.isnan(figure.low) for figure in figures} == {True, False}  # half the draws are one item twice
+
+
+def test_r2_keeps_its_digits_where_prices_are_large_and_vary_little() -> None:
+    assert score([1e6, 1e6 + 1, 1e6 + 2], [1e6, 1e6 + 1, 1e6 + 3]).r2 == pytest.approx(0.5, rel=1e-9)
+
+
 def test_same_seed_same_interval_and_another_seed_another() -> None:
     random = np.random.default_rng(1)
     truths = random.lognormal(4, 1, 200)
     guesses = truths * random.lognormal(0, 0.3, 200)
     assert score(truths, guesses).as_dict() == score(list(truths), list(guesses)).as_dict()
     assert score(truths, guesses, seed=1).mae.low != score(truths, guesses).mae.low
+
+
+def test_the_defaults_are_1000_resamples_from_seed_0() -> None:
+    random = np.random.default_rng(1)
+    truths, a, b = random.lognormal(4, 1, (3, 50))
+    assert score(truths, a).as_dict() == score(truths, a, resamples=1000, seed=0).as_dict()
+    gap = paired_difference(truths, a, b)
+    for seed, same in ((0, True), (1, False)):
+        other = paired_difference(truths, a, b, resamples=1000, seed=seed)
+        assert ((gap.low, gap.high) == (other.low, other.high)) is same
 
 
 def test_interval_does_not_depend_on_the_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,3 +233,6 @@ def test_impossible_settings_are_refused() -> None:
         score([1.0], [1.0], resamples=0)
     with pytest.raises(ConfigError, match="unknown metric 'mea'"):
         paired_difference([1.0], [1.0], [1.0], "mea")
+    for a, b, name in (([math.nan], [1.0], "guesses_a"), ([1.0], [math.nan], "guesses_b")):
+        with pytest.raises(DataError, match=rf"^{name}\[0\] is nan"):
+            paired_difference([1.0], a, b)

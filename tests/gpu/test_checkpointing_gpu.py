@@ -1,6 +1,6 @@
-"""Levels on a CUDA device: equal losses and gradients, inputs that go to the host and come back, peaks in order.
+"""Recompute levels on a CUDA device: equal losses and gradients, inputs offloaded and prefetched, peaks in order.
 
-Never run yet where this was written: there was no GPU.
+Not run yet: there was no GPU where this was written.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from fastprice.memory.activation_checkpointing import keeping
-from fastprice.memory.recompute_levels import LEVELS
+from fastprice.memory.activation_checkpointing import ActivationCheckpointing
+from fastprice.memory.recompute_levels import RECOMPUTE_LEVELS
 
 pytestmark = [
     pytest.mark.gpu,
@@ -54,8 +54,11 @@ def test_every_level_gives_the_same_and_takes_less_than_the_one_before() -> None
     step(model)  # workspaces
     want, most = step(model)
     peaks = []
-    for levels in (*((level,) * LAYERS for level in LEVELS), ("host", "host", "input", "costly", "all", "all")):
-        with keeping(model, levels):
+    for levels in (
+        *((level,) * LAYERS for level in RECOMPUTE_LEVELS),
+        ("offload", "offload", "full", "selective", "none", "none"),
+    ):
+        with ActivationCheckpointing(model, levels):
             got, peak = step(model)
         peaks.append(peak)
         for a, b in zip(got, want, strict=True):

@@ -15,7 +15,7 @@ from torch import Tensor
 from fastprice.models.packed_attention import PACKED_ATTENTION, register_packed_attention, varlen_works
 from fastprice.prompts.packing import PackCollator, StaticShape, pack_rows
 from fastprice.prompts.template import IGNORE, TrainingRow
-from fastprice.training.cuda_graphs import BANDS, CudaCapture, GraphedStep, hindrance
+from fastprice.training.cuda_graphs import TOLERANCES, CudaCapture, GraphedStep, unsupported_reason
 from fastprice_kernels import install
 
 pytestmark = [
@@ -23,7 +23,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
-BAND = BANDS[torch.bfloat16]
+BAND = TOLERANCES[torch.bfloat16]
 
 
 def batches(count: int = 6) -> list[dict[str, Any]]:
@@ -91,8 +91,8 @@ def trained(model: Any) -> dict[str, torch.nn.Parameter]:
 @pytest.mark.parametrize("nf4", [False, True])
 def test_replays_train_as_eager_steps_do(nf4: bool, checkpointing: bool) -> None:
     (eager, eager_step), (model, step) = (model_and_step(nf4=nf4, checkpointing=checkpointing) for _ in range(2))
-    assert hindrance(model, "peft", kernels=True, dtype=torch.bfloat16, processes=1) is None
-    graphed = GraphedStep(step, trained(model), band=BAND)
+    assert unsupported_reason(model, "peft", kernels=True, dtype=torch.bfloat16, processes=1) is None
+    graphed = GraphedStep(step, trained(model), tolerance=BAND)
     optimizers = [torch.optim.AdamW(trained(each).values(), lr=1e-3) for each in (eager, model)]
     losses = []
     for _ in range(4):
@@ -101,18 +101,18 @@ def test_replays_train_as_eager_steps_do(nf4: bool, checkpointing: bool) -> None
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
-    assert graphed.state == "trusted", graphed.trouble
+    assert graphed.state == "trusted", graphed.failure
     for got, want in losses:
         torch.testing.assert_close(got, want, rtol=BAND, atol=BAND)
 
 
 def test_nothing_waits_for_the_device_in_a_replayed_step() -> None:
     model, step = model_and_step(nf4=True, checkpointing=False)
-    graphed = GraphedStep(step, trained(model), band=BAND)
+    graphed = GraphedStep(step, trained(model), tolerance=BAND)
     made = batches()
     for batch in made[:3]:
         graphed(batch)
-    assert graphed.state == "trusted", graphed.trouble
+    assert graphed.state == "trusted", graphed.failure
     torch.cuda.set_sync_debug_mode("error")
     try:
         for batch in made:
@@ -130,7 +130,7 @@ def test_a_replay_of_stale_weights_is_noticed() -> None:
         held = copy if torch.cuda.is_current_stream_capturing() else weight.detach()
         return step(batch) + 100 * held.square().sum()
 
-    graphed = GraphedStep(with_a_stale_copy, trained(model), band=1e-3)
+    graphed = GraphedStep(with_a_stale_copy, trained(model), tolerance=1e-3)
     first, second, third, *_ = batches()
     graphed(first)
     with pytest.warns(UserWarning, match="CUDA graphs stay off: a replayed step gives another"):
@@ -147,7 +147,7 @@ def test_a_step_that_reads_on_the_host_stays_eager_with_one_warning() -> None:
         float(loss)
         return loss
 
-    graphed = GraphedStep(reads, trained(model), band=BAND)
+    graphed = GraphedStep(reads, trained(model), tolerance=BAND)
     first, *others = batches()
     with pytest.warns(UserWarning, match="cannot be captured"):
         graphed(first)
@@ -166,10 +166,10 @@ def test_the_memory_of_a_graph_is_given_back() -> None:
 
     x = torch.randn(4096, 1024, device="cuda")
     before = torch.cuda.memory_allocated()
-    graphed = GraphedStep(step, {"weight": weight}, band=1e-3, capture=CudaCapture)
+    graphed = GraphedStep(step, {"weight": weight}, tolerance=1e-3, capture=CudaCapture)
     for _ in range(3):
         graphed({"x": x})
-    assert graphed.state == "trusted", graphed.trouble
+    assert graphed.state == "trusted", graphed.failure
     assert torch.cuda.memory_allocated() > before
     del graphed
     weight.grad = None

@@ -72,7 +72,7 @@ def trained(folder: Path, options: str) -> dict[str, Any]:
         {"engine": "peft", "kernels": "off"},
         {"engine": "peft", "kernels": "on"},
         {"engine": "peft", "kernels": "on", "cuda_graphs": "on"},
-        {"engine": "peft", "kernels": "on", "recompute": "3 host, 3 costly"},
+        {"engine": "peft", "kernels": "on", "recompute": "3 offload, 3 selective"},
         {"engine": "peft", "kernels": "on", "output": "head"},
         pytest.param(
             {"engine": "unsloth"},

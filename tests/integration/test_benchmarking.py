@@ -176,7 +176,7 @@ def test_the_memory_estimate_stands_beside_what_was_measured(work: Work) -> None
                 {**measured, **sizes, "peer": "trl-packed"},
                 {**measured, **sizes, "peer": "unsloth-tuned"},
                 {**measured, "peer": "peft", "peak_reserved": None, "peak_allocated": None},
-                {**measured, "peer": "peft", "keep": "4 input, 12 all", "peak_reserved": None, "peak_allocated": None},
+                {**measured, "peer": "peft", "keep": "4 full, 12 none", "peak_reserved": None, "peak_allocated": None},
             ],
         }
     )
@@ -204,7 +204,7 @@ def test_streaming_is_measured_beside_resident_training(tmp_path: Path) -> None:
     cap = streaming_cap("nano", tokens=512, rank=16, kernels=False)
     capped = streamed(folder, cap_bytes=cap, tokens=512, steps=2, max_tokens=200)
     assert 1 <= capped["streamed_layers"] <= capped["layers"] == 6
-    assert capped["boundary"] == "PretendBoundary"
+    assert capped["boundary"] == "SimulatedTransfers"
     assert capped["micro_batch"] * capped["accumulation"] == 512
     case = {"kind": "stream", "model": "nano"}
     rows = [{"stage": "stream", "status": "ok", "case": case, **capped, "cap_bytes": size} for size in (0, cap)]

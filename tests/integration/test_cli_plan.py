@@ -31,10 +31,10 @@ def test_the_settings_of_a_plan_are_settings_of_train(fastprice: Run) -> None:
     RunConfig.model_validate({**settings, "data": {"file": "x"}, "out": "y"})
 
 
-def test_a_model_too_large_for_the_gpu_is_streamed_within_the_limit_that_its_run_needs(fastprice: Run) -> None:
+def test_a_model_too_large_for_the_gpu_is_offloaded_within_the_limit_that_its_run_needs(fastprice: Run) -> None:
     status, said, told = fastprice("plan", "--base", "unsloth/Llama-3.1-70B", "--gpu", "24GiB")
     assert status == 0, told
-    assert "of 80 layers streamed from the host" in said
+    assert "of 80 layers offloaded to the host" in said
     settings = yaml.safe_load(said[said.index("model:") :])
     assert parse_bytes(settings["model"]["max_memory"]) == 24 * 2**30
     RunConfig.model_validate({**settings, "data": {"file": "x"}, "out": "y"})

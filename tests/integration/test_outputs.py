@@ -143,7 +143,7 @@ def test_what_cannot_be_is_told_in_one_line() -> None:
     for settings in ({"output": "head"}, {"text_loss": "wasserstein"}):
         with pytest.raises(ConfigError, match="use engine='peft'"):
             PriceEstimator(engine="unsloth", **settings).prepare()
-    with pytest.raises(ConfigError, match="cuda_graphs: on, but a head"):
+    with pytest.raises(ConfigError, match="cuda_graphs: on, but a price head"):
         PriceEstimator(**SMALL, output="head", kernels="on", cuda_graphs="on").fit(three_price_items(20))
 
 

@@ -147,7 +147,7 @@ def test_inspect_shows_what_carries_loss(fastprice: Run, trained: Path) -> None:
     status, said, _ = fastprice("inspect", trained / "config.yaml", "--examples", 2)
     assert status == 0
     assert said.count("Price is $") == 2
-    assert "carry loss" in said
+    assert "labeled" in said
 
 
 def test_the_demo_is_the_same_job_on_the_catalogue(fastprice: Run, tmp_path: Path) -> None:

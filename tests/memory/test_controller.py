@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from fastprice.memory.controller import WINDOW, WINDOWS, Keeper, Ladder, expected_bytes
 from tests.memory.test_activation_checkpointing import LAYERS, batch, make
 
 from fastprice.errors import ConfigError, TrainingError
 from fastprice.memory.activation_checkpointing import decoder_layers
-from fastprice.memory.controller import WINDOW, WINDOWS, Keeper, Ladder, expected_bytes
 from fastprice.memory.estimate import CUDA_CONTEXT, estimate_memory
 
 COST = {"all": 100, "costly": 50, "input": 10, "host": 0}

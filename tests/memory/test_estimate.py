@@ -310,9 +310,10 @@ def test_levels_agree_with_the_real_model_code(base: str, method: str, levels: t
 )
 def test_a_layer_keeps_what_is_said_to_the_byte(base: str, method: str) -> None:
     """What one more layer adds to the bytes alive after the forward pass: the real model, autograd and our hooks."""
-    from fastprice.memory.estimate import kept_bytes
     from fastprice.memory.simulate import Case
     from fastprice.memory.simulate import kept_bytes as simulated_kept_bytes
+
+    from fastprice.memory.estimate import kept_bytes
 
     def kept(levels: tuple[str, ...]) -> int:
         step = Case(base, method, 1024, levels, "completion", sequences=2, labeled=0.02, layers=len(levels),
@@ -335,9 +336,8 @@ def _weights(step: Any) -> int:
 @pytest.mark.filterwarnings("ignore")
 def test_the_simulation_counts_storages_not_tensors() -> None:
     import torch
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
     from fastprice.memory.stand_ins import Live
+    from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode(), Live() as live:
         x = torch.empty(1000, requires_grad=True)

@@ -16,9 +16,9 @@ from fastprice.errors import ConfigError
 from fastprice.inference.scorers.merged_decoder import DenseDecoder, _dense
 from fastprice.models.base_models import resolve_base
 from fastprice.models.peft_engine import PeftEngine
+from fastprice.offload.device_transfers import SimulatedTransfers
 from fastprice.offload.nf4_loading import load_nf4
 from fastprice.offload.quantize import quantize
-from fastprice.offload.transfers import PretendBoundary
 from fastprice_kernels.reference.nf4 import nf4_reference
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the engine would load onto the CUDA device")
@@ -47,11 +47,11 @@ def by_engine(base: str, method: Any) -> Any:
     return PeftEngine().load_base(base, method=method, max_tokens=64).model
 
 
-def by_streaming(base: str, method: str) -> Any:
-    return load_nf4(base, dtype=torch.float32, boundary=PretendBoundary())[0]
+def by_tensor(base: str, method: str) -> Any:
+    return load_nf4(base, dtype=torch.float32, transfers=SimulatedTransfers())[0]
 
 
-@pytest.mark.parametrize("load", [by_engine, by_streaming])
+@pytest.mark.parametrize("load", [by_engine, by_tensor])
 def test_widths_that_bitsandbytes_computes_wrongly_are_refused(
     cpu_kind: str, odd_base: Path, load: Callable[[str, str], Any]
 ) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
+from fastprice.offload.arithmetic import hides_from, layer_bytes, table
 from tests.paths import DOCS
 
 from fastprice.memory.planner import find_plan
 from fastprice.memory.roofline import Step, known_gpu, step_seconds
 from fastprice.models.shapes import read_shape
-from fastprice.offload.arithmetic import hides_from, layer_bytes, table
 
 GUIDE = DOCS / "fit.md"
 

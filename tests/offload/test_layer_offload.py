@@ -10,12 +10,12 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from fastprice.offload.transfers import PretendBoundary
 
 from fastprice.errors import ConfigError, StreamingError
 from fastprice.memory.activation_checkpointing import keeping
 from fastprice.offload import spread, stream
 from fastprice.offload.host_layer import decoder_layers, frozen_linears
-from fastprice.offload.transfers import PretendBoundary
 from fastprice_kernels import installed
 
 KERNELS = {"stock": None, "kernels": {}, "kernels, keep_dense": {"keep_dense": True}}

@@ -6,10 +6,10 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from fastprice.offload.transfers import PretendBoundary
 
 from fastprice.memory.activation_checkpointing import keeping
 from fastprice.offload import stream
-from fastprice.offload.transfers import PretendBoundary
 from fastprice_kernels import installed
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fastprice.offload.transfers import PretendBoundary
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, Qwen2Config
 
@@ -15,7 +16,6 @@ from fastprice.errors import BaseModelError, ConfigError
 from fastprice.models.base_models import resolve_base
 from fastprice.models.peft_engine import PeftEngine, settle_four_bit
 from fastprice.offload.nf4_loading import load_nf4, load_streamed
-from fastprice.offload.transfers import PretendBoundary
 
 SIZES = {
     "vocab_size": 97,

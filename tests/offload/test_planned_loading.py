@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fastprice.offload.transfers import PretendBoundary
 
 from fastprice import PriceEstimator, split_items
 from fastprice.data.synthetic import make_catalogue
 from fastprice.errors import ConfigError, TrainingError
 from fastprice.memory.planner import find_plan
 from fastprice.models.base_models import load_config
-from fastprice.offload.transfers import PretendBoundary
 from fastprice.training.cuda_graphs import hindrance
 
 SETTINGS: dict[str, Any] = {

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fastprice.offload.transfers import PretendBoundary
 from safetensors.torch import load_file, save_file
 from tests.offload.test_nf4_loading import same_models
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaConfig
@@ -18,7 +19,6 @@ from fastprice.models.base_models import resolve_base
 from fastprice.models.peft_engine import PeftEngine
 from fastprice.offload.nf4_loading import load_nf4
 from fastprice.offload.quantize import quantize
-from fastprice.offload.transfers import PretendBoundary
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import re
+import subprocess
+import sys
 
 import pytest
 from hypothesis import given, settings
@@ -99,6 +101,33 @@ def test_sums_as_people_write_them(expression: str, value: float) -> None:
 )  # fmt: skip
 def test_conversions(request_: str, value: float) -> None:
     assert convert(request_) == pytest.approx(value, rel=1e-4)
+
+
+def test_every_unit_has_the_size_of_its_kind() -> None:
+    # One request a unit, against the definitions: inches, pounds and US gallons are exact in SI.
+    sizes = {
+        "m": {"mm": 1e-3, "cm": 1e-2, "km": 1e3, "in": 0.0254, "ft": 0.3048, "yd": 0.9144, "mi": 1609.344},
+        "kg": {"mg": 1e-6, "g": 1e-3, "oz": 0.45359237 / 16, "lb": 0.45359237},
+        "l": {
+            "ml": 1e-3, "cl": 1e-2, "gal": 3.785411784, "qt": 3.785411784 / 4, "pt": 3.785411784 / 8,
+            "cup": 3.785411784 / 16, "floz": 3.785411784 / 128,
+        },
+        "m2": {"cm2": 1e-4, "in2": 0.0254**2, "ft2": 0.3048**2},
+        "gb": {"mb": 1e-3, "tb": 1e3},
+        "s": {"min": 60, "h": 3600, "day": 86400},
+        "kw": {"w": 1e-3, "hp": 0.7456998715822702},
+    }  # fmt: skip
+    for base, units in sizes.items():
+        for unit, size in units.items():
+            assert convert(f"1 {unit.upper()} to {base}") == pytest.approx(size, rel=1e-12), unit
+
+
+def test_pint_is_imported_by_the_first_unit_only() -> None:
+    program = (
+        "import sys; from fastprice.prompting.conversion import convert; convert('5 eur to usd')\n"
+        "assert 'pint' not in sys.modules; convert('1 in to cm'); assert 'pint' in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_the_rates_are_those_of_a_stated_day() -> None:

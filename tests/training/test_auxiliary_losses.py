@@ -16,7 +16,7 @@ from fastprice.models.base_models import load_tokenizer
 from fastprice.models.packed_attention import PACKED_ATTENTION, register_packed_attention
 from fastprice.prompts.packing import PackCollator, pack_rows
 from fastprice.prompts.template import IGNORE, encode_rows
-from fastprice.training.auxiliary_losses import TARGETS, Objective
+from fastprice.training.auxiliary_losses import PRICE_LABELS, AuxiliaryLosses
 from fastprice.training.number_losses import NumberLoss, expected_cost
 from fastprice_kernels import installed
 
@@ -43,19 +43,19 @@ def model() -> Any:
     return model.train()
 
 
-def make_objective(kind: str = "wasserstein") -> Objective:
+def make_auxiliary(kind: str = "wasserstein") -> AuxiliaryLosses:
     prices = [item.price for item in ITEMS]
     head = make_head("histogram", 32, 1.0, 999.0)
     head.start_from(prices)
     torch.manual_seed(1)
     torch.nn.init.normal_(head.linear.weight, std=0.2)
-    return Objective(head, 0.7, NumberLoss(kind, PriceTrie.of(TOKENIZER, 999), TOKENIZER), 0.4)
+    return AuxiliaryLosses(head, 0.7, NumberLoss(kind, PriceTrie.of(TOKENIZER, 999), TOKENIZER), 0.4)
 
 
-def by_texts(model: Any, objective: Objective) -> Tensor:
+def by_texts(model: Any, auxiliary: AuxiliaryLosses) -> Tensor:
     """The same losses, each text computed alone, whole, by the stock model: the plain truth."""
     model.get_base_model().set_attn_implementation("sdpa")
-    head, number = objective.head, objective.number
+    head, number = auxiliary.price_head, auxiliary.number_loss
     assert head is not None
     assert number is not None
     total = torch.zeros(())
@@ -63,36 +63,36 @@ def by_texts(model: Any, objective: Objective) -> Tensor:
         begin = sum(label == IGNORE for label in row.labels)
         output = model(input_ids=torch.tensor([row.ids]), output_hidden_states=True)
         last = output.hidden_states[-1][:, begin - 1]
-        total = total + objective.price_head_weight * head.loss(head(last), torch.tensor([item.price])).sum()
+        total = total + auxiliary.price_head_weight * head.loss(head(last), torch.tensor([item.price])).sum()
         table = number.batch([max(1, round(item.price))])
         logits = output.logits[:, begin - 1 : -1][:, table["steps"][0]][..., number.alphabet]
         cost = expected_cost(number.kind, logits, table["right"], table["costs"], table["counts"])
-        total = total + objective.number_weight * cost.sum()
+        total = total + auxiliary.number_loss_weight * cost.sum()
     return total / len(ROWS)
 
 
-def by_packs(model: Any, objective: Objective, *, collator: PackCollator, **kernels: bool) -> Tensor:
+def by_packs(model: Any, auxiliary: AuxiliaryLosses, *, collator: PackCollator, **kernels: bool) -> Tensor:
     register_packed_attention()
     model.get_base_model().set_attn_implementation(PACKED_ATTENTION)
-    collate = objective.collator(collator)
+    collate = auxiliary.collator(collator)
     total = torch.zeros(())
     packs = pack_rows(ROWS, 300, seed=3)
     assert 1 < len(packs) < len(ROWS)
-    with objective.watching(model), installed(model, **kernels) if kernels else torch.enable_grad():
+    with auxiliary.recording(model), installed(model, **kernels) if kernels else torch.enable_grad():
         for pack in packs:
             batch = collate([pack])
-            targets = batch.pop(TARGETS)
+            price_labels = batch.pop(PRICE_LABELS)
             model(**batch, use_cache=False)
-            total = total + objective(model, targets, tokens=batch["input_ids"].numel(), texts=len(ROWS))
+            total = total + auxiliary(model, price_labels, tokens=batch["input_ids"].numel(), texts=len(ROWS))
     return total
 
 
-def gradients(model: Any, objective: Objective, loss: Tensor) -> dict[str, Tensor]:
+def gradients(model: Any, auxiliary: AuxiliaryLosses, loss: Tensor) -> dict[str, Tensor]:
     model.zero_grad()
-    assert objective.head is not None
-    objective.head.zero_grad()
+    assert auxiliary.price_head is not None
+    auxiliary.price_head.zero_grad()
     loss.backward()
-    named = [*model.named_parameters(), *objective.head.named_parameters()]
+    named = [*model.named_parameters(), *auxiliary.price_head.named_parameters()]
     return {name: each.grad.clone() for name, each in named if each.grad is not None}
 
 
@@ -108,11 +108,11 @@ def gradients(model: Any, objective: Objective, loss: Tensor) -> dict[str, Tenso
     ids=["stock", "loss head", "last layer", "positions"],
 )
 def test_packs_equal_texts_alone(model: Any, kind: str, collator: PackCollator, kernels: dict[str, bool]) -> None:
-    objective = make_objective(kind)
-    loss = by_packs(model, objective, collator=collator, **kernels)
-    got = gradients(model, objective, loss)
-    truth = by_texts(model, objective)
-    want = gradients(model, objective, truth)
+    auxiliary = make_auxiliary(kind)
+    loss = by_packs(model, auxiliary, collator=collator, **kernels)
+    got = gradients(model, auxiliary, loss)
+    truth = by_texts(model, auxiliary)
+    want = gradients(model, auxiliary, truth)
     torch.testing.assert_close(loss, truth, rtol=1e-5, atol=1e-5)
     assert got.keys() == want.keys()
     assert len(got) > 20  # adapters of both layers, and the head
@@ -121,23 +121,23 @@ def test_packs_equal_texts_alone(model: Any, kind: str, collator: PackCollator, 
 
 
 def test_without_a_number_of_texts_it_is_the_mean_of_the_pack(model: Any) -> None:
-    objective = make_objective()
+    auxiliary = make_auxiliary()
     register_packed_attention()
     model.get_base_model().set_attn_implementation(PACKED_ATTENTION)
-    batch = objective.collator(PackCollator())(pack_rows(ROWS, 2000))
-    targets, tokens = batch.pop(TARGETS), batch["input_ids"].numel()
+    batch = auxiliary.collator(PackCollator())(pack_rows(ROWS, 2000))
+    price_labels, tokens = batch.pop(PRICE_LABELS), batch["input_ids"].numel()
     losses = []
-    with objective.watching(model):
+    with auxiliary.recording(model):
         for texts in (None, len(ROWS)):
             model(**batch, use_cache=False)
-            losses.append(objective(model, targets, tokens=tokens, texts=texts))
+            losses.append(auxiliary(model, price_labels, tokens=tokens, texts=texts))
     assert losses[0].item() == losses[1].item()
 
 
 def test_prediction_reads_the_state_that_training_read(model: Any) -> None:
     """Prompts of uneven lengths, batched and padded: the distribution is that of each prompt alone."""
-    objective = make_objective()
-    head = objective.head
+    auxiliary = make_auxiliary()
+    head = auxiliary.price_head
     assert head is not None
     model.get_base_model().set_attn_implementation("sdpa")
     model.eval()

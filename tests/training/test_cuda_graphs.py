@@ -21,8 +21,8 @@ from fastprice.errors import ConfigError
 from fastprice.models.packed_attention import PACKED_ATTENTION, register_packed_attention
 from fastprice.prompts.packing import PackCollator, StaticShape, pack_rows
 from fastprice.prompts.template import IGNORE, TrainingRow
-from fastprice.training import train as training
-from fastprice.training.cuda_graphs import BANDS, GraphedStep, hindrance, parameter_count
+from fastprice.training import step_options
+from fastprice.training.cuda_graphs import TOLERANCES, GraphedStep, parameter_count, unsupported_reason
 from fastprice_kernels import install
 
 SIZES = {
@@ -180,14 +180,14 @@ def test_replays_train_as_eager_steps_do(way: str) -> None:
 
         return step
 
-    run_eagerly, band = step_on(eager), BANDS[torch.bfloat16 if way == "autocast" else torch.float32]
+    run_eagerly, band = step_on(eager), TOLERANCES[torch.bfloat16 if way == "autocast" else torch.float32]
     tapes: list[TapeCapture] = []
 
     def capture() -> TapeCapture:
         tapes.append(TapeCapture())
         return tapes[-1]
 
-    graphed = GraphedStep(step_on(graphed_model), trained(graphed_model), band=band, capture=capture)
+    graphed = GraphedStep(step_on(graphed_model), trained(graphed_model), tolerance=band, capture=capture)
     optimizers = [torch.optim.AdamW(trained(model).values(), lr=1e-2) for model in (eager, graphed_model)]
     states = []
     for round_ in range(4):
@@ -205,7 +205,7 @@ def test_replays_train_as_eager_steps_do(way: str) -> None:
     for mine, theirs in zip(trained(graphed_model).values(), trained(eager).values(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
     assert states[:3] == ["recorded", "trusted", "trusted"]
-    assert graphed.trouble is None
+    assert graphed.failure is None
     assert [tape.replays for tape in tapes] == [len(states)]  # two in the check, none in the first two calls
 
 
@@ -255,7 +255,7 @@ class Flawed(TapeCapture):
 def test_a_wrong_replay_is_noticed_once_and_training_stays_eager(flaw: str, told: str) -> None:
     eager, model = model_with_kernels(), model_with_kernels()
     graphed = GraphedStep(
-        step_of(model), trained(model), band=BANDS[torch.bfloat16], capture=lambda: Flawed(flaw, model)
+        step_of(model), trained(model), tolerance=TOLERANCES[torch.bfloat16], capture=lambda: Flawed(flaw, model)
     )
     first, second, *others = batches()
     with pytest.warns(UserWarning, match=f"CUDA graphs stay off: .*{told}") as caught:
@@ -264,7 +264,7 @@ def test_a_wrong_replay_is_noticed_once_and_training_stays_eager(flaw: str, told
     got += [graphed(batch) for batch in others]
     assert got == [step_of(eager)(batch) for batch in (first, second, *others)]
     assert graphed.state == "eager"
-    assert graphed.trouble is not None
+    assert graphed.failure is not None
     for mine, theirs in zip(gradients(model), gradients(eager), strict=True):
         assert torch.equal(mine, theirs)
     for mine, theirs in zip(model.parameters(), eager.parameters(), strict=True):
@@ -273,7 +273,7 @@ def test_a_wrong_replay_is_noticed_once_and_training_stays_eager(flaw: str, told
 
 def test_a_batch_of_another_shape_is_refused() -> None:
     model = model_with_kernels()
-    graphed = GraphedStep(step_of(model), trained(model), band=1e-4, capture=TapeCapture)
+    graphed = GraphedStep(step_of(model), trained(model), tolerance=1e-4, capture=TapeCapture)
     first, second, *_ = batches()
     graphed(first)
     with pytest.raises(ValueError, match=r"labels is \(1, 4\) torch.int64, the recorded step takes \(1, 32\)"):
@@ -287,7 +287,7 @@ def test_a_batch_of_another_shape_is_refused() -> None:
 # Through a training
 
 
-def test_a_training_with_graphs_tells_the_same_story(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_with_cuda_graphs_has_the_losses_of_eager_training(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[GraphedStep] = []
 
     class Taped(GraphedStep):
@@ -305,7 +305,7 @@ def test_a_training_with_graphs_tells_the_same_story(monkeypatch: pytest.MonkeyP
     tokens: dict[str, int] = {}
     monkeypatch.setattr("fastprice.training.trainer.GraphedStep", Taped)
     want = losses("off")
-    monkeypatch.setattr(training, "hindrance", lambda *a, **k: None)
+    monkeypatch.setattr(step_options, "unsupported_reason", lambda *a, **k: None)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         got = losses("on")
@@ -313,7 +313,7 @@ def test_a_training_with_graphs_tells_the_same_story(monkeypatch: pytest.MonkeyP
     assert [graphed.state for graphed in made] == ["trusted"]
 
 
-def test_graphs_that_cannot_be_had_are_said_or_left_out() -> None:
+def test_unsupported_graphs_are_refused_when_on_and_skipped_when_auto() -> None:
     options = {"base": "nano", "epochs": 0.1, "max_tokens": 96, "pack_tokens": 512, "evaluations": 0, "kernels": "on"}
     items = make_catalogue(40, seed=2)
     if not torch.cuda.is_available():
@@ -323,36 +323,36 @@ def test_graphs_that_cannot_be_had_are_said_or_left_out() -> None:
         PriceEstimator(cuda_graphs="yes").fit(items)
 
 
-def test_layers_keep_dense_weights_only_where_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dense_weights_are_stored_only_if_they_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_with_kernels()
     dense = 2 * parameter_count(model.get_decoder().layers[0])
-    assert training._room_for_dense(model) is torch.cuda.is_available()
+    assert step_options.fits_dense_weights(model) is torch.cuda.is_available()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for free, room in ((20 * dense, True), (20 * dense - 1, False)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free: (free, 2 * free))
-        assert training._room_for_dense(model) is room
+        assert step_options.fits_dense_weights(model) is room
 
 
-def test_what_is_in_the_way_of_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reasons_that_steps_cannot_be_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(fastprice.training.cuda_graphs, "varlen_works", lambda device, dtype: dtype == torch.bfloat16)
     good: dict[str, Any] = {"kernels": True, "dtype": torch.bfloat16, "processes": 1}
     model = model_with_kernels()
-    assert hindrance(model, "peft", **good) is None
-    assert "lengths on the host" in str(hindrance(model, "unsloth", **good))
+    assert unsupported_reason(model, "peft", **good) is None
+    assert "lengths on the host" in str(unsupported_reason(model, "unsloth", **good))
     for change, told in (
         ({"kernels": False}, "kernels are off"),
         ({"processes": 2}, "2 processes"),
         ({"dtype": torch.float16}, "fp16"),
         ({"dtype": torch.float32}, "varlen_attn does not run"),
     ):
-        assert told in str(hindrance(model, "peft", **{**good, **change}))
+        assert told in str(unsupported_reason(model, "peft", **{**good, **change}))
     hook = model.get_decoder().layers[1].register_forward_pre_hook(lambda *_: None)
-    assert "streamed weights" in str(hindrance(model, "peft", **good))
+    assert "offloaded layers" in str(unsupported_reason(model, "peft", **good))
     hook.remove()
     model.config.attn_logit_softcapping = 30.0
-    assert "caps its scores" in str(hindrance(model, "peft", **good))
+    assert "soft-capped scores" in str(unsupported_reason(model, "peft", **good))
     with pytest.warns(UserWarning, match="LoRA dropout"):
         dropped = model_with_kernels(lora_dropout=0.1)
-    assert "dropout" in str(hindrance(dropped, "peft", **good))
+    assert "dropout" in str(unsupported_reason(dropped, "peft", **good))
     assert parameter_count(nn.Linear(3, 4)) == 16

@@ -11,10 +11,10 @@ __all__ = ["estimated", "largest", "streamed", "streaming_cap"]
 # How `estimate_memory` describes what each measured peer does; what fastprice's layers kept is told by its rows.
 # Unsloth without recomputation is not among its cases, and padding is no part of the tokens of a row.
 _DESCRIBED: dict[str, dict[str, Any]] = {
-    "trl-packed": {"engine": "peft", "recompute": "all", "loss_head": "completion"},
-    "peft-off": {"engine": "peft", "recompute": "all", "loss_head": "completion"},
-    "peft": {"engine": "fastprice", "recompute": "all", "loss_head": "completion"},
-    "unsloth": {"engine": "unsloth", "recompute": "all", "loss_head": "full"},
+    "trl-packed": {"engine": "peft", "recompute": "full", "loss_head": "completion"},
+    "peft-off": {"engine": "peft", "recompute": "full", "loss_head": "completion"},
+    "peft": {"engine": "fastprice", "recompute": "full", "loss_head": "completion"},
+    "unsloth": {"engine": "unsloth", "recompute": "full", "loss_head": "full"},
 }
 
 
@@ -26,7 +26,7 @@ def estimated(steps: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
     """
     from fastprice.benchmarking.models import model_config
     from fastprice.memory import estimate_memory
-    from fastprice.memory.recompute_levels import parse_levels
+    from fastprice.memory.recompute_levels import parse_recompute_levels
 
     for step in steps:
         if step["peer"] not in _DESCRIBED:
@@ -34,7 +34,7 @@ def estimated(steps: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
         config = model_config(step["model"])
         described = dict(_DESCRIBED[step["peer"]])
         if step["keep"] is not None:
-            described["recompute"] = parse_levels(step["keep"], config.num_hidden_layers)
+            described["recompute"] = parse_recompute_levels(step["keep"], config.num_hidden_layers)
         estimate = estimate_memory(
             config,
             method="qlora",
@@ -66,7 +66,7 @@ def streaming_cap(model: str, *, tokens: int, rank: int, kernels: bool) -> int:
     can do."""
     from fastprice.benchmarking.models import model_config
     from fastprice.memory import estimate_memory
-    from fastprice.memory.estimate import STREAM_SLOTS
+    from fastprice.memory.estimate import DEVICE_BUFFERS
     from fastprice.memory.planner import HEADROOM, LABELED
 
     config = model_config(model)
@@ -76,11 +76,11 @@ def streaming_cap(model: str, *, tokens: int, rank: int, kernels: bool) -> int:
         rank=rank,
         tokens=tokens,
         sequences=max(1, tokens // 180),
-        recompute=("host",) * layers,
+        recompute=("offload",) * layers,
         loss_head="completion",
         labeled=LABELED,
         engine="fastprice" if kernels else "peft",
-        streaming=min(layers, math.ceil(0.6 * layers) + STREAM_SLOTS),
+        offloaded_layers=min(layers, math.ceil(0.6 * layers) + DEVICE_BUFFERS),
     )
     return round(estimate.peak_bytes / (1 - HEADROOM)) + 1
 
@@ -104,14 +104,14 @@ def streamed(folder: str, *, cap_bytes: int, tokens: int, steps: int = 6, **opti
     estimator = PriceEstimator(folder, engine="peft", pack_tokens=tokens, max_memory=cap_bytes or None, **options)
     with probe.loading():
         estimator.prepare()
-    plan, streaming = estimator.plan_, estimator._streaming
+    plan, offload = estimator.plan_, estimator._layer_offload
     row: dict[str, Any] = {"cap_bytes": cap_bytes, "micro_batch": tokens, "streamed_layers": 0}
     if plan is not None:
-        row |= {"micro_batch": plan.tokens, "accumulation": plan.accumulation, "layers": plan.layers}
-        row |= {"ceiling_tokens_per_second": plan.tokens_per_second, "ceiling_of": plan.speed_of}
-    if streaming is not None:
-        row |= {"streamed_layers": len(streaming.layers), "boundary": type(streaming.boundary).__name__}
-        row |= {"slot_bytes": streaming.device_bytes, "host_bytes": streaming.host_bytes}
+        row |= {"micro_batch": plan.tokens, "accumulation": plan.gradient_accumulation, "layers": plan.layers}
+        row |= {"ceiling_tokens_per_second": plan.tokens_per_second, "ceiling_of": plan.gpu}
+    if offload is not None:
+        row |= {"streamed_layers": len(offload.layers), "boundary": type(offload.transfers).__name__}
+        row |= {"slot_bytes": offload.device_bytes, "host_bytes": offload.host_bytes}
     try:
         with probe.watching(SFTTrainer):
             estimator.fit(items)

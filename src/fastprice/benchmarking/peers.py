@@ -176,7 +176,9 @@ def _run_fastprice(
         loaded = engine.load_base(folder, method="qlora", max_tokens=tokens)
     model = engine.attach(loaded.model, method="qlora", rank=rank, alpha=2.0 * rank, dropout=0.0, seed=0)
 
+    from fastprice.config import TrainConfig
     from fastprice.training import train as training
+    from fastprice.training.step_options import StepOptions
 
     mode = "off" if peer == "peft-off" else "on"
     settings |= {"engine": engine.name, "kernels": mode, "pack_tokens": tokens}
@@ -187,15 +189,14 @@ def _run_fastprice(
             loaded.tokenizer,
             rows,
             None,
-            epochs=1.0,
-            learning_rate=1e-5,
-            pack_tokens=tokens,
-            gradient_accumulation=1,
-            evaluations=0,
-            warmup_ratio=0.0,
-            seed=0,
-            kernels=mode,
-            cuda_graphs="on" if peer == "peft-graphs" else "off",
+            TrainConfig(
+                learning_rate=1e-5,
+                pack_tokens=tokens,
+                evaluations=0,
+                warmup_ratio=0.0,
+                cuda_graphs="on" if peer == "peft-graphs" else "off",
+            ),
+            options=StepOptions(kernels=mode),
         )
 
 
@@ -203,12 +204,12 @@ def _run_fastprice(
 def _watched_training(probe: Probe, training: Any, settings: dict[str, Any]) -> Iterator[None]:
     """Watches the trainer that `training` makes, and keeps what became of its graphs."""
     trainer: Any = import_module("fastprice.training.trainer")
-    trainer_class, graphed = training.trainer_class, trainer.GraphedStep
+    trainer_class, graphed = training.price_trainer_class, trainer.GraphedStep
 
     class Told(graphed):  # type: ignore[misc, valid-type]
         def __call__(self, batch: Any) -> Any:
             result = super().__call__(batch)
-            settings["graphs"] = self.trouble or self.state
+            settings["graphs"] = self.failure or self.state
             return result
 
     with ExitStack() as watches:
@@ -218,11 +219,11 @@ def _watched_training(probe: Probe, training: Any, settings: dict[str, Any]) -> 
             watches.enter_context(probe.watching(made))
             return made
 
-        training.trainer_class, trainer.GraphedStep = watched, Told
+        training.price_trainer_class, trainer.GraphedStep = watched, Told
         try:
             yield
         finally:
-            training.trainer_class, trainer.GraphedStep = trainer_class, graphed
+            training.price_trainer_class, trainer.GraphedStep = trainer_class, graphed
 
 
 @contextmanager

@@ -21,7 +21,7 @@ import torch
 from fastprice.benchmarking.analysis import PHASES
 from fastprice.benchmarking.models import seed_adapters
 from fastprice.benchmarking.timing import Stopwatch, spread_of
-from fastprice.memory.recompute_levels import write_levels
+from fastprice.memory.recompute_levels import format_recompute_levels
 from fastprice.models.peft_engine import compute_dtype
 from fastprice.prompts.template import IGNORE
 
@@ -165,8 +165,8 @@ class Probe:
         return timed >= self.steps or (timed >= 2 and time.perf_counter() - self._began > self.seconds)
 
     def _finish(self, trainer: Any, inputs: Any, items: Any, run: Callable[[Any, Any], Any]) -> None:
-        keeper = getattr(trainer, "keeper", None)  # fastprice's own: what each layer keeps, planned and corrected
-        self.keep = None if keeper is None else write_levels(keeper.levels)
+        controller = getattr(trainer, "recompute_controller", None)  # of fastprice's own trainer
+        self.keep = None if controller is None else format_recompute_levels(controller.levels)
         marks = self._watch.intervals()
         parts = {name: marks[place :: len(PHASES)] for place, name in enumerate(PHASES)}
         self.step_seconds = [sum(each) for each in zip(*parts.values(), strict=True)]

@@ -22,6 +22,7 @@ from typing import Any
 
 from fastprice.benchmarking.analysis import line_of
 from fastprice.benchmarking.worker import MARK
+from fastprice.common.files import write_text_atomically
 
 __all__ = ["Runner", "result_path"]
 
@@ -119,9 +120,7 @@ class Runner:
             "seconds": round(60 * self._minutes - self.left, 1),
             "rows": self.rows,
         }
-        scratch = self.path.with_suffix(".tmp")
-        scratch.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
-        os.replace(scratch, self.path)
+        write_text_atomically(self.path, json.dumps(whole, indent=1) + "\n")
 
     def _run(
         self, stage: str, case: Mapping[str, Any], command: Sequence[str], allowed: float

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,6 +23,7 @@ from fastprice.cli.options import (
     overrides_of,
     saved_estimator_folder,
 )
+from fastprice.common.files import write_text_atomically
 from fastprice.common.plots import check_plot
 from fastprice.errors import ConfigError
 
@@ -200,10 +200,5 @@ def _write(out: Path, settings: RunConfig, model: str, comparison: Comparison) -
     from fastprice import __version__
 
     about = {"model": model, "data": settings.data.model_dump(), "seed": settings.seed, "fastprice": __version__}
-    half = out / f".{RESULT}.{os.getpid()}.tmp"
-    try:
-        half.write_text(json.dumps({**about, **comparison.as_dict()}, indent=1) + "\n", encoding="utf-8")
-        half.replace(out / RESULT)
-    finally:
-        half.unlink(missing_ok=True)
+    write_text_atomically(out / RESULT, json.dumps({**about, **comparison.as_dict()}, indent=1) + "\n")
     return out / RESULT

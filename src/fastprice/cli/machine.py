@@ -20,7 +20,7 @@ def plan(
     engine: Annotated[
         str, typer.Option(help="fastprice (PEFT with fastprice's kernels), peft (without them) or unsloth.")
     ] = "fastprice",
-    resident: Annotated[bool, typer.Option("--resident", help="Never stream layers from the host.")] = False,
+    resident: Annotated[bool, typer.Option("--resident", help="Do not offload frozen layers to the host.")] = False,
     all_: Annotated[bool, typer.Option("--all", help="A table of models and GPU sizes.")] = False,
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Plot of the memory over a step: PNG, SVG or PDF.")
@@ -30,8 +30,7 @@ def plan(
     if plot is not None:
         check_plot(plot)
 
-    from fastprice.memory import make_plan, next_larger, plan_table
-    from fastprice.memory.planner import table
+    from fastprice.memory import format_plan_table, next_larger_model, plan_memory, plan_table
     from fastprice.memory.plot import plot_memory
     from fastprice.models.shapes import shipped_names
 
@@ -41,17 +40,17 @@ def plan(
         "rank": rank,
         "method": method,
         "engine": engine,
-        "streaming": not resident,
+        "layer_offload": not resident,
     }
     if all_:
-        console.print(table(plan_table(**options)), highlight=False, soft_wrap=True)
+        console.print(format_plan_table(plan_table(**options)), highlight=False, soft_wrap=True)
         return
-    found = make_plan(base, gpu, **options)
+    found = plan_memory(base, gpu, **options)
     console.print(found.summary(), highlight=False, soft_wrap=True)
     if plot is not None:
         plot_memory(found.estimate, plot, f"{found.base}, {found.tokens:,} tokens, {found.method}", found.gpu_bytes)
         console.print(f"memory over a step: {plot}", highlight=False)
-    larger = next_larger(base, gpu, **options)
+    larger = next_larger_model(base, gpu, **options)
     if larger is not None:
         needs = f"needs at least {larger.least_bytes / 2**30:.1f} GiB"
         fits = "which fits" if larger.plan else "which does not fit"

@@ -1,1 +1,1 @@
-"""What every other package may use: files written whole, plots as files, array types."""
+"""What any other package may use: files that appear whole, array types, plots as files. Imports errors alone."""

@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastprice.common.files import atomic_file
 from fastprice.data.money import parse_price
 from fastprice.data.readers import Table, open_table, shown
 from fastprice.errors import DataError, nearest_name
@@ -79,18 +80,12 @@ class Items(list[Item]):
 
         Raises DataError when the file cannot be written.
         """
-        path = Path(path)
-        half = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
-            with half.open("w", encoding="utf-8") as lines:
+            with atomic_file(path) as half, half.open("w", encoding="utf-8") as lines:
                 for reject in self.rejects:
                     lines.write(json.dumps({"row": reject.row, "reason": reject.reason, "text": reject.text}) + "\n")
-            half.replace(path)
         except OSError as error:
             raise DataError(f"{path}: cannot write the rejects: {error.strerror}") from error
-        finally:
-            if half.exists():
-                half.unlink()
 
 
 def load_items(

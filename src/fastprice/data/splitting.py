@@ -4,9 +4,13 @@ Items that belong together are joined first, and whole clusters are dealt out: t
 its case and white space), and near-duplicates (Jaccard similarity of the sets of three-word shingles, digits kept, of
 at least 0.8). Near-duplicates are found by MinHash with locality-sensitive hashing (Broder 1997; Leskovec, Rajaraman
 and Ullman, Mining of Massive Datasets, chapter 3) and confirmed on the shingles themselves, so none is false; a pair
-at the threshold is looked at with a probability of 0.9999. Texts of a dozen words, such as rows of attributes, are
+at the threshold is compared with a probability of 0.9999. Texts of a dozen words, such as rows of attributes, are
 near-duplicates only when hardly a word differs: one changed word in the middle changes three shingles. What this does
 not see is the same product in other words.
+
+datasketch computes the hashes. Its index, MinHashLSH, returns every text of a bucket, so its work grows with the square
+of the texts that one template has made: 23 s of CPU for 10,000 of them, where a few neighbors in each bucket take 5 s
+and grow linearly. So the buckets are formed here, by sorting.
 
 Near-duplication is not transitive: texts from one template can chain, each like the next, into one cluster that holds
 half the data. A cluster of more than `LARGEST` of the items is therefore taken apart again and joined at 0.9, then at
@@ -18,8 +22,8 @@ Which part an item falls into depends on the items' content and the seed, not on
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import chain
@@ -32,6 +36,7 @@ from fastprice.errors import ConfigError, DataError
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+    from scipy.cluster.hierarchy import DisjointSet
 
 __all__ = ["LARGEST", "Split", "near_duplicates", "split_items"]
 
@@ -39,8 +44,8 @@ LARGEST = 0.05  # of all items: the largest cluster that near-duplicates may mak
 _SMALL = 20  # or this many items, in a small set, though never more than a quarter of it
 _THRESHOLDS = (0.8, 0.9, 0.95)
 _WORDS = 3  # in a shingle
-_NEIGHBORS = 4  # looked at on either side within a bucket
-_BANDS, _ROWS = 24, 5  # a pair of similarity s is looked at with probability 1 - (1 - s^5)^24: 0.99994 at 0.8
+_NEIGHBORS = 4  # compared on either side within a bucket
+_BANDS, _ROWS = 24, 5  # a pair of similarity s is compared with probability 1 - (1 - s^5)^24: 0.99994 at 0.8
 
 
 @dataclass(frozen=True)
@@ -64,29 +69,31 @@ def split_items(
     """Deal the items out, never parting a group.
 
     validation, test: the share of the items in each (0 for none); met within one cluster's size. near_duplicates:
-    join items of nearly the same text as well, at about 0.15 ms a text (measured on one core: 15,488 rows of attributes
-    2.1 s, 5,565 advertisements 1.0 s). Raises ConfigError for impossible shares and DataError where there are too few
+    join items of nearly the same text as well, at about 0.2 ms of CPU time a text (15,488 rows of attributes
+    2.7 s, 5,565 advertisements 1.4 s). Raises ConfigError for impossible shares and DataError where there are too few
     clusters to fill the parts.
     """
+    from scipy.cluster.hierarchy import DisjointSet
+
     if not (0 <= validation < 1 and 0 <= test < 1 and validation + test < 1):
         raise ConfigError(f"validation {validation} and test {test}: shares from 0, together below 1")
     # Sorted by content, so that nothing below can depend on the order of the rows.
     digests = [_digest(f"{item.group}\n{item.price}\n{text_key(item.text)}") for item in items]
     order = sorted(range(len(items)), key=digests.__getitem__)
-    clusters = _Clusters(len(items))
+    clusters = DisjointSet(range(len(items)))
     notes: list[str] = []
     first: dict[tuple[str, str], int] = {}
     for index in order:
         item = items[index]
-        clusters.join(index, first.setdefault(("text", text_key(item.text)), index))
+        clusters.merge(index, first.setdefault(("text", text_key(item.text)), index))
         if item.group is not None:
-            clusters.join(index, first.setdefault(("group", item.group), index))
+            clusters.merge(index, first.setdefault(("group", item.group), index))
     if near_duplicates and len(items) > 1:
         clusters, notes = _join_near_duplicates([text_key(item.text) for item in items], order, clusters)
 
     members: dict[int, list[int]] = {}
     for index in order:
-        members.setdefault(clusters.root(index), []).append(index)
+        members.setdefault(clusters[index], []).append(index)
     dealt = sorted(members.values(), key=lambda cluster: _digest(f"{seed} {digests[cluster[0]]}"))
     wanted = {name: share for name, share in (("test", test), ("validation", validation)) if share > 0}
     if len(dealt) <= len(wanted):
@@ -135,47 +142,24 @@ def _digest(text: str) -> str:
     return blake2b(text.encode("utf-8", "replace"), digest_size=16).hexdigest()
 
 
-class _Clusters:
-    """Union-find over 0 .. n - 1."""
-
-    def __init__(self, count: int) -> None:
-        self.parent = list(range(count))
-
-    def root(self, index: int) -> int:
-        parent = self.parent
-        while parent[index] != index:
-            parent[index] = parent[parent[index]]
-            index = parent[index]
-        return index
-
-    def join(self, one: int, other: int) -> None:
-        self.parent[self.root(one)] = self.root(other)
-
-    def copy(self) -> _Clusters:
-        twin = _Clusters(0)
-        twin.parent = self.parent.copy()
-        return twin
-
-
 # ---- Near-duplicates -----------------------------------------------------------------------------------------------
 
 
-def _join_near_duplicates(keys: list[str], order: list[int], groups: _Clusters) -> tuple[_Clusters, list[str]]:
+def _join_near_duplicates(keys: list[str], order: list[int], groups: DisjointSet) -> tuple[DisjointSet, list[str]]:
     """`groups` with near-duplicates joined wherever the cluster stays small enough, and a note if some did not."""
     pairs = _similar_pairs([keys[index] for index in order])
     edges = [(order[one], order[other], similarity) for one, other, similarity in pairs]
     largest = int(min(max(LARGEST * len(keys), _SMALL), len(keys) / 4))
-    joined = groups.copy()
+    joined = deepcopy(groups)
     for threshold in _THRESHOLDS:
         near = [(one, other) for one, other, similarity in edges if similarity >= threshold]
-        trial = joined.copy()
+        trial = deepcopy(joined)
         for one, other in near:
-            trial.join(one, other)
-        sizes = Counter(trial.root(index) for index in range(len(keys)))
+            trial.merge(one, other)
         for one, other in near:
-            if sizes[trial.root(one)] <= largest:
-                joined.join(one, other)
-    edges = [edge for edge in edges if joined.root(edge[0]) != joined.root(edge[1])]
+            if trial.subset_size(one) <= largest:
+                joined.merge(one, other)
+    edges = [edge for edge in edges if not joined.connected(edge[0], edge[1])]
     if not edges:
         return joined, []
     apart = len({index for one, other, _ in edges for index in (one, other)})
@@ -190,13 +174,15 @@ def _similar_pairs(keys: list[str]) -> list[tuple[int, int, float]]:
     import numpy as np
 
     values, starts = _shingles(keys)
-    signatures_KN = _min_hashes(values, starts)
     sets = np.split(values, starts[1:])
+    signatures_KN = _min_hashes(sets)
     seen: set[tuple[int, int]] = set()
     pairs = []
     for band in range(_BANDS):
         # Sorted by this band and then the next, so that in a large bucket the likest texts lie side by side. Looking
         # at a few neighbors only keeps the work linear where all pairs of a bucket would make it quadratic.
+        # Sorted by this band and then the next, so that in a large bucket the most similar texts are adjacent.
+        # Comparing only a few neighbors keeps the work linear where all pairs of a bucket would make it quadratic.
         order = np.lexsort(np.roll(signatures_KN, -band * _ROWS, axis=0)[2 * _ROWS - 1 :: -1])
         band_RN = signatures_KN[band * _ROWS : (band + 1) * _ROWS, order]
         for step in range(1, _NEIGHBORS + 1):
@@ -240,15 +226,12 @@ def _shingles(keys: list[str]) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
     return np.concatenate(values), np.array(starts, dtype=np.int64)
 
 
-def _min_hashes(values: NDArray[np.uint64], starts: NDArray[np.int64]) -> NDArray[np.uint32]:
-    """MinHash signatures, (hashes, texts): the least of each text's shingles under random multiply-shift hashes."""
+def _min_hashes(sets: Sequence[NDArray[np.uint64]]) -> NDArray[np.uint32]:
+    """MinHash signatures of sets of shingles, (hashes, texts)."""
     import numpy as np
+    from datasketch import MinHash
 
-    random = np.random.default_rng(0)
-    multiply = random.integers(1, 2**63, size=_BANDS * _ROWS, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
-    add = random.integers(0, 2**63, size=_BANDS * _ROWS, dtype=np.uint64)
-    signatures = np.empty((len(multiply), len(starts)), dtype=np.uint32)
-    for row, (factor, summand) in enumerate(zip(multiply, add, strict=True)):
-        hashed = ((values * factor + summand) >> np.uint64(32)).astype(np.uint32)
-        signatures[row] = np.minimum.reduceat(hashed, starts)
-    return signatures
+    # The upper halves of the shingles are hashes already: datasketch mixes and permutes them, and `int` hashes nothing.
+    halves = ((each >> np.uint64(32)).tolist() for each in sets)
+    found = MinHash.generator(halves, num_perm=_BANDS * _ROWS, seed=1, hashfunc=int, scheme="affine32")
+    return np.stack([each.hashvalues for each in found], axis=1)

@@ -13,17 +13,17 @@ from typing import Any, ClassVar, Self
 
 import lightgbm
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from scipy import sparse
 from sklearn.base import BaseEstimator, RegressorMixin
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import Ridge
 
+from fastprice.common.arrays import FloatArray
 from fastprice.errors import DataError, NotFittedError
 
 __all__ = ["Baseline", "ConstantBaseline", "LightGBMBaseline", "RidgeBaseline", "default_baselines"]
 
-FloatArray = NDArray[np.float64]
 
 _WORD = r"(?u)\w+(?:[.\-]\w+)*"  # "8", "3.5" and "B660-I" are one token each
 _CHARACTER_TERMS = 50_000

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
+from fastprice.common.arrays import FloatArray
 from fastprice.errors import DataError
 from fastprice.evaluation.metrics import Figure, Scores, score
 
@@ -32,7 +33,6 @@ __all__ = [
     "true_prices",
 ]
 
-FloatArray = NDArray[np.float64]
 PredictFunction = Callable[[list[str]], ArrayLike]
 
 HIGHER_IS_BETTER = frozenset({"r2", "hit_rate"})

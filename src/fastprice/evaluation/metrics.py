@@ -20,12 +20,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from fastprice.common.arrays import FloatArray
 from fastprice.errors import ConfigError, DataError
 from fastprice.inference.price_distribution import HIT_DOLLARS, HIT_SHARE
 
 __all__ = ["METRICS", "Figure", "Scores", "paired_difference", "score"]
 
-FloatArray = NDArray[np.float64]
 
 METRICS = ("mae", "rmse", "rmsle", "mape", "r2", "hit_rate")
 

@@ -15,6 +15,7 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from fastprice import __version__
+from fastprice.common.files import atomic_file
 from fastprice.errors import DataError
 from fastprice.evaluation.charts import HUES, draw_error_by_band, draw_scatter, draw_training_curves
 from fastprice.evaluation.formats import count_of, dollars, signed_dollars
@@ -102,15 +103,11 @@ def _environment() -> Environment:
 
 
 def _write_whole(path: Path, page: str) -> None:
-    half = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with atomic_file(path) as half:
             # "replace": an item's text may have a lone surrogate, which has no UTF-8.
             half.write_bytes(page.encode("utf-8", "replace"))
-            half.replace(path)
-        finally:
-            half.unlink(missing_ok=True)
     except OSError as error:
         raise DataError(f"{path}: cannot write the report: {error.strerror}; name another place for it") from error
 

@@ -21,13 +21,13 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
+from fastprice.common.arrays import FloatArray
 from fastprice.errors import ConfigError, DataError, nearest_name
 
 __all__ = ["CRITERIA", "HIT_DOLLARS", "HIT_SHARE", "PriceDistribution", "check_criterion"]
 
-FloatArray = NDArray[np.float64]
 
 # A hit is an estimate within $40 or within 1/5 = 20 % of the true price; 5 * |error| < price is exact where 0.2 * price
 # rounds.

@@ -26,10 +26,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastprice.common.arrays import FloatArray
 from fastprice.errors import BaseModelError, ConfigError, nearest_name
 from fastprice.inference.price_distribution import PriceDistribution
 from fastprice.models.parts import decoder_of
@@ -44,7 +45,6 @@ __all__ = [
     "prompt_hidden_states",
 ]
 
-FloatArray = NDArray[np.float64]
 
 BINS = 128
 QUANTILES = 64

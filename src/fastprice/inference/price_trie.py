@@ -6,15 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from fastprice.common.arrays import FloatArray, IntArray
 from fastprice.errors import DataError
 from fastprice.prompts.template import TEXT, Form
 
-__all__ = ["FloatArray", "IntArray", "PriceTrie"]
-
-IntArray = NDArray[np.int64]
-FloatArray = NDArray[np.float64]
+__all__ = ["PriceTrie"]
 
 
 @dataclass(frozen=True, eq=False)

@@ -21,8 +21,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from fastprice.common.arrays import FloatArray, IntArray
 from fastprice.inference.price_distribution import PriceDistribution
-from fastprice.inference.price_trie import FloatArray, IntArray, PriceTrie
+from fastprice.inference.price_trie import PriceTrie
 from fastprice.inference.scorers.scorer import ScoringSession
 
 __all__ = ["TrieWalk"]

@@ -1,28 +1,18 @@
 """`estimate_memory`: the peak of GPU memory while training or evaluating, from a model's configuration alone.
 
-Pure arithmetic: one layer of each kind and the loss head are played on a tape of sizes (tape.py, layers.py), and the
-peak is the highest of these moments of a step in its steady state (gradients of an earlier micro-batch present, the
-optimizer's states made):
+Pure arithmetic: one layer of each kind and the loss head are played on a tape of sizes (layer_peaks.py), and the peak
+is the highest of these moments of a step in its steady state (gradients of an earlier micro-batch present, the
+optimizer's states allocated): the forward pass of a layer, with what the layers before it save; the loss head, with
+what all layers save; the backward pass of a layer, with what the layers before it save, after its recomputation where
+its level says so; the optimizer step, with no activations. Recomputing the first layers saves more than recomputing the
+last: their backward pass comes when the others have released theirs. The CUDA context (with cuBLAS's workspace) and the
+allocator's slack are assumed amounts, not arithmetic; `tensor_bytes` is the peak without them.
 
-    forward      a layer, with what the layers before it keep
-    loss head    forward and backward, with what all layers keep
-    backward     a layer, with what the layers before it keep; recomputed first where its level says so (levels.py)
-    optimizer    its temporaries, with no activations
-
-Layers that recompute had better be the first ones: their turn in backward comes last, when the others have let go of
-theirs.
-
-What a layer keeps at each level: `kept_bytes`.
-
-Two parts are assumptions, not arithmetic, and no simulation can see them: the CUDA context (with cuBLAS's workspace)
-and the allocator's slack. `tensor_bytes` is the peak without them.
-
-Engines: "peft" is checked against the real model code (docs/memory-errors.md: within 1 % for qlora and lora; training
-every weight, "full", was up to 5 % under where the loss looks at 8,192 labeled tokens). "fastprice" is PEFT's form
-with fused LoRA layers, an MLP that keeps gate and up alone, and a loss without the entropy that TRL logs; its norms are
-the stock ones, which keep their input in fp32. "unsloth" is the fused form, every layer recomputed with its input kept
-on the host (two layers' inputs on the device), bf16 logits for all tokens overwritten by their gradient. Neither of the
-last two can be simulated without a GPU: their figures are arithmetic.
+Engine "peft" is compared with the real model code in docs/memory-errors.md (within 1 % for qlora and lora; "full", with
+every weight trained, was up to 5 % too low where the loss covers 8,192 labeled tokens). "fastprice" is PEFT with fused
+LoRA layers, an MLP that saves gate and up alone, and a loss without the entropy that TRL logs; its norms are the stock
+ones, which save their input in fp32. "unsloth" is the fused form with every layer recomputed from its offloaded input
+and bf16 logits for all tokens that are overwritten by their gradient. The last two cannot be simulated without a GPU.
 """
 
 from __future__ import annotations
@@ -33,20 +23,28 @@ from functools import lru_cache
 from typing import Any
 
 from fastprice.errors import ConfigError, nearest_name
-from fastprice.memory.layer_costs import NF4_BLOCK, Work, evaluation_head, layer_forward, loss_head
-from fastprice.memory.recompute_levels import check_levels
-from fastprice.memory.tape import Peak, Tape
+from fastprice.memory.byte_sizes import GIB
+from fastprice.memory.layer_costs import NF4_BLOCK, MicroBatch
+from fastprice.memory.layer_peaks import (
+    RECOMPUTED_FORWARD,
+    evaluation_peaks,
+    forward_peak_without_saving,
+    layer_bytes,
+    loss_head_peaks,
+    residual_size,
+)
+from fastprice.memory.recompute_levels import expand_recompute
+from fastprice.memory.tape import Peak
 from fastprice.models.adapters import check_method
 from fastprice.models.shapes import ModelShape, read_shape
 
-__all__ = ["OPTIMIZERS", "MemoryEstimate", "estimate_memory", "kept_bytes", "levels_of"]
+__all__ = ["CUDA_CONTEXT", "DEVICE_BUFFERS", "OPTIMIZERS", "MemoryEstimate", "estimate_memory", "saved_bytes"]
 
-GIB = 1 << 30
 ENGINES = ("peft", "unsloth", "fastprice")
-STREAM_SLOTS = 2  # a streamed layer computes while the next one arrives
+DEVICE_BUFFERS = 2  # for weights of offloaded layers: one layer computes while the next one is prefetched
 
 # Bytes of state, and of temporaries during the step, for each trainable weight. PyTorch's AdamW takes the "foreach" way
-# on CUDA, which holds the square roots of all second moments at once; its fused way has none. bitsandbytes keeps both
+# on CUDA, which holds the square roots of all second moments at once; its fused way has none. bitsandbytes stores both
 # moments in 8 bits, with an fp32 scale for 256 of them.
 OPTIMIZERS: dict[str, tuple[float, float]] = {
     "adamw_torch": (8.0, 4.0),
@@ -58,18 +56,36 @@ OPTIMIZERS: dict[str, tuple[float, float]] = {
 
 # Assumed: what a CUDA context takes with PyTorch's kernels loaded lazily, and cuBLAS's workspace (32 MiB on Hopper).
 CUDA_CONTEXT = 512 << 20
-# Assumed: what the caching allocator holds beyond the tensors, as a share of all that comes and goes.
+# Assumed: what the caching allocator reserves beyond the tensors, as a share of all that comes and goes.
 SLACK = 0.04
 MOMENTS = ("forward", "loss head", "backward", "optimizer")
+
+_SAVED = "saved activations"
+_RECOMPUTATION = "recomputation"
+_WORKSPACE = "workspace and dequantized buffers"
+_PARTS = (
+    "base weights (bf16)",
+    "base weights (fp32)",
+    "base weights (nf4)",
+    "quantization statistics",
+    "adapters",
+    "gradients",
+    "optimizer",
+    _SAVED,
+    _RECOMPUTATION,
+    "loss head",
+    _WORKSPACE,
+)
+_Parts = dict[str, int]
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Peak bytes, and what they are made of at that moment (name -> bytes, adding up to `peak_bytes`).
+    """Peak bytes, and their parts at that moment (name -> bytes, adding up to `peak_bytes`).
 
     moment       the moment of the step at which the peak falls: "forward", "loss head", "backward", "optimizer"
-    host_bytes   pinned host memory besides: inputs of layers at level "host", weights of streamed layers
-                 and of an embedding beside them
+    host_bytes   pinned host memory besides: inputs of layers at level "offload", weights of offloaded layers and of an
+                 embedding beside them
     step         the same breakdown at the highest point of each moment, in the order of the step
     """
 
@@ -93,6 +109,40 @@ class MemoryEstimate:
         return sorted(self.breakdown.items(), key=lambda item: -item[1])
 
 
+@dataclass(frozen=True)
+class _StepSettings:
+    """The checked arguments of `estimate_memory`, with a level for each layer."""
+
+    shape: ModelShape
+    batch: MicroBatch
+    levels: tuple[str, ...]
+    optimizer: str
+    loss_head: str
+    labeled: float
+    engine: str
+    offloaded_layers: int
+    phase: str
+
+    @property
+    def trainable_weights(self) -> int:
+        shape, batch = self.shape, self.batch
+        return shape.parameters if batch.method == "full" else shape.layers * shape.adapter_weights(batch.rank)
+
+    @property
+    def weight_copy_bytes(self) -> int:
+        """bf16 copies of trainable weights of decoder layers, which autocast holds until the forward pass ends."""
+        if self.batch.fused:
+            return 0
+        shape = self.shape
+        cast = shape.layers * shape.layer_linear_weights if self.batch.method == "full" else self.trainable_weights
+        return 2 * cast
+
+    @property
+    def host_embedding_bytes(self) -> int:
+        """Bytes of the embedding if it is on the host: beside offloaded layers, unless it is tied to lm_head."""
+        return 2 * self.shape.lm_head_weights if self.offloaded_layers and not self.shape.tied else 0
+
+
 def estimate_memory(
     base: Any,
     *,
@@ -101,309 +151,199 @@ def estimate_memory(
     tokens: int = 4096,
     sequences: int = 1,
     optimizer: str = "adamw_torch",
-    recompute: str | int | Sequence[str] = "all",
+    recompute: str | int | Sequence[str] = "full",
     loss_head: str = "full",
     labeled: float = 1.0,
     engine: str = "peft",
-    streaming: int = 0,
+    offloaded_layers: int = 0,
     phase: str = "train",
 ) -> MemoryEstimate:
     """Peak GPU memory of fine-tuning `base` (folder, hub id, shipped name, or transformers configuration).
 
-    tokens      tokens of a micro-batch in all, in `sequences` texts of equal length
-    recompute   what is computed again: "all" layers, "none", so many layers (the first ones), each keeping its input;
-                or the level of each layer: "all", "costly", "input" or "host" (fastprice.memory.recompute_levels)
-    loss_head   "full": logits for all positions; "completion": for the `labeled` share of them, in chunks
-    streaming   frozen layers whose weights come from the host when needed; with any, so do the rows of an embedding
-                that is not tied to the head
-    phase       "train", or "eval": a forward pass with a cache of keys and values; "completion" then means the logits
-                of one position of each text
+    tokens             tokens of a micro-batch in all, in `sequences` texts of equal length
+    recompute          a recompute level for every layer ("none", "selective", "full", "offload"), counts of levels
+                       ("12 full, 20 selective"), the level of each layer, or the number of layers to recompute in full
+                       (the first ones)
+    loss_head          "full": logits for all positions; "completion": for the `labeled` share of them, in chunks
+    offloaded_layers   frozen layers whose weights are on the host and prefetched; with any, the rows of an embedding
+                       that is not tied to lm_head come from the host too
+    phase              "train", or "eval": a forward pass with a KV cache; "completion" then means the logits of one
+                       position of each text
 
-    Raises ConfigError for settings that make no sense, BaseModelError for a base that cannot be read.
+    Raises ConfigError for impossible settings, BaseModelError for a base that cannot be read.
     """
     check_method(method)
-    _one_of("optimizer", optimizer, tuple(OPTIMIZERS))
-    _one_of("loss_head", loss_head, ("full", "completion"))
-    _one_of("engine", engine, ENGINES)
-    _one_of("phase", phase, ("train", "eval"))
+    _check_choice("optimizer", optimizer, tuple(OPTIMIZERS))
+    _check_choice("loss_head", loss_head, ("full", "completion"))
+    _check_choice("engine", engine, ENGINES)
+    _check_choice("phase", phase, ("train", "eval"))
     shape = read_shape(base)
-    _whole("tokens", tokens, 1)
-    _whole("rank", rank, 1, shape.width)
-    _whole("sequences", sequences, 1, tokens)
-    _whole("streaming", streaming, 0, shape.layers)
-    if streaming and method != "qlora":
-        raise ConfigError(f"streaming: only a frozen 4-bit base is streamed, and the method is {method!r}, not 'qlora'")
+    _check_whole_number("tokens", tokens, 1)
+    _check_whole_number("rank", rank, 1, shape.width)
+    _check_whole_number("sequences", sequences, 1, tokens)
+    _check_whole_number("offloaded_layers", offloaded_layers, 0, shape.layers)
+    if offloaded_layers and method != "qlora":
+        raise ConfigError(f"offloaded_layers: only a frozen 4-bit base can be; use method='qlora', not {method!r}")
     if not isinstance(labeled, int | float) or not 0 <= labeled <= 1:
         raise ConfigError(f"labeled: {labeled!r} is not a share of the tokens, from 0 to 1")
-    levels = levels_of(recompute, shape)
     if engine == "unsloth":
-        if not isinstance(recompute, str | int):
+        if recompute not in ("full", "none") and not isinstance(recompute, int):
             raise ConfigError("recompute: the unsloth engine recomputes every layer itself; levels need engine='peft'")
-        levels = ("host",) * shape.layers
-    found = _estimate(
-        shape, method, rank, tokens, sequences, optimizer, levels, loss_head, labeled, engine, streaming, phase
+        levels = ("offload",) * shape.layers
+    else:
+        levels = expand_recompute(recompute, shape.layers)
+    batch = MicroBatch(tokens, sequences, method, rank, fused=engine != "peft")
+    estimate = _estimate(
+        _StepSettings(shape, batch, levels, optimizer, loss_head, labeled, engine, offloaded_layers, phase)
     )
-    # The caller's own; the found ones stay in the cache.
+    # Copies: the caller may change them, and the originals stay in the cache.
     return replace(
-        found, breakdown=dict(found.breakdown), step=tuple((name, dict(parts)) for name, parts in found.step)
+        estimate,
+        breakdown=dict(estimate.breakdown),
+        step=tuple((name, dict(parts)) for name, parts in estimate.step),
     )
 
 
-def kept_bytes(
+def saved_bytes(
     base: Any, level: str, *, method: str = "qlora", rank: int = 16, tokens: int = 4096, sequences: int = 1,
     engine: str = "peft",
 ) -> int:  # fmt: skip
-    """Bytes on the device that one layer at `level` keeps for its backward pass, with what it keeps of its input."""
-    work = Work(tokens, sequences, method, rank, fused=engine != "peft")
-    return _kept_by(read_shape(base), work, level, first=False).kept
+    """Bytes of GPU memory that one layer at a recompute level saves for its backward pass, its input's included."""
+    batch = MicroBatch(tokens, sequences, method, rank, fused=engine != "peft")
+    return layer_bytes(read_shape(base), batch, level, first=False).saved
 
 
 @lru_cache(maxsize=4096)
-def _estimate(
-    shape: ModelShape,
-    method: str,
-    rank: int,
-    tokens: int,
-    sequences: int,
-    optimizer: str,
-    levels: tuple[str, ...],
-    head: str,
-    labeled: float,
-    engine: str,
-    streaming: int,
-    phase: str,
-) -> MemoryEstimate:
-    work = Work(tokens, sequences, method, rank, fused=engine != "peft")
-    static = _weights(shape, method, streaming)
-    trained = shape.parameters if method == "full" else shape.layers * shape.adapter_weights(rank)
-    state, temporary = OPTIMIZERS[optimizer]
-    static["adapters"] = 0 if method == "full" else 4 * trained
-    static["optimizer"] = int(state * trained)
-    static["gradients"] = 4 * trained if phase == "train" else 0
-    # Autocast keeps the bf16 copies of trained weights until the forward pass ends.
-    cast = shape.layers * shape.layer_linear_weights if method == "full" else trained
-    copies = 0 if work.fused else 2 * cast
+def _estimate(settings: _StepSettings) -> MemoryEstimate:
+    shape, batch = settings.shape, settings.batch
+    trainable = settings.trainable_weights
+    state, temporary = OPTIMIZERS[settings.optimizer]
+    constant = _base_weights(settings)
+    constant["adapters"] = 0 if batch.method == "full" else 4 * trainable
+    constant["optimizer"] = int(state * trainable)
+    constant["gradients"] = 4 * trainable if settings.phase == "train" else 0
     # Token and position ids and labels (8 bytes each), cosines and sines.
-    static[_WORKSPACE] = 24 * tokens + 4 * tokens * shape.head_dim
-    if phase == "eval":
-        moments = [_evaluation(shape, work, sequences if head == "completion" else tokens, copies)]
+    constant[_WORKSPACE] = 24 * batch.tokens + 4 * batch.tokens * shape.head_dim
+    if settings.phase == "eval":
+        moments = [_evaluation_moment(settings)]
     else:
-        rows = None if head == "full" else round(labeled * tokens)
-        moments = _training(shape, work, levels, rows, engine, copies)
-        moments.append(("optimizer", {_WORKSPACE: int(temporary * trained)}))
+        moments = [*_training_moments(settings), ("optimizer", {_WORKSPACE: int(temporary * trainable)})]
     step = {}
-    for name, parts in sorted(moments, key=lambda found: sum(found[1].values())):  # the highest of each name is kept
-        whole = {kind: static.get(kind, 0) + parts.get(kind, 0) for kind in _NAMES}
-        whole["CUDA context"] = CUDA_CONTEXT
-        whole["allocator slack"] = int(SLACK * (sum(parts.values()) + static["gradients"]))
-        step[name] = whole
-    moment, breakdown = max(step.items(), key=lambda found: sum(found[1].values()))
-    inputs = levels.count("host") * work.stream * tokens * shape.width if phase == "train" else 0
-    host = inputs + _streamed_bytes(shape, streaming) + _embedding_on_host(shape, streaming)
+    for name, parts in sorted(moments, key=lambda moment: sum(moment[1].values())):  # the highest of each name stays
+        breakdown = {part: constant.get(part, 0) + parts.get(part, 0) for part in _PARTS}
+        breakdown["CUDA context"] = CUDA_CONTEXT
+        breakdown["allocator slack"] = int(SLACK * (sum(parts.values()) + constant["gradients"]))
+        step[name] = breakdown
+    moment, breakdown = max(step.items(), key=lambda item: sum(item[1].values()))
     in_order = tuple((name, step[name]) for name in MOMENTS if name in step)
-    return MemoryEstimate(sum(breakdown.values()), breakdown, moment, host, in_order)
+    return MemoryEstimate(sum(breakdown.values()), breakdown, moment, _host_bytes(settings), in_order)
 
 
-_WORKSPACE = "workspace and dequantized buffers"
-_NAMES = (
-    "base weights (bf16)",
-    "base weights (fp32)",
-    "base weights (nf4)",
-    "quantization statistics",
-    "adapters",
-    "gradients",
-    "optimizer",
-    "activations kept",
-    "recompute peak",
-    "loss head",
-    _WORKSPACE,
-)
-
-
-def _weights(shape: ModelShape, method: str, streaming: int) -> dict[str, int]:
+def _base_weights(settings: _StepSettings) -> _Parts:
     """Bytes of the base. NF4 with double quantization: half a byte a weight, a byte for 64, four bytes for 64 x 256,
     and for each layer the two code tables and the offset (16 + 256 + 1 fp32 numbers)."""
-    linear = shape.layers * shape.layer_linear_weights
-    if method == "full":
+    shape, offloaded = settings.shape, settings.offloaded_layers
+    if settings.batch.method == "full":
         return {"base weights (fp32)": 4 * shape.parameters}
-    if method == "lora":
+    if settings.batch.method == "lora":
         return {"base weights (bf16)": 2 * shape.parameters}
-    resident = shape.layers - streaming + min(streaming, STREAM_SLOTS)
+    linear = shape.layers * shape.layer_linear_weights
+    on_device = shape.layers - offloaded + min(offloaded, DEVICE_BUFFERS)
     return {
-        "base weights (bf16)": 2 * (shape.parameters - linear) - _embedding_on_host(shape, streaming),
-        "base weights (nf4)": resident * (shape.layer_linear_weights // 2),
-        "quantization statistics": resident * _layer_statistics(shape),
+        "base weights (bf16)": 2 * (shape.parameters - linear) - settings.host_embedding_bytes,
+        "base weights (nf4)": on_device * (shape.layer_linear_weights // 2),
+        "quantization statistics": on_device * _layer_statistics(shape),
     }
 
 
-def _embedding_on_host(shape: ModelShape, streaming: int) -> int:
-    """Bytes of the embedding where it is on the host: beside streamed layers, if it is not the head as well."""
-    return 2 * shape.lm_head_weights if streaming and not shape.tied else 0
-
-
 def _layer_statistics(shape: ModelShape) -> int:
-    blocks = [-(-each.weights // NF4_BLOCK) for each in shape.linears]
+    blocks = [-(-linear.weights // NF4_BLOCK) for linear in shape.linears]
     return sum(count + 4 * -(-count // 256) + 4 * (16 + 256 + 1) for count in blocks)
 
 
-def _streamed_bytes(shape: ModelShape, streaming: int) -> int:
-    return streaming * (shape.layer_linear_weights // 2 + _layer_statistics(shape))
+def _host_bytes(settings: _StepSettings) -> int:
+    shape = settings.shape
+    inputs = settings.levels.count("offload") * residual_size(shape, settings.batch)
+    weights = settings.offloaded_layers * (shape.layer_linear_weights // 2 + _layer_statistics(shape))
+    return (inputs if settings.phase == "train" else 0) + weights + settings.host_embedding_bytes
 
 
-@dataclass(frozen=True)
-class _Layer:
-    """A layer's bytes: kept for its backward pass, of which its input; and at the peaks of its passes.
-
-    again   the forward pass of a recomputation, which stops at the last tensor to be saved
-    """
-
-    kept: int
-    kept_input: int
-    forward: Peak
-    again: Peak
-    backward: Peak
-
-
-@lru_cache(maxsize=1024)
-def _play(shape: ModelShape, work: Work, *, first: bool = False) -> _Layer:
-    """`first`: nothing asks for the gradient of the layer's input."""
-    stream = work.stream * work.tokens * shape.width
-    tape = Tape()
-    # Of weights that all train, the embedding's want the gradient of the first layer's input.
-    x = tape.source(stream, gradient=not first or work.method == "full")
-    output = layer_forward(tape, shape, work, x)
-    forward, again = tape.peak, tape.peak_at_last_save
-    tape.drop(output)
-    kept_input = stream if x.buffer.holders > 1 else 0  # the tape counts no byte of what comes from outside
-    kept = tape.total + kept_input
-    tape.peak = Peak()
-    tape.backward(output)
-    return _Layer(kept, kept_input, forward, again, tape.peak)
-
-
-@lru_cache(maxsize=1024)
-def _play_plain(shape: ModelShape, work: Work) -> Peak:
-    """The peak of a layer's forward pass of which nothing is kept."""
-    tape = Tape(record=False)
-    layer_forward(tape, shape, work, tape.source(work.stream * work.tokens * shape.width))
-    return tape.peak
-
-
-@lru_cache(maxsize=1024)
-def _play_head(shape: ModelShape, work: Work, rows: int | None, in_place: bool) -> tuple[Peak, Peak]:
-    """The peaks of the loss head's forward and backward pass."""
-    tape = Tape()
-    loss = loss_head(
-        tape, shape, work, tape.source(work.stream * work.tokens * shape.width), rows=rows, in_place=in_place
-    )
-    forward = tape.peak
-    tape.peak = Peak()
-    tape.backward(loss)
-    return forward, tape.peak
-
-
-def _training(
-    shape: ModelShape, work: Work, levels: tuple[str, ...], rows: int | None, engine: str, copies: int
-) -> list[tuple[str, dict[str, int]]]:
-    stream = work.stream * work.tokens * shape.width
-    layers = [_kept_by(shape, work, level, first=i == 0) for i, level in enumerate(levels)]
-    again = [level in _AGAIN for level in levels]
-    copies_a_layer = copies // shape.layers
+def _training_moments(settings: _StepSettings) -> list[tuple[str, _Parts]]:
+    """Forward, backward and loss head: the parts that come and go, at the peaks of each."""
+    shape, batch, levels = settings.shape, settings.batch, settings.levels
+    residual = residual_size(shape, batch)
+    layers = [layer_bytes(shape, batch, level, first=i == 0) for i, level in enumerate(levels)]
+    recomputed = [level in RECOMPUTED_FORWARD for level in levels]
+    copies_per_layer = settings.weight_copy_bytes // shape.layers
     moments = []
-    # Among layers of one level the last one's moments are the highest: the layers before it keep the most.
-    for at in {level: i for i, level in enumerate(levels)}.values():
-        layer, before, level = layers[at], sum(each.kept for each in layers[:at]), levels[at]
-        # The input of the latest layer at level "host" before this one is on the device, but for the forward pass of
-        # another such layer, which lets go of it.
-        latest = stream if "host" in levels[:at] else 0
+    # Among layers of one level the last one's moments are the highest: the layers before it save the most.
+    for i in {level: i for i, level in enumerate(levels)}.values():
+        layer, level, saved_before = layers[i], levels[i], sum(each.saved for each in layers[:i])
+        # The input of the last layer at level "offload" before this one is on the device, except in the forward pass of
+        # another such layer, which releases it.
+        newest_input = residual if "offload" in levels[:i] else 0
         # In the forward pass Python holds the layer's input, and the embedding's output until the last layer is done.
-        held = before + stream
-        if at and not layers[0].kept_input and not (levels[0] == "host" and "host" not in levels[1:at]):
-            held += stream
-        # Autocast holds a copy of the trained weights of layers that do not save it themselves.
-        cast = copies_a_layer * sum(again[:at])
-        if again[at]:
-            ahead = held + (0 if level == "host" else latest)
-            moments.append(("forward", _split(_play_plain(shape, work), ahead, _WORKSPACE, cast + copies_a_layer)))
-            # While the forward pass is done again, the gradient of the layer's output waits; where the layer ends with
-            # a norm (Gemma 2), so does its upcast to fp32, as that takes place before the first saved tensor is asked
-            # for.
-            upcast = 4 * work.tokens * shape.width if shape.family.layer_norms == 4 else 0
-            for peak, waiting in ((layer.again, stream + upcast), (layer.backward, 0)):
-                parts = _split(peak, 0, "recompute peak", 0)
-                parts["recompute peak"] += parts["activations kept"] + waiting
-                moments.append(("backward", {**parts, "activations kept": before + latest + stream}))
+        held = saved_before + residual
+        if i and not layers[0].saved_input and not (levels[0] == "offload" and "offload" not in levels[1:i]):
+            held += residual
+        # Autocast holds a copy of the trainable weights of layers that do not save it themselves.
+        copies = copies_per_layer * sum(recomputed[:i])
+        if recomputed[i]:
+            saved = held + (0 if level == "offload" else newest_input)
+            peak = forward_peak_without_saving(shape, batch)
+            moments.append(("forward", _parts_of(peak, saved, _WORKSPACE, copies + copies_per_layer)))
+            # During the recomputation the gradient of the layer's output waits; where the layer ends with a norm
+            # (Gemma 2), so does its upcast to fp32, which runs before the first saved tensor is unpacked.
+            upcast = 4 * batch.tokens * shape.width if shape.family.layer_norms == 4 else 0
+            for peak, waiting in ((layer.recomputation, residual + upcast), (layer.backward, 0)):
+                parts = _parts_of(peak, 0, _RECOMPUTATION, 0)
+                parts[_RECOMPUTATION] += parts[_SAVED] + waiting
+                moments.append(("backward", {**parts, _SAVED: saved_before + newest_input + residual}))
         else:
-            ahead = before + latest + layer.kept_input
-            moments.append(("forward", _split(layer.forward, held + latest, _WORKSPACE, cast)))
-            moments.append(("backward", _split(layer.backward, ahead, _WORKSPACE, 0)))
+            saved = saved_before + newest_input + layer.saved_input
+            moments.append(("forward", _parts_of(layer.forward, held + newest_input, _WORKSPACE, copies)))
+            moments.append(("backward", _parts_of(layer.backward, saved, _WORKSPACE, 0)))
 
-    # The forward pass of the head runs while autocast still has the recomputed layers' copies of trained weights.
-    kept = sum(each.kept for each in layers) + (stream if "host" in levels else 0)
-    forward, backward = _play_head(shape, work, rows, engine == "unsloth" and rows is None)
-    moments += [
-        ("loss head", {"activations kept": kept, "loss head": peak.total, "adapters": cast})
-        for peak, cast in ((forward, copies_a_layer * sum(again)), (backward, 0))
-    ]
+    rows = None if settings.loss_head == "full" else round(settings.labeled * batch.tokens)
+    saved = sum(layer.saved for layer in layers) + (residual if "offload" in levels else 0)
+    forward, backward = loss_head_peaks(shape, batch, rows, settings.engine == "unsloth" and rows is None)
+    # In the head's forward pass autocast still holds the recomputed layers' copies of trainable weights.
+    copies = copies_per_layer * sum(recomputed)
+    moments.append(("loss head", {_SAVED: saved, "loss head": forward.total, "adapters": copies}))
+    moments.append(("loss head", {_SAVED: saved, "loss head": backward.total, "adapters": 0}))
     return moments
 
 
-_AGAIN = ("input", "host")
+def _evaluation_moment(settings: _StepSettings) -> tuple[str, _Parts]:
+    shape, batch = settings.shape, settings.batch
+    rows = batch.sequences if settings.loss_head == "completion" else batch.tokens
+    cache = 4 * batch.tokens * shape.key_width * shape.layers
+    layer, logits = evaluation_peaks(shape, batch, rows)
+    held = 2 * residual_size(shape, batch)  # the layer's input, and the embedding's output
+    if logits.total > layer.total + held:
+        copies = settings.weight_copy_bytes
+        return "loss head", {_SAVED: cache, "loss head": logits.total, "adapters": copies}
+    parts = _parts_of(layer, 0, _WORKSPACE, settings.weight_copy_bytes)
+    return "forward", {**parts, _SAVED: cache + held}
 
 
-@lru_cache(maxsize=4096)
-def _kept_by(shape: ModelShape, work: Work, level: str, *, first: bool) -> _Layer:
-    """A layer's bytes at a level. Inputs at level "host" are counted by the caller: which of them are on the device
-    depends on the moment."""
-    if level in _AGAIN:
-        layer = _play(shape, work, first=first)
-        stream = work.stream * work.tokens * shape.width
-        kept = stream if level == "input" else 0
-        return replace(layer, kept=kept, kept_input=kept)
-    return _play(shape, replace(work, costly=level == "costly"), first=first)
-
-
-def _split(peak: Peak, kept: int, flow: str, copies: int) -> dict[str, int]:
-    parts = {"activations kept": kept + peak.parts.get("saved", 0), "adapters": peak.parts.get("copies", 0) + copies}
-    parts[_WORKSPACE] = peak.parts.get("dequantized", 0)
-    parts[flow] = parts.get(flow, 0) + peak.parts.get("flow", 0)
+def _parts_of(peak: Peak, saved: int, temporaries: str, weight_copies: int) -> _Parts:
+    """A tape's peak as parts of the breakdown; `temporaries` names the part to which its temporary tensors belong."""
+    parts = {
+        _SAVED: saved + peak.parts.get("saved", 0),
+        "adapters": peak.parts.get("weight copies", 0) + weight_copies,
+        _WORKSPACE: peak.parts.get("dequantized", 0),
+    }
+    parts[temporaries] = parts.get(temporaries, 0) + peak.parts.get("temporary", 0)
     return parts
 
 
-def _evaluation(shape: ModelShape, work: Work, rows: int, copies: int) -> tuple[str, dict[str, int]]:
-    stream = work.stream * work.tokens * shape.width
-    cache = 4 * work.tokens * shape.key_width * shape.layers
-    layer = Tape(record=False)
-    layer_forward(layer, shape, work, layer.source(stream), cache=True)
-    parts = _split(layer.peak, 0, _WORKSPACE, copies)
-    parts["activations kept"] = cache + 2 * stream  # the layer's input, and the embedding's output
-    head = Tape(record=False)
-    evaluation_head(head, shape, work, head.source(stream), rows)
-    if head.peak.total > layer.peak.total + 2 * stream:
-        return "loss head", {"activations kept": cache, "loss head": head.peak.total, "adapters": copies}
-    return "forward", parts
-
-
-def levels_of(recompute: str | int | Sequence[str], shape: ModelShape) -> tuple[str, ...]:
-    """The level of each layer that `recompute` stands for, as `estimate_memory` takes it."""
-    if recompute == "all":
-        return ("input",) * shape.layers
-    if recompute == "none":
-        return ("all",) * shape.layers
-    if isinstance(recompute, str):
-        raise ConfigError(f"recompute: {recompute!r} is not 'all', 'none' or a number of layers")
-    if isinstance(recompute, Sequence):
-        return check_levels(recompute, shape.layers, "recompute")
-    _whole("recompute", recompute, 0, shape.layers)
-    return ("input",) * recompute + ("all",) * (shape.layers - recompute)
-
-
-def _whole(name: str, value: Any, least: int, most: int | None = None) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least or (most is not None and value > most):
-        bounds = f"at least {least:,}" if most is None else f"from {least:,} to {most:,}"
+def _check_whole_number(name: str, value: Any, low: int, high: int | None = None) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < low or (high is not None and value > high):
+        bounds = f"at least {low:,}" if high is None else f"from {low:,} to {high:,}"
         raise ConfigError(f"{name}: {value!r} is not a whole number {bounds}")
 
 
-def _one_of(name: str, value: Any, valid: tuple[str, ...]) -> None:
+def _check_choice(name: str, value: Any, valid: tuple[str, ...]) -> None:
     if value not in valid:
         raise ConfigError(f"{name}: {value!r} is not one of {', '.join(valid)}{nearest_name(str(value), valid)}")

@@ -1,16 +1,15 @@
-"""`make_plan`: how to fine-tune a model within a GPU's memory, the fastest way that fits by arithmetic.
+"""`plan_memory`: how to fine-tune a model within a GPU's memory, the fastest way that fits by arithmetic.
 
-For every micro-batch size (the one asked for, its half, ...; accumulation makes up for it) the planner chooses what a
-layer keeps (levels.py), cheap recomputation first: it costs a few per cent of a step and frees a quarter to a half of
-what is kept; then as few layers as must be keep their input alone, which costs each its forward pass again; where even
-the inputs are too many, as few of them as must be wait on the host. Where that does not fit either and streaming is
-allowed, it brings as many layers' frozen weights from the host as must be. Of all that fit it takes the one with the
-most tokens a second by the limits of limits.py.
+For every micro-batch size (the requested one, its half, ...; gradient accumulation makes up for it) the planner chooses
+recompute levels (recompute_levels.py): selective recomputation first, which costs a few per cent of a step and frees a
+quarter to a half of what is saved; then full recomputation of as few layers as possible, at the cost of their forward
+pass; and where even the inputs are too many, offloading of as few inputs as possible. If that does not fit and layer
+offload is allowed, it offloads the frozen weights of as few layers as possible. Of all plans that fit it takes the one
+with the most tokens a second by the limits of roofline.py.
 """
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,96 +17,83 @@ from pathlib import Path
 from typing import Any
 
 from fastprice.errors import ConfigError
-from fastprice.memory.estimate import GIB, MemoryEstimate, estimate_memory
-from fastprice.memory.recompute_levels import write_levels
-from fastprice.memory.roofline import GPUS, Gpu, Step, known_gpu, step_seconds
+from fastprice.memory.byte_sizes import GIB, format_gib, parse_bytes
+from fastprice.memory.estimate import MemoryEstimate, estimate_memory
+from fastprice.memory.recompute_levels import format_recompute_levels
+from fastprice.memory.roofline import Gpu, TrainingStep, find_gpu, step_seconds
 from fastprice.models.shapes import ModelShape, read_shape, shipped_names
 
 __all__ = [
     "GPU_SIZES",
-    "Need",
-    "Plan",
-    "choose_levels",
+    "LargerModel",
+    "MemoryPlan",
+    "PlanOptions",
+    "choose_recompute_levels",
     "find_plan",
-    "make_plan",
-    "next_larger",
-    "parse_bytes",
+    "format_plan_table",
+    "next_larger_model",
+    "plan_memory",
     "plan_table",
-    "table",
 ]
 
 GPU_SIZES = tuple(size * GIB for size in (8, 12, 16, 24, 32, 40, 48, 80))
-LEAST_TOKENS = 512  # smaller micro-batches spend their time on launches and dequantization
-LEAST_PACK = 72  # the smallest pack that RunConfig takes
-HEADROOM = 0.03  # assumed: share of a card's memory that driver, display and rounding keep from us
+MIN_TOKENS = 512  # smaller micro-batches spend their time on launches and dequantization
+MIN_PACK_TOKENS = 72  # the smallest pack that RunConfig takes
+HEADROOM = 0.03  # assumed: share of a card's memory that driver, display and rounding take
 LABELED = 4 / 180  # price texts: about 4 tokens of the price in 180
-
-_POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
-_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*(?:([kmgt]?)(b)|([kmgt]?)|([kmgt])ib?)\s*", re.IGNORECASE)
-
-
-def parse_bytes(size: str | int) -> int:
-    """Bytes of "24GiB", "24 GB", "24g" or a plain number; g alone is GiB, as GPUs are sold. ConfigError for others."""
-    if isinstance(size, int) and not isinstance(size, bool) and size > 0:
-        return size
-    match = _SIZE.fullmatch(size) if isinstance(size, str) else None
-    if match is None:
-        raise ConfigError(f"memory: {size!r} is not a size; write it like 24GiB, 24GB or 24g")
-    number, decimal, is_decimal, bare, binary = match.groups()
-    power = _POWERS[(decimal or bare or binary or "").lower()]
-    found = int(float(number) * (1000 if is_decimal else 1024) ** power)
-    if found < 1:
-        raise ConfigError(f"memory: {size!r} is no memory at all; write a size like 24GiB")
-    return found
 
 
 @dataclass(frozen=True)
-class Plan:
+class MemoryPlan:
     """A way to train `base` in `gpu_bytes` of memory.
 
-    tokens        tokens of a micro-batch; `accumulation` micro-batches make the optimizer step that was asked for
-    levels        what each layer keeps, the first one first: "all", "costly", "input" or "host" (levels.py)
-    streamed      layers whose frozen weights come from the host; `resident` = the others
-    tokens_per_second, limit   of this plan, and of the same model with memory to spare, both at the arithmetic limits
-                  of `speed_of`: what a real run cannot exceed, not what it will reach
+    tokens                   of a micro-batch; `gradient_accumulation` micro-batches make the requested optimizer step
+    levels                   the recompute level of each layer, first one first
+    offloaded_layers         layers whose frozen weights are on the host; `resident_layers` are the others
+    tokens_per_second        what this plan cannot exceed on the GPU named `gpu`: its arithmetic limit, no prediction
+    best_tokens_per_second   the same limit for the same model with memory to spare
     """
 
     base: str
     parameters: int
     gpu_bytes: int
-    speed_of: str
+    gpu: str
     method: str
     engine: str
     rank: int
     loss_head: str
     tokens: int
-    accumulation: int
+    gradient_accumulation: int
     levels: tuple[str, ...]
-    streamed: int
+    offloaded_layers: int
     estimate: MemoryEstimate
     tokens_per_second: float
-    limit: float
+    best_tokens_per_second: float
 
     @property
     def layers(self) -> int:
         return len(self.levels)
 
     @property
-    def recomputed(self) -> int:
-        """Layers whose whole forward pass is done again in the backward pass."""
-        return self.levels.count("input") + self.levels.count("host")
+    def recomputed_layers(self) -> int:
+        """Layers whose whole forward pass runs again in the backward pass."""
+        return self.levels.count("full") + self.levels.count("offload")
 
     @property
-    def resident(self) -> int:
-        return self.layers - self.streamed
+    def resident_layers(self) -> int:
+        return self.layers - self.offloaded_layers
 
     def yaml(self) -> str:
-        """The settings of `fastprice train` that this plan fixes; `data` and `out` are the user's to add."""
+        """The settings of `fastprice train` that this plan fixes; `data` and `out` are left to the user."""
         import yaml
 
         kernels = {"fastprice": "on", "peft": "off", "unsloth": "auto"}[self.engine]
-        # Streaming comes with a limit, by which a run plans what its layers keep too; Unsloth recomputes by itself.
-        fitting = {"max_memory": _gib(self.gpu_bytes)} if self.streamed else {"recompute": write_levels(self.levels)}
+        # With offloaded layers a run plans its recompute levels from the limit too; Unsloth recomputes by itself.
+        fitting = (
+            {"max_memory": format_gib(self.gpu_bytes)}
+            if self.offloaded_layers
+            else {"recompute": format_recompute_levels(self.levels)}
+        )
         settings = {
             "model": {
                 "base": self.base,
@@ -117,63 +103,46 @@ class Plan:
                 "rank": self.rank,
                 **({} if self.engine == "unsloth" else fitting),
             },
-            "train": {"pack_tokens": self.tokens, "gradient_accumulation": self.accumulation},
+            "train": {"pack_tokens": self.tokens, "gradient_accumulation": self.gradient_accumulation},
         }
         return str(yaml.safe_dump(settings, sort_keys=False))
 
     def summary(self) -> str:
-        """The plan as a few lines for people."""
-        share = self.tokens_per_second / self.limit
-        keep = f"{self.layers} layers keep: {write_levels(self.levels)}"
-        stream = f", {self.streamed} of {self.layers} layers streamed from the host" if self.streamed else ""
+        """The plan as a few lines of text."""
+        share = self.tokens_per_second / self.best_tokens_per_second
+        loss = "labeled tokens" if self.loss_head == "completion" else "all tokens"
+        offload = f", weights of {self.offloaded_layers} of {self.layers} layers offloaded to the host"
+        host = f", and {format_gib(self.estimate.host_bytes)} on the host" if self.estimate.host_bytes else ""
         return "\n".join(
             [
-                f"{self.base} ({self.parameters / 1e9:.2f} B) in {_gib(self.gpu_bytes)}: {self.method}, rank "
+                f"{self.base} ({self.parameters / 1e9:.2f} B) in {format_gib(self.gpu_bytes)}: {self.method}, rank "
                 f"{self.rank}, engine {self.engine}",
-                f"micro-batch of {self.tokens:,} tokens x {self.accumulation}, {keep}{stream}, loss over "
-                + ("labeled tokens" if self.loss_head == "completion" else "all tokens"),
-                f"expected peak {_gib(self.estimate.peak_bytes)} (at the {self.estimate.moment})"
-                + (f", and {_gib(self.estimate.host_bytes)} on the host" if self.estimate.host_bytes else ""),
-                f"at most {self.tokens_per_second:,.0f} tokens/s on an {self.speed_of} by arithmetic, "
-                f"{100 * share:.0f} % of the {self.limit:,.0f} that memory to spare would allow",
+                f"micro-batch of {self.tokens:,} tokens x {self.gradient_accumulation}, loss over {loss}",
+                f"recompute of {self.layers} layers: {format_recompute_levels(self.levels)}"
+                + (offload if self.offloaded_layers else ""),
+                f"expected peak {format_gib(self.estimate.peak_bytes)} (at the {self.estimate.moment})" + host,
+                f"at most {self.tokens_per_second:,.0f} tokens/s on an {self.gpu} by arithmetic, {100 * share:.0f} % "
+                f"of the {self.best_tokens_per_second:,.0f} that memory to spare would allow",
             ]
         )
 
 
-def make_plan(base: Any, gpu_bytes: str | int, **options: Any) -> Plan:
-    """The fastest plan that fits; options as in `find_plan`. ConfigError when nothing fits, with what is needed."""
-    plan = find_plan(base, gpu_bytes, **options)
-    if plan is not None:
-        return plan
-    shape, budget = read_shape(base), parse_bytes(gpu_bytes)
-    least = min(candidate.estimate.peak_bytes for candidate in _candidates(base, shape, budget, _options(options)))
-    near = [name for name in _by_size() if read_shape(name).parameters < shape.parameters]
-    fitting = next((name for name in reversed(near) if find_plan(name, budget, **options)), None)
-    advice = f"; {fitting} fits" if fitting else ""
-    raise ConfigError(
-        f"{shape.name} does not fit in {_gib(budget)}: the smallest plan needs {_gib(round(least / (1 - HEADROOM)))}"
-        + advice
-    )
-
-
-def find_plan(base: Any, gpu_bytes: str | int, **options: Any) -> Plan | None:
-    """The fastest plan that fits in `gpu_bytes`, or None.
-
-    method      "qlora", "lora", "full", or "auto": qlora or lora, whichever is faster     (default "qlora")
-    tokens      tokens of a micro-batch to aim at (4096); rank (16); engine ("peft"); optimizer ("adamw_torch")
-    loss_head   "completion" or "full"; labeled: share of tokens with a label (4 / 180); text: mean tokens (180)
-    streaming   whether frozen layers may come from the host (False)
-    least       tokens below which no micro-batch is made smaller (512)
-    gpu         name of the card whose limits give the speed (the first known one with that memory)
-    """
-    budget, settings = parse_bytes(gpu_bytes), _options(options)
-    shape = read_shape(base)
-    fitting = [plan for plan in _candidates(base, shape, budget, settings) if _fits(plan.estimate, budget)]
-    return max(fitting, key=lambda plan: (plan.tokens_per_second, plan.tokens), default=None)
-
-
 @dataclass(frozen=True)
-class _Options:
+class PlanOptions:
+    """What a plan is made for.
+
+    method          "qlora", "lora", "full", or "auto": qlora or lora, whichever is faster
+    tokens          tokens of a micro-batch to aim at
+    rank            of the adapters
+    engine          "peft", "fastprice" (PEFT with fastprice's kernels) or "unsloth"
+    loss_head       "completion": logits for labeled positions; "full": for all
+    labeled         share of tokens with a label
+    text_tokens     mean tokens of a text
+    layer_offload   whether frozen weights may be offloaded to the host
+    min_tokens      no micro-batch is made smaller than this
+    gpu             card whose limits give the speed; None: the first known one with that much memory
+    """
+
     method: str = "qlora"
     tokens: int = 4096
     rank: int = 16
@@ -181,102 +150,198 @@ class _Options:
     optimizer: str = "adamw_torch"
     loss_head: str = "completion"
     labeled: float = LABELED
-    text: int = 180
-    streaming: bool = False
-    least: int = LEAST_TOKENS
+    text_tokens: int = 180
+    layer_offload: bool = False
+    min_tokens: int = MIN_TOKENS
     gpu: str | None = None
 
-
-def _options(options: dict[str, Any]) -> _Options:
-    found = _Options(**options)
-    for name, value in (("tokens", found.tokens), ("text", found.text)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < LEAST_PACK:
-            raise ConfigError(f"{name}: {value!r} is not a whole number of at least {LEAST_PACK}")
-    return found
+    def __post_init__(self) -> None:
+        for name, value in (("tokens", self.tokens), ("text_tokens", self.text_tokens)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < MIN_PACK_TOKENS:
+                raise ConfigError(f"{name}: {value!r} is not a whole number of at least {MIN_PACK_TOKENS}")
 
 
-def _candidates(base: Any, shape: ModelShape, budget: int, options: _Options) -> Iterator[Plan]:
-    """For each method and micro-batch size, the plan with the least recomputation and streaming that fits; else the one
-    that needs the least memory."""
-    gpu = known_gpu(options.gpu) if options.gpu else _gpu_of(budget)
-    methods = ("qlora", "lora") if options.method == "auto" else (options.method,)
-    for method in methods:
+def plan_memory(base: Any, gpu_bytes: str | int, **options: Any) -> MemoryPlan:
+    """The fastest plan that fits, as `find_plan`; raises ConfigError if none does, with the memory that is needed."""
+    plan = find_plan(base, gpu_bytes, **options)
+    if plan is not None:
+        return plan
+    shape, budget = read_shape(base), parse_bytes(gpu_bytes)
+    smaller = [name for name in _names_by_size() if read_shape(name).parameters < shape.parameters]
+    fitting = next((name for name in reversed(smaller) if find_plan(name, budget, **options)), None)
+    needed = _least_bytes(base, PlanOptions(**options), budget)
+    raise ConfigError(
+        f"{shape.name} does not fit in {format_gib(budget)}: the smallest plan needs {format_gib(needed)}"
+        + (f"; {fitting} fits" if fitting else "")
+    )
+
+
+def find_plan(base: Any, gpu_bytes: str | int, **options: Any) -> MemoryPlan | None:
+    """The fastest plan to train `base` that fits in `gpu_bytes` ("24GiB" or bytes), or None.
+
+    base      folder, hub id, shipped name, or transformers configuration
+    options   the fields of `PlanOptions`
+
+    Raises ConfigError for impossible settings, BaseModelError for a base that cannot be read.
+    """
+    budget = parse_bytes(gpu_bytes)
+    plans = [plan for plan in _candidates(base, budget, PlanOptions(**options)) if _fits(plan.estimate, budget)]
+    return max(plans, key=lambda plan: (plan.tokens_per_second, plan.tokens), default=None)
+
+
+@dataclass(frozen=True)
+class LargerModel:
+    """A model and the least GPU memory (bytes) that it needs; `plan` if it fits in the given memory, else None."""
+
+    base: str
+    parameters: int
+    least_bytes: int
+    plan: MemoryPlan | None
+
+
+def next_larger_model(base: Any, gpu_bytes: str | int, **options: Any) -> LargerModel | None:
+    """The next larger shipped model, by options as in `find_plan`; None if `base` is as large as the largest."""
+    parameters = read_shape(base).parameters
+    larger = next((name for name in _names_by_size() if read_shape(name).parameters > 1.05 * parameters), None)
+    if larger is None:
+        return None
+    least_bytes = _least_bytes(larger, PlanOptions(**options), 1)
+    return LargerModel(larger, read_shape(larger).parameters, least_bytes, find_plan(larger, gpu_bytes, **options))
+
+
+def plan_table(
+    sizes: Sequence[str | int] = GPU_SIZES, models: Iterable[str] | None = None, **options: Any
+) -> list[tuple[str, list[MemoryPlan | None]]]:
+    """For each model (the shipped ones, smallest first) its plan, or None, in each GPU size; options as in
+    `find_plan`."""
+    names = _names_by_size() if models is None else list(models)
+    return [(name, [find_plan(name, size, **options) for size in sizes]) for name in names]
+
+
+def format_plan_table(
+    rows: Sequence[tuple[str, Sequence[MemoryPlan | None]]], sizes: Sequence[str | int] = GPU_SIZES
+) -> str:
+    """`plan_table` in Markdown: tokens of the micro-batch, and how many layers are at recompute level "selective" (s),
+    recomputed in full (f), of these with their input offloaded (i), and have their weights offloaded (w)."""
+
+    def cell(plan: MemoryPlan | None) -> str:
+        if plan is None:
+            return "-"
+        counts = {
+            "s": plan.levels.count("selective"),
+            "f": plan.recomputed_layers,
+            "i": plan.levels.count("offload"),
+            "w": plan.offloaded_layers,
+        }
+        marks = (f"{mark}{count}/{plan.layers}" for mark, count in counts.items() if count)
+        return " ".join([str(plan.tokens), *marks])
+
+    header = ["model", *(format_gib(parse_bytes(size)) for size in sizes)]
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    lines += ["| " + " | ".join([name, *map(cell, plans)]) + " |" for name, plans in rows]
+    return "\n".join(lines)
+
+
+def choose_recompute_levels(layers: int, fits: Callable[[tuple[str, ...]], bool]) -> tuple[str, ...] | None:
+    """The levels that cost the least time of those that fit; None if none do.
+
+    As few layers at "offload" as possible, then as few at "full", then as few at "selective": the first layers, whose
+    backward pass comes when the others have released their activations.
+    """
+
+    def arranged(offload: int, full: int, selective: int) -> tuple[str, ...]:
+        """Levels whose runs end at these layers."""
+        ends = (("offload", offload), ("full", full), ("selective", selective), ("none", layers))
+        levels: list[str] = []
+        for level, end in ends:
+            levels += [level] * (end - len(levels))
+        return tuple(levels)
+
+    offload = _smallest(range(layers + 1), lambda count: fits(arranged(count, layers, layers)))
+    if offload is None:
+        return None
+    full = _smallest(range(offload, layers), lambda count: fits(arranged(offload, count, layers)))
+    full = layers if full is None else full
+    selective = _smallest(range(full, layers), lambda count: fits(arranged(offload, full, count)))
+    return arranged(offload, full, layers if selective is None else selective)
+
+
+def _candidates(base: Any, budget: int, options: PlanOptions) -> Iterator[MemoryPlan]:
+    """For each method and micro-batch size, the plan with the least recomputation and offload that fits; if none fits,
+    the one that needs the least memory."""
+    shape = read_shape(base)
+    name = str(base) if isinstance(base, str | Path) else shape.name
+    for method in ("qlora", "lora") if options.method == "auto" else (options.method,):
         tokens = options.tokens
         while True:
-            yield _least(base, shape, budget, options, gpu, method, tokens)
-            if tokens // 2 < options.least:
+            yield _plan_micro_batch(name, shape, budget, options, method, tokens)
+            if tokens // 2 < options.min_tokens:
                 break
             tokens //= 2
 
 
-def _least(base: Any, shape: ModelShape, budget: int, options: _Options, gpu: Gpu, method: str, tokens: int) -> Plan:
-    def estimate(levels: Sequence[str], streamed: int) -> MemoryEstimate:
+def _plan_micro_batch(
+    name: str, shape: ModelShape, budget: int, options: PlanOptions, method: str, tokens: int
+) -> MemoryPlan:
+    unsloth = options.engine == "unsloth"
+
+    def estimate(levels: Sequence[str], offloaded_layers: int) -> MemoryEstimate:
         return estimate_memory(
-            shape, method=method, rank=options.rank, tokens=tokens, sequences=max(1, tokens // options.text),
-            optimizer=options.optimizer, recompute="all" if options.engine == "unsloth" else levels,
-            loss_head=options.loss_head, labeled=options.labeled, engine=options.engine, streaming=streamed,
+            shape, method=method, rank=options.rank, tokens=tokens, sequences=max(1, tokens // options.text_tokens),
+            optimizer=options.optimizer, recompute="full" if unsloth else levels, loss_head=options.loss_head,
+            labeled=options.labeled, engine=options.engine, offloaded_layers=offloaded_layers,
         )  # fmt: skip
 
-    def fits(levels: Sequence[str], streamed: int = 0) -> bool:
-        return _fits(estimate(levels, streamed), budget)
+    def fits(levels: Sequence[str], offloaded_layers: int = 0) -> bool:
+        return _fits(estimate(levels, offloaded_layers), budget)
 
-    # Unsloth recomputes every layer, from its input on the host, whatever fits.
-    hosted = ("host",) * shape.layers
-    levels, streamed = hosted if options.engine == "unsloth" else choose_levels(shape.layers, fits), 0
+    # Unsloth recomputes every layer from its offloaded input, whatever fits.
+    all_offloaded, offloaded_layers = ("offload",) * shape.layers, 0
+    levels = all_offloaded if unsloth else choose_recompute_levels(shape.layers, fits)
     if levels is None or not fits(levels):
-        levels = hosted
-        if options.streaming and method == "qlora" and options.engine != "unsloth":
-            found = _first(range(1, shape.layers + 1), lambda count: fits(hosted, count))
-            streamed = shape.layers if found is None else found
-            if found is not None:
-                levels = choose_levels(shape.layers, lambda levels: fits(levels, streamed)) or hosted
-    labeled = 1.0 if options.loss_head == "full" else options.labeled
+        levels = all_offloaded
+        if options.layer_offload and method == "qlora" and not unsloth:
+            count = _smallest(range(1, shape.layers + 1), lambda count: fits(all_offloaded, count))
+            offloaded_layers = shape.layers if count is None else count
+            if count is not None:
+                chosen = choose_recompute_levels(shape.layers, lambda levels: fits(levels, offloaded_layers))
+                levels = chosen or all_offloaded
     counts = Counter(levels)
-    step = Step(tokens, counts["input"] + counts["host"], labeled, method, options.rank, options.text, streamed,
-                counts["costly"], counts["host"], options.engine != "peft")  # fmt: skip
-    spare = Step(options.tokens, 0, options.labeled, method, options.rank, options.text)
-    return Plan(
-        base=str(base) if isinstance(base, str | Path) else shape.name,
+    step = TrainingStep(
+        tokens=tokens,
+        recomputed_layers=counts["full"] + counts["offload"],
+        labeled=1.0 if options.loss_head == "full" else options.labeled,
+        method=method,
+        rank=options.rank,
+        text_tokens=options.text_tokens,
+        offloaded_layers=offloaded_layers,
+        selective_layers=counts["selective"],
+        offloaded_inputs=counts["offload"],
+        fused=options.engine != "peft",
+    )
+    unconstrained = TrainingStep(options.tokens, 0, options.labeled, method, options.rank, options.text_tokens)
+    gpu = find_gpu(options.gpu) if options.gpu else _gpu_with(budget)
+    return MemoryPlan(
+        base=name,
         parameters=shape.parameters,
         gpu_bytes=budget,
-        speed_of=gpu.name,
+        gpu=gpu.name,
         method=method,
         engine=options.engine,
         rank=options.rank,
         loss_head=options.loss_head,
         tokens=tokens,
-        accumulation=max(1, round(options.tokens / tokens)),
+        gradient_accumulation=max(1, round(options.tokens / tokens)),
         levels=levels,
-        streamed=streamed,
-        estimate=estimate(levels, streamed),
+        offloaded_layers=offloaded_layers,
+        estimate=estimate(levels, offloaded_layers),
         tokens_per_second=tokens / step_seconds(shape, step, gpu),
-        limit=options.tokens / step_seconds(shape, spare, gpu),
+        best_tokens_per_second=options.tokens / step_seconds(shape, unconstrained, gpu),
     )
 
 
-def choose_levels(layers: int, fits: Callable[[tuple[str, ...]], bool]) -> tuple[str, ...] | None:
-    """The levels that cost the least time of those that fit; None when none do.
-
-    As few layers on the host as must be, then as few that keep their input alone, then as few at "costly": the first
-    ones, whose turn in the backward pass comes when the others have let go of theirs.
-    """
-
-    def arranged(hosted: int, again: int, cheap: int) -> tuple[str, ...]:
-        counts = zip(("host", "input", "costly", "all"), (0, hosted, again, cheap), (hosted, again, cheap, layers),
-                     strict=True)  # fmt: skip
-        return tuple(level for level, start, end in counts for _ in range(start, end))
-
-    hosted = _first(range(layers + 1), lambda count: fits(arranged(count, layers, layers)))
-    if hosted is None:
-        return None
-    again = _first(range(hosted, layers), lambda count: fits(arranged(hosted, count, layers)))
-    again = layers if again is None else again
-    cheap = _first(range(again, layers), lambda count: fits(arranged(hosted, again, count)))
-    return arranged(hosted, again, layers if cheap is None else cheap)
-
-
-def _first(counts: range, fits: Callable[[int], bool]) -> int | None:
-    """The smallest of `counts` that fits, given that what fits with a count fits with a larger one; None if none."""
+def _smallest(counts: range, fits: Callable[[int], bool]) -> int | None:
+    """The smallest of `counts` that fits, given that all larger ones then fit too; None if none does."""
     low, high = counts.start, counts.stop
     while low < high:
         middle = (low + high) // 2
@@ -291,64 +356,17 @@ def _fits(estimate: MemoryEstimate, budget: int) -> bool:
     return estimate.peak_bytes <= budget * (1 - HEADROOM)
 
 
-def _gpu_of(budget: int) -> Gpu:
+def _least_bytes(base: Any, options: PlanOptions, budget: int) -> int:
+    """GPU memory of the plan that needs the least, among those made for a budget in which nothing fits."""
+    least = min(plan.estimate.peak_bytes for plan in _candidates(base, budget, options))
+    return round(least / (1 - HEADROOM))
+
+
+def _gpu_with(memory: int) -> Gpu:
     """The card whose limits stand for a memory size: an RTX 4090 up to 24 GiB, then the next larger known card."""
-    ladder = [known_gpu(name) for name in ("RTX 4090", "RTX 5090", "A100-40GB", "L40S", "H100", "H200")]
-    assert all(gpu in GPUS for gpu in ladder)
-    return next((gpu for gpu in ladder if gpu.memory >= budget), ladder[-1])
+    cards = [find_gpu(name) for name in ("RTX 4090", "RTX 5090", "A100-40GB", "L40S", "H100", "H200")]
+    return next((gpu for gpu in cards if gpu.memory >= memory), cards[-1])
 
 
-@dataclass(frozen=True)
-class Need:
-    """What a model needs at least (bytes of GPU memory), and whether a plan fits in the memory that was asked about."""
-
-    base: str
-    parameters: int
-    least_bytes: int
-    plan: Plan | None
-
-
-def next_larger(base: Any, gpu_bytes: str | int, **options: Any) -> Need | None:
-    """What the next larger shipped model needs at least; None when `base` is as large as the largest."""
-    shape, budget = read_shape(base), parse_bytes(gpu_bytes)
-    larger = next((name for name in _by_size() if read_shape(name).parameters > 1.05 * shape.parameters), None)
-    if larger is None:
-        return None
-    candidates = list(_candidates(larger, read_shape(larger), 1, _options(options)))
-    least = min(candidate.estimate.peak_bytes for candidate in candidates)
-    return Need(
-        larger, read_shape(larger).parameters, round(least / (1 - HEADROOM)), find_plan(larger, budget, **options)
-    )
-
-
-def plan_table(
-    sizes: Sequence[str | int] = GPU_SIZES, models: Iterable[str] | None = None, **options: Any
-) -> list[tuple[str, list[Plan | None]]]:
-    """For each model (the shipped ones, smallest first) its plan, or None, in each GPU size."""
-    names = _by_size() if models is None else list(models)
-    return [(name, [find_plan(name, size, **options) for size in sizes]) for name in names]
-
-
-def table(rows: Sequence[tuple[str, Sequence[Plan | None]]], sizes: Sequence[str | int] = GPU_SIZES) -> str:
-    """`plan_table` in Markdown: tokens of the micro-batch, and layers at "costly" (c), recomputed (r), of
-    which from the host (h), or streamed (s)."""
-
-    def cell(plan: Plan | None) -> str:
-        if plan is None:
-            return "-"
-        counts = Counter(plan.levels)
-        marks = {"c": counts["costly"], "r": plan.recomputed, "h": counts["host"], "s": plan.streamed}
-        return " ".join([str(plan.tokens), *(f"{mark}{count}/{plan.layers}" for mark, count in marks.items() if count)])
-
-    heads = ["model", *(_gib(parse_bytes(size)) for size in sizes)]
-    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-    lines += ["| " + " | ".join([name, *map(cell, plans)]) + " |" for name, plans in rows]
-    return "\n".join(lines)
-
-
-def _by_size() -> list[str]:
+def _names_by_size() -> list[str]:
     return sorted(shipped_names(), key=lambda name: read_shape(name).parameters)
-
-
-def _gib(size: int) -> str:
-    return f"{size / GIB:.1f} GiB".replace(".0 ", " ")

@@ -1,4 +1,4 @@
-"""A plot of what GPU memory holds over a training step, by `estimate_memory`: arithmetic, and marked as such."""
+"""A plot of GPU memory over a training step by `estimate_memory`: arithmetic, and labeled as such."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import os
 from pathlib import Path
 
 from fastprice.common.plots import check_plot, save_plot
-from fastprice.memory.estimate import GIB, MemoryEstimate
+from fastprice.memory.byte_sizes import GIB
+from fastprice.memory.estimate import MemoryEstimate
 
 __all__ = ["plot_memory"]
 
@@ -14,11 +15,12 @@ _COLORS = "tab20"
 
 
 def plot_memory(estimate: MemoryEstimate, path: str | os.PathLike[str], title: str = "", limit: int = 0) -> Path:
-    """Writes a stacked bar for each moment of the step to `path` (PNG, SVG or PDF by its ending); returns it.
+    """Draws a stacked bar for each moment of the step, writes it to `path` (PNG, SVG or PDF by its suffix) and returns
+    the path.
 
-    limit   bytes of the GPU, drawn as a line; 0 for none
+    limit   bytes of the GPU, drawn as a line; 0: no line
 
-    Raises as fastprice.common.plots.check_plot does: ConfigError for another ending or a folder that is not there.
+    Raises ConfigError for another suffix or a folder that does not exist.
     """
     target = check_plot(path)
     from matplotlib import colormaps

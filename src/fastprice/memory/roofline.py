@@ -1,11 +1,11 @@
-"""How fast a step can be at most: operations and bytes of a model's step against what a GPU can do.
+"""How fast a training step can be at most: its operations and bytes against the limits of a GPU.
 
-Arithmetic, not measurement: a real step is slower. For each token and weight a matmul costs 2 operations forward and 2
-for the gradient of its input; a recomputed layer costs its forward again; trained weights cost 2 more for their own
-gradient. Attention over a text of S tokens costs 2 S q operations forward (half the square, scores and values), as
-much again where recomputed, and 2.5 times that backward. A 4-bit base is dequantized once a pass over a layer, which
-reads the packed weights and writes them in 16 bits. A layer that computes only its cheap things again reads and writes
-each norm once and reads gate and up and writes their product.
+Arithmetic, not measurement: a real step is slower. For each token and weight a matrix product costs 2 operations
+forward and 2 for the gradient of its input; a recomputed layer costs its forward again; trainable weights cost 2 more
+for their own gradient. Attention over a text of S tokens costs 2 S q operations forward (half the square, scores and
+values), as much again where recomputed, and 2.5 times that backward. A 4-bit base is dequantized once in each pass over
+a layer, which reads the packed weights and writes them in 16 bits. Selective recomputation reads and writes each norm
+once more, and reads gate and up and writes their product.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fastprice.errors import ConfigError, nearest_name
+from fastprice.memory.byte_sizes import GIB
 from fastprice.models.shapes import ModelShape
 
-__all__ = ["GPUS", "Gpu", "Step", "flops_per_token", "known_gpu", "step_seconds"]
+__all__ = ["GPUS", "Gpu", "TrainingStep", "find_gpu", "flops_per_token", "step_seconds"]
 
-GIB = 1 << 30
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # a weight with its statistics under double quantization
 
 
@@ -36,7 +36,7 @@ class Gpu:
     measured: bool = False
 
 
-# Makers' data sheets, except the H200: copy and matmul measured. PCIe: what a pinned copy reaches in practice.
+# From the makers' data sheets, except the H200: copy and matmul measured. PCIe: what a pinned copy reaches in practice.
 GPUS = (
     Gpu("RTX 3090", 24 * GIB, 0.936e12, 71e12, 25e9),
     Gpu("RTX 4090", 24 * GIB, 1.0e12, 165e12, 25e9),
@@ -50,63 +50,69 @@ GPUS = (
 )
 
 
-def known_gpu(name: str) -> Gpu:
-    """The GPU of that name (any case, blanks and dashes ignored); ConfigError with the nearest name for another."""
-    plain = {"".join(c for c in gpu.name.lower() if c.isalnum()): gpu for gpu in GPUS}
-    found = plain.get("".join(c for c in name.lower() if c.isalnum()).removeprefix("nvidia").removeprefix("geforce"))
-    if found is None:
-        raise ConfigError(
-            f"gpu: {name!r} is not one of {', '.join(gpu.name for gpu in GPUS)}"
-            f"{nearest_name(name, [gpu.name for gpu in GPUS])}"
-        )
-    return found
+def find_gpu(name: str) -> Gpu:
+    """The GPU of that name (any case, blanks and dashes ignored); raises ConfigError for an unknown one."""
+    by_name = {_alphanumeric(gpu.name): gpu for gpu in GPUS}
+    gpu = by_name.get(_alphanumeric(name).removeprefix("nvidia").removeprefix("geforce"))
+    if gpu is None:
+        names = [each.name for each in GPUS]
+        raise ConfigError(f"gpu: {name!r} is not one of {', '.join(names)}{nearest_name(name, names)}")
+    return gpu
+
+
+def _alphanumeric(name: str) -> str:
+    return "".join(c for c in name.lower() if c.isalnum())
 
 
 @dataclass(frozen=True)
-class Step:
-    """What one micro-batch computes.
+class TrainingStep:
+    """What the forward and backward pass of one micro-batch computes and copies.
 
-    recomputed   layers whose forward pass is done twice        labeled   share of positions whose logits are needed
-    text         mean tokens of a text                          streamed   layers whose weights come from the host
-    costly       layers that compute their cheap things twice   hosted     layers whose input waits on the host
-    fused        fastprice's kernels, whose MLP has no product of its own to compute again
+    tokens             of the micro-batch                labeled      share of positions whose logits are computed
+    recomputed_layers  whose forward pass runs twice     rank         of the LoRA adapters (methods "qlora", "lora")
+    text_tokens        mean tokens of a text             fused        fastprice's kernels, whose MLP saves no product
+    selective_layers   at recompute level "selective"    offloaded_inputs   layers at recompute level "offload"
+    offloaded_layers   whose weights are on the host
     """
 
     tokens: int
-    recomputed: int
+    recomputed_layers: int
     labeled: float
     method: str = "qlora"
     rank: int = 16
-    text: int = 180
-    streamed: int = 0
-    costly: int = 0
-    hosted: int = 0
+    text_tokens: int = 180
+    offloaded_layers: int = 0
+    selective_layers: int = 0
+    offloaded_inputs: int = 0
     fused: bool = False
 
 
-def flops_per_token(shape: ModelShape, step: Step) -> float:
+def flops_per_token(shape: ModelShape, step: TrainingStep) -> float:
     """Floating-point operations for each token of a training step; for logits of all tokens, `labeled` is 1."""
-    again = 2 * step.recomputed / shape.layers
-    own = 2.0 if step.method == "full" else 0.0
-    linear = (4 + own + again) * shape.layers * shape.layer_linear_weights
-    adapters = 0.0 if step.method == "full" else (6 + again) * shape.layers * shape.adapter_weights(step.rank)
-    head = (4 + own) * shape.lm_head_weights * step.labeled
-    attention = (3.5 + again / 2) * 2 * step.text * shape.query_width * shape.layers
+    recomputed = 2 * step.recomputed_layers / shape.layers
+    weight_gradient = 2.0 if step.method == "full" else 0.0
+    linear = (4 + weight_gradient + recomputed) * shape.layers * shape.layer_linear_weights
+    adapters = 0.0 if step.method == "full" else (6 + recomputed) * shape.layers * shape.adapter_weights(step.rank)
+    head = (4 + weight_gradient) * shape.lm_head_weights * step.labeled
+    attention = (3.5 + recomputed / 2) * 2 * step.text_tokens * shape.query_width * shape.layers
     return linear + adapters + head + attention
 
 
-def step_seconds(shape: ModelShape, step: Step, gpu: Gpu) -> float:
-    """The least time of one micro-batch: its operations, then the passes of dequantization and of cheap things that are
-    computed again; and no less than it takes to bring each streamed layer in twice, in forward and in backward, and
-    each input on the host back once, if that hides behind the rest."""
-    width = 4 if step.method == "full" else 2  # bytes an element of the residual stream
+def step_seconds(shape: ModelShape, step: TrainingStep, gpu: Gpu) -> float:
+    """The least time of one micro-batch.
+
+    That is its operations, then the passes of dequantization and of selective recomputation; and no less than it takes
+    to copy each offloaded layer to the GPU twice, in forward and in backward, and each offloaded input back once, if
+    these copies overlap with the rest.
+    """
+    residual_bytes = 4 if step.method == "full" else 2  # an element of the residual stream
     seconds = step.tokens * flops_per_token(shape, step) / gpu.flops
-    again = 2 * width * shape.family.layer_norms * shape.width + (0 if step.fused else 6 * shape.inner)
+    selective = 2 * residual_bytes * shape.family.layer_norms * shape.width + (0 if step.fused else 6 * shape.inner)
     if shape.family.query_key_norms:
-        again += 4 * (shape.query_width + shape.key_width)
-    seconds += step.tokens * step.costly * again / gpu.bandwidth
+        selective += 4 * (shape.query_width + shape.key_width)
+    seconds += step.tokens * step.selective_layers * selective / gpu.bandwidth
     layer = shape.layer_linear_weights
     if step.method == "qlora":
-        seconds += (2 * shape.layers + step.recomputed) * layer * (NF4_BYTES + 2) / gpu.bandwidth
-    arriving = 2 * step.streamed * layer * NF4_BYTES + step.hosted * step.tokens * width * shape.width
-    return max(seconds, arriving / gpu.pcie)
+        seconds += (2 * shape.layers + step.recomputed_layers) * layer * (NF4_BYTES + 2) / gpu.bandwidth
+    inputs = step.offloaded_inputs * step.tokens * residual_bytes * shape.width
+    return max(seconds, (2 * step.offloaded_layers * layer * NF4_BYTES + inputs) / gpu.pcie)

@@ -1,4 +1,4 @@
-"""Names of base models: the nano model that is shipped, a folder, or an id on the Hugging Face hub."""
+"""Names of base models: the shipped nano model, a folder, or an id on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ NANO = "nano"
 
 
 def resolve_base(base: str) -> str:
-    """A folder or hub id for `base`; "nano" is the model shipped with fastprice.
+    """The folder or hub id that `base` names; "nano" is the model shipped with fastprice.
 
-    Raises BaseModelError for something that looks like a folder and is none, or that holds no model.
+    Raises BaseModelError for a path that is no folder, a folder without a model, and an impossible hub id.
     """
     if base == NANO:
         return str(files("fastprice") / NANO)
     folder = Path(base).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise BaseModelError(f"base: the folder {base} holds no config.json, so it is not a transformers model")
+            raise BaseModelError(f"base: the folder {base} has no config.json, so it is not a transformers model")
         return str(folder)
     looks_local = base.startswith((".", "/", "~")) or base.count("/") > 1
     if looks_local or not base.strip() or any(character.isspace() for character in base):
@@ -35,14 +35,14 @@ def resolve_base(base: str) -> str:
 
 
 def load_config(base: str) -> Any:
-    """The transformers configuration of `base` (name as given by the user)."""
+    """The transformers configuration of `base` (a name as in `resolve_base`). Raises BaseModelError."""
     from transformers import AutoConfig
 
     return _load(AutoConfig, base, "configuration")
 
 
 def load_tokenizer(base: str) -> Any:
-    """The tokenizer of `base`, with a padding token that is not its end token wherever the vocabulary has one."""
+    """The tokenizer of `base`; without a padding token of its own, its end token pads. Raises BaseModelError."""
     from transformers import AutoTokenizer
 
     tokenizer = _load(AutoTokenizer, base, "tokenizer")
@@ -59,7 +59,7 @@ def _load(loader: Any, base: str, what: str) -> Any:
 
 
 def base_error(base: str, what: str, error: Exception) -> BaseModelError:
-    """One line for whatever transformers said when it could not load `what` of `base`."""
+    """One line for the exception that transformers raised while loading `what` ("weights", ...) of `base`."""
     said = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return BaseModelError(
         f"base: no {what} could be loaded from {base!r} ({said[:160]}); check the name, whether the model is gated "

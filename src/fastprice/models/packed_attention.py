@@ -1,12 +1,12 @@
 """Causal attention within each text of a pack, as one of transformers' attention implementations.
 
 On CUDA: xformers' memory-efficient attention under a `BlockDiagonalCausalMask` where xformers has a kernel for the
-inputs, else PyTorch's `varlen_attn` (Flash Attention). On a CPU, and for soft-capped scores (Gemma 2), for which neither
-has a backward pass: one call a text, which still beats a padded batch, where the padding would be computed too.
+inputs, else PyTorch's `varlen_attn` (Flash Attention). On a CPU, and for soft-capped scores (Gemma 2), for which
+neither has a backward pass: one call a text, which still beats a padded batch, where the padding would be computed too.
 
 Packs of one static shape (`fastprice.prompts.packing.StaticShape`) carry `cu_seqlens` as a device tensor whose values
-the host never reads, so they go to `varlen_attn`: a `BlockDiagonalCausalMask` is built from lengths on the host, which a
-CUDA graph would freeze. On a CPU they go through one masked call over the whole pack.
+the host never reads, so they go to `varlen_attn`: a `BlockDiagonalCausalMask` is built from lengths on the host, which
+a CUDA graph would freeze. On a CPU they go through one masked call over the whole pack.
 
 Legend: T tokens of the pack, H query heads, G key heads, D head dimension. q is (1, H, T, D); k, v are (1, G, T, D).
 """
@@ -59,8 +59,8 @@ def packed_attention(
     """Attention in transformers' interface: q, k, v as in the legend; returns ((1, T, H, D), None).
 
     `pack_lengths` are the tokens of each text, adding up to T; `sliding_window` includes the query's own position. A
-    pack of one static shape has `cu_seqlens` instead: int32 (texts + 1,) from 0 to T, no text above `max_seqlen` tokens.
-    Raises ConfigError without either: attention over a whole pack would be silently wrong.
+    pack of one static shape has `cu_seqlens` instead: int32 (texts + 1,) from 0 to T, no text above `max_seqlen`
+    tokens. Raises ConfigError without either: attention over a whole pack would be silently wrong.
     """
     if cu_seqlens is not None:
         if softcap is not None or dropout:
@@ -73,7 +73,8 @@ def packed_attention(
         return _masked_attention(query, key, value, cu_seqlens, scaling, window), None
     if pack_lengths is None:
         raise ConfigError(
-            "packed attention was called without pack_lengths: collate batches with fastprice.prompts.packing.PackCollator"
+            "packed attention was called without pack_lengths: collate batches with "
+            "fastprice.prompts.packing.PackCollator"
         )
     window = None if sliding_window is None or max(pack_lengths) <= sliding_window else sliding_window
     chosen = "texts" if softcap is not None or dropout else backend(query.device.type, query.dtype)

@@ -1,15 +1,14 @@
-"""A saved estimator: one folder with the settings, the adapter or the whole model, and a head's weights."""
+"""A saved estimator: one folder with its settings, the adapter or the whole model, and a price head's weights."""
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from fastprice.common.files import atomic_folder
 from fastprice.errors import BaseModelError, ConfigError
 
 __all__ = ["ADAPTER", "FORMAT", "HEAD", "MANIFEST", "MODEL", "read_manifest", "write_folder"]
@@ -22,28 +21,22 @@ MODEL = "model"
 
 
 def write_folder(folder: str | os.PathLike[str], manifest: dict[str, Any], write: Callable[[Path], object]) -> Path:
-    """`folder` with what `write` puts there and its manifest: it appears whole or not at all.
+    """Writes `folder`: the manifest, and the files that `write` puts there. It appears complete or not at all.
 
-    An older save in it is replaced; any other non-empty folder is refused with ConfigError.
+    An older saved estimator in it is replaced; any other non-empty folder is refused with ConfigError.
     """
     target = Path(folder)
     if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not (target / MANIFEST).is_file())):
         raise ConfigError(f"save: {target} exists and is not a saved estimator; give a new or empty folder")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
-        whole = Path(scratch) / "whole"
-        whole.mkdir()
+    with atomic_folder(target) as whole:
         write(whole)
         text = json.dumps({"format": FORMAT, **manifest}, indent=2) + "\n"
         (whole / MANIFEST).write_text(text, encoding="utf-8")
-        if target.exists():
-            shutil.move(target, Path(scratch) / "replaced")
-        shutil.move(whole, target)
     return target
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of the saved estimator in `folder`; BaseModelError for another folder, format or damage."""
+    """The manifest of the saved estimator in `folder`; BaseModelError for another folder, another format, or damage."""
     path = folder / MANIFEST
     if not path.is_file():
         raise BaseModelError(

@@ -203,8 +203,8 @@ def _from_settings(settings: dict[str, Any], name: str) -> ModelShape:
     family = FAMILIES.get(settings.get("model_type") or "")
     if family is None:
         raise BaseModelError(
-            f"base: the memory of {name} cannot be estimated: its model_type is {settings.get('model_type')!r}, not one "
-            f"of {', '.join(FAMILIES)}"
+            f"base: the memory of {name} cannot be estimated: its model_type is {settings.get('model_type')!r}, not "
+            f"one of {', '.join(FAMILIES)}"
         )
 
     def number(key: str, default: int | None = None) -> int:

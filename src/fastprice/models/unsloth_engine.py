@@ -1,8 +1,8 @@
 """The Unsloth engine: its patched models, its checkpointing, its fused LoRA. The only module that imports unsloth.
 
-Unsloth patches trl, transformers and peft when it is imported, and wants to be first. `fastprice` imports those lazily,
-and `choose_engine` comes before any of them, so it is. `REQUIRED` lists every Unsloth name used here, with the
-parameters passed: a contract test checks them on a machine without a GPU, where no model can be loaded.
+Unsloth patches trl, transformers and peft when it is imported, and must be imported before them. `fastprice` imports
+those lazily, after `choose_engine`, so it is. `REQUIRED` lists every Unsloth name used here with the parameters passed:
+a contract test checks them on machines without a GPU, where no model can be loaded.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 import tempfile
 from typing import Any
 
-# Unsloth writes its compile cache into the current folder unless told otherwise.
+# By default Unsloth writes its compile cache into the current folder.
 os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", os.path.join(tempfile.gettempdir(), "fastprice-unsloth-cache"))
 
 import unsloth  # noqa: F401  (first, before anything that it patches)
@@ -41,7 +41,7 @@ class UnslothEngine:
     """See `fastprice.models.engine.Engine`."""
 
     name = "unsloth"
-    # Its inference path builds its own masks: nobody has seen it take one a node. A merged copy of its weights does.
+    # Its inference path builds its own masks and was never seen to take a mask for each token. The merged decoder does.
     takes_masks = False
 
     def load_base(self, base: str, *, method: Method, max_tokens: int) -> LoadedModel:

@@ -1,8 +1,8 @@
-"""An embedding whose table stays on the host: the rows that a batch looks up are gathered there and sent.
+"""An embedding whose table stays on the host: the rows that a batch looks up are gathered there and copied to the GPU.
 
-A table of 128,256 x 8,192 in 16 bits takes 2.1 GB of the device; the rows of 4,096 tokens are 67 MB. The price is one
-wait for the token ids, which must come to the host first. The head is no candidate: its whole weight is needed at once,
-so streaming it would take a slot of its own size.
+A table of 128,256 x 8,192 in 16 bits takes 2.1 GB of GPU memory; the rows of 4,096 tokens are 67 MB. The cost is one
+wait for the token ids, which must be copied to the host first. lm_head cannot be offloaded in this way: its whole
+weight is needed at once, so its device buffer would be as large as itself.
 """
 
 from __future__ import annotations
@@ -14,42 +14,42 @@ import torch
 from torch import Tensor, nn
 
 from fastprice.errors import ConfigError
-from fastprice.offload.transfers import Boundary
+from fastprice.offload.device_transfers import DeviceTransfers
 
-__all__ = ["HostEmbedding", "has_own_table"]
+__all__ = ["HostEmbedding", "has_untied_embedding"]
 
 
-def has_own_table(model: Any) -> bool:
-    """Whether the model's embedding is a plain frozen table that is not the head's weight as well."""
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    return type(embedding) is nn.Embedding and (head is None or head.weight is not embedding.weight)
+def has_untied_embedding(model: Any) -> bool:
+    """Whether the model's embedding is a plain `nn.Embedding` that is not tied to lm_head."""
+    embedding, lm_head = model.get_input_embeddings(), model.get_output_embeddings()
+    return type(embedding) is nn.Embedding and (lm_head is None or lm_head.weight is not embedding.weight)
 
 
 class HostEmbedding:
     """Moves the table of `model`'s embedding to the host and looks rows up there, until `close`.
 
-    The parameter keeps its shape, dtype and device, by which libraries tell where a model is, but is one NaN expanded:
-    it takes no memory, and whoever reads it sees NaN.
+    The parameter keeps its shape, dtype and device, from which libraries read where a model is, but becomes one NaN
+    expanded: it takes no memory, and any code that reads it gets NaN. Raises ConfigError for a tied embedding.
     """
 
-    def __init__(self, model: Any, boundary: Boundary) -> None:
-        if not has_own_table(model):
+    def __init__(self, model: Any, transfers: DeviceTransfers) -> None:
+        if not has_untied_embedding(model):
             raise ConfigError(
-                "streaming: the embedding's table is the head's too or not a plain one: it stays resident"
+                "host_embedding: this embedding is tied to lm_head or not an nn.Embedding; use host_embedding=False"
             )
         self._embedding: Any = model.get_input_embeddings()
         table = self._embedding.weight.data
-        flat = boundary.host(table.nbytes)
-        self._table: Tensor = flat.view(table.dtype).view(table.shape)
+        buffer = transfers.allocate_host(table.nbytes)
+        self._table: Tensor = buffer.view(table.dtype).view(table.shape)
         self._table.copy_(table)
-        self._device = boundary.device
+        self._device = transfers.device
         self._embedding.weight.data = table.new_full((1, 1), float("nan"), device=self._device).expand(table.shape)
         self._embedding.forward = MethodType(self._look_up, self._embedding)
 
-    def close(self, *, resident: bool = False) -> None:
-        """Gives the embedding its table and its own forward back."""
+    def close(self, *, to_device: bool = False) -> None:
+        """Restores the embedding's table, on the host or on its device, and its own forward."""
         del self._embedding.forward
-        self._embedding.weight.data = self._table.to(self._device) if resident else self._table
+        self._embedding.weight.data = self._table.to(self._device) if to_device else self._table
 
     def _look_up(self, _: nn.Module, ids: Tensor) -> Tensor:
         rows = torch.nn.functional.embedding(ids.to("cpu"), self._table, self._embedding.padding_idx)

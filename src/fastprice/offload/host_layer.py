@@ -1,6 +1,6 @@
-"""The frozen weights of one decoder layer as one flat buffer on the host, so that a visit is one copy.
+"""The frozen weights of one decoder layer as one flat buffer on the host, so that one copy moves them to the GPU.
 
-Streamed are the packed NF4 weights and their block statistics, 0.516 bytes a weight. Norms, biases, adapters and the
+Offloaded are the packed NF4 weights and their block statistics, 0.516 bytes a weight. Norms, biases, adapters and the
 code tables (273 numbers a linear layer) stay on the device.
 """
 
@@ -14,22 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from fastprice.errors import ConfigError
-from fastprice.models.parts import layers_of, plain_model
-from fastprice.offload.transfers import Boundary
+from fastprice.offload.device_transfers import DeviceTransfers
 
-__all__ = ["HostLayer", "decoder_layers", "frozen_linears"]
+__all__ = ["HostLayer", "frozen_linears"]
 
-_ALIGN = 256  # bytes: what CUDA's allocator aligns to, and more than any kernel's vector loads want
-
-
-def decoder_layers(model: Any) -> nn.ModuleList:
-    """The decoder layers of a transformers causal model, with or without PEFT's wrapper; ConfigError if it has none."""
-    layers: nn.ModuleList | None = layers_of(model)
-    if layers is None:
-        raise ConfigError(
-            f"streaming: {type(plain_model(model)).__name__} does not keep its decoder layers in `layers`"
-        )
-    return layers
+_ALIGNMENT = 256  # bytes: that of CUDA's allocator, and more than any kernel's vector loads need
 
 
 def frozen_linears(layer: nn.Module) -> Iterator[Any]:
@@ -42,69 +31,73 @@ def frozen_linears(layer: nn.Module) -> Iterator[Any]:
 
 
 @dataclass(frozen=True)
-class _Place:
-    """A tensor's place in the flat buffer, and how the module is given another tensor in its stead."""
+class _BufferPart:
+    """A tensor's part of the flat buffer, and the function that assigns another tensor to its module."""
 
     start: int
     shape: torch.Size
     dtype: torch.dtype
-    put: Callable[[Tensor], None]
+    assign: Callable[[Tensor], None]
 
 
 class HostLayer:
-    """One layer's streamed bytes: `flat` (uint8) on the host, and where each of the layer's tensors lies in it."""
+    """One layer's offloaded bytes: `buffer` (flat, uint8) on the host, and which part of it each tensor takes.
 
-    def __init__(self, layer: nn.Module, boundary: Boundary, name: str = "the layer") -> None:
-        """Moves the 4-bit weights of `layer` to the host: afterwards its tensors are views of `flat`.
+    name   of the layer, for error messages
 
-        Raises ConfigError where `layer` has no 4-bit weights, or has them in another layout than NF4's.
-        """
-        found = [pair for linear in frozen_linears(layer) for pair in _tensors_of(linear, name)]
-        if not found:
-            raise ConfigError(f"streaming: {name} has no 4-bit weights; only a frozen NF4 base (qlora) is streamed")
-        self._places: list[_Place] = []
+    Raises ConfigError if `layer` has no 4-bit weights, or has them in another layout than NF4's.
+    """
+
+    def __init__(self, layer: nn.Module, transfers: DeviceTransfers, name: str = "the layer") -> None:
+        tensors = [pair for linear in frozen_linears(layer) for pair in _tensors_of(linear, name)]
+        if not tensors:
+            raise ConfigError(f"offload: {name} has no 4-bit weights; only a frozen NF4 base (qlora) can be offloaded")
+        self._parts: list[_BufferPart] = []
         size = 0
-        for tensor, put in found:
-            self._places.append(_Place(size, tensor.shape, tensor.dtype, put))
-            size += -(-tensor.nbytes // _ALIGN) * _ALIGN
-        self.flat = boundary.host(size)
-        self.flat.zero_()  # the gaps too, so that the whole buffer has one checksum
-        for (tensor, _), place in zip(found, self._places, strict=True):
-            self._view(self.flat, place).copy_(tensor)
-        self.show(self.flat)
+        for tensor, assign in tensors:
+            self._parts.append(_BufferPart(size, tensor.shape, tensor.dtype, assign))
+            size += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
+        self.buffer = transfers.allocate_host(size)
+        self.buffer.zero_()  # the gaps too, so that the whole buffer has one checksum
+        for (tensor, _), part in zip(tensors, self._parts, strict=True):
+            self._view(self.buffer, part).copy_(tensor)
+        self.bind(self.buffer)
 
     @property
     def size(self) -> int:
-        """Bytes of one visit."""
-        return self.flat.numel()
+        """Bytes of the buffer."""
+        return self.buffer.numel()
 
-    def show(self, flat: Tensor) -> None:
-        """Makes the layer's tensors views of `flat`, a buffer that holds, or will hold, the bytes of this layer."""
-        for place in self._places:
-            place.put(self._view(flat, place))
+    def bind(self, buffer: Tensor) -> None:
+        """Makes the layer's tensors views of a buffer that holds, or will hold, the bytes of this layer."""
+        for part in self._parts:
+            part.assign(self._view(buffer, part))
 
     @staticmethod
-    def _view(flat: Tensor, place: _Place) -> Tensor:
-        size = place.shape.numel() * place.dtype.itemsize
-        return flat[place.start : place.start + size].view(place.dtype).view(place.shape)
+    def _view(buffer: Tensor, part: _BufferPart) -> Tensor:
+        size = part.shape.numel() * part.dtype.itemsize
+        return buffer[part.start : part.start + size].view(part.dtype).view(part.shape)
 
 
 def _tensors_of(linear: Any, name: str) -> Iterator[tuple[Tensor, Callable[[Tensor], None]]]:
+    """Each tensor of a 4-bit layer that is offloaded, with the function that assigns another in its place."""
     weight = linear.weight
     state = getattr(weight, "quant_state", None)
     if state is None or getattr(state, "packing_format_for_cpu", False):
-        what = "not quantized yet" if state is None else "repacked for inference on this CPU"
-        raise ConfigError(f"streaming: 4-bit weights of {name} are {what}; stream the model as it was loaded")
+        problem = "not quantized yet" if state is None else "repacked for inference on this CPU"
+        raise ConfigError(f"offload: 4-bit weights of {name} are {problem}; offload the model as it was loaded")
     if weight.requires_grad:
-        raise ConfigError(f"streaming: a 4-bit weight of {name} wants a gradient; only frozen weights are streamed")
+        raise ConfigError(
+            f"offload: a 4-bit weight of {name} requires a gradient; freeze the base before it is offloaded"
+        )
 
-    def put_weight(tensor: Tensor) -> None:
+    def assign_weight(tensor: Tensor) -> None:
         weight.data = tensor
 
-    def put_statistics(owner: Any) -> Callable[[Tensor], None]:
+    def assign_statistics(owner: Any) -> Callable[[Tensor], None]:
         return lambda tensor: setattr(owner, "absmax", tensor)
 
-    yield weight.data, put_weight
-    yield state.absmax, put_statistics(state)
+    yield weight.data, assign_weight
+    yield state.absmax, assign_statistics(state)
     if state.nested:
-        yield state.state2.absmax, put_statistics(state.state2)
+        yield state.state2.absmax, assign_statistics(state.state2)

@@ -1,19 +1,17 @@
-"""Streaming: the frozen weights of decoder layers come from the host just before they are needed.
+"""Layer offload: the frozen weights of decoder layers are on the host and prefetched just before they are needed.
 
-Every streamed layer has one slot for good: the k-th of them the slot k modulo the number of slots. Its tensors are
-views of that slot from beginning to end, so nothing that autograd keeps between forward and backward (bitsandbytes
-holds on to the packed weight and its statistics, our kernels likewise) ever looks at another address, and bringing a
-layer back is one copy into its slot. Neighbors have different slots, in both directions: while one layer computes, the
-next one (forward the one behind, backward the one before) is on its way into a slot that was left already. Nothing is
-copied back: the weights do not change.
+Every offloaded layer has one device buffer for good: the k-th of them the buffer k modulo their number. Its tensors are
+views of that buffer throughout, so whatever autograd saves between forward and backward (bitsandbytes holds the packed
+weight and its statistics, our kernels likewise) never sees another address, and bringing a layer back is one copy.
+Neighbors have different buffers, in both directions: while one layer computes, the next one (in backward the one
+before) is copied into a buffer that is free. Nothing is copied back, as the weights do not change.
 
-A layer is visited twice a micro-batch: once forward, once backward, whose recomputation under gradient checkpointing
-falls into the same visit. The layers at the turn, still in their slots, are not copied again, and neither are the first
-ones at the start of the next step: a step of m streamed layers in s slots costs 2 (m - s) copies.
-
-What is not done: one visit for several micro-batches of an accumulated step. It would have to run all of them through
-one layer before the next, against the order of every trainer, and keep all their inputs; a larger micro-batch gives
-the same ratio of computing to copying.
+A layer is visited twice a micro-batch: once in forward, once in backward, where recomputation under activation
+checkpointing is part of the same visit. The last layers of the forward pass are still in their buffers when backward
+begins, and so are the first ones at the start of the next step: a step of m offloaded layers with b buffers costs
+2 (m - b) copies. One visit for several micro-batches of an accumulated step was left out: every trainer would have to
+run all of them through one layer before the next and hold all their inputs, and a larger micro-batch gives the same
+ratio of computing to copying.
 """
 
 from __future__ import annotations
@@ -26,273 +24,273 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastprice.errors import ConfigError, StreamingError
-from fastprice.models.parts import plain_model
+from fastprice.errors import ConfigError, OffloadError
+from fastprice.models.parts import decoder_layers
+from fastprice.offload.device_transfers import DeviceTransfers, transfers_for
 from fastprice.offload.host_embedding import HostEmbedding
-from fastprice.offload.host_layer import HostLayer, decoder_layers
-from fastprice.offload.transfers import Boundary, boundary_for
+from fastprice.offload.host_layer import HostLayer
 
-__all__ = ["Streaming", "spread", "stream"]
+__all__ = ["LayerOffload", "offload_layers", "spread_layers"]
 
 _FORWARD, _BACKWARD = 1, -1
 
 
-def spread(layers: int, count: int) -> list[int]:
-    """Which `count` of `layers` to stream: evenly apart, the first and the last resident as far as possible.
+def spread_layers(layers: int, count: int) -> list[int]:
+    """Which `count` of `layers` to offload: evenly apart, the first and the last resident as far as possible.
 
-    A copy into a slot can run while the layers since the last streamed one compute; between neighbors that is one
-    layer's time, so streamed layers in one block would wait for the bus while resident ones elsewhere leave it idle.
+    A copy can overlap with the layers between one offloaded layer and the next; if the offloaded layers were one block,
+    each copy would have one layer's time, and the bus would idle while the resident layers compute. Raises ConfigError
+    for an impossible count.
     """
     if not 0 <= count <= layers:
-        raise ConfigError(f"streaming: {count} of {layers} layers cannot be streamed")
+        raise ConfigError(f"offload: {count} of {layers} layers cannot be offloaded; give 0 to {layers}")
     return [(2 * k + 1) * layers // (2 * count) for k in range(count)]
 
 
-def stream(
+def offload_layers(
     model: Any,
-    streamed_layers: int | Sequence[int],
+    layers: int | Sequence[int],
     *,
-    slots: int = 2,
-    boundary: Boundary | None = None,
+    device_buffers: int = 2,
+    transfers: DeviceTransfers | None = None,
     host_embedding: bool = False,
-) -> Streaming:
-    """Puts the frozen 4-bit weights of decoder layers on the host and streams them from there; a context manager.
+) -> LayerOffload:
+    """Moves the frozen 4-bit weights of decoder layers to the host and prefetches them from there.
 
     Args:
-        model: a transformers causal model with bitsandbytes' Linear4bit layers, before or after PEFT put adapters on
-            it, with or without `fastprice_kernels` under it.
-        streamed_layers: how many (see `spread`), or the indices of which.
-        slots: layers on the device at once; one computes, the others arrive.
-        boundary: default: that of the model's device.
-        host_embedding: keep the embedding's table on the host too, and send the rows that a batch looks up. Not for a
-            table that is the head's weight as well.
+        model: a transformers causal model with bitsandbytes' Linear4bit layers, with or without PEFT's adapters and
+            `fastprice_kernels`.
+        layers: how many (see `spread_layers`), or the indices of which.
+        device_buffers: offloaded layers on the device at once; one computes, the others are prefetched.
+        transfers: default: those of the model's device.
+        host_embedding: hold the embedding's table on the host too and copy the rows that a batch looks up. Not for a
+            table that is tied to lm_head.
+
+    Returns:
+        The LayerOffload, a context manager.
 
     Raises:
-        ConfigError: layers that are not there or have no frozen 4-bit weights, fewer than one slot, a tied table.
+        ConfigError: layers that do not exist or have no frozen 4-bit weights, no device buffer, a tied embedding.
     """
-    layers = decoder_layers(model)
-    chosen = spread(len(layers), streamed_layers) if isinstance(streamed_layers, int) else sorted(set(streamed_layers))
-    if any(not 0 <= index < len(layers) for index in chosen):
-        raise ConfigError(f"streaming: the model has layers 0 to {len(layers) - 1}, not {chosen}")
-    made = boundary or boundary_for(next(model.parameters()).device)
-    hosts = {index: HostLayer(layers[index], made, f"layer {index}") for index in chosen}
-    return Streaming(model, hosts, slots=slots, boundary=made, host_embedding=host_embedding)
+    modules = decoder_layers(model)
+    indices = spread_layers(len(modules), layers) if isinstance(layers, int) else sorted(set(layers))
+    if any(not 0 <= index < len(modules) for index in indices):
+        raise ConfigError(f"offload: the model has layers 0 to {len(modules) - 1}, not {indices}")
+    transfers = transfers or transfers_for(next(model.parameters()).device)
+    host_layers = {index: HostLayer(modules[index], transfers, f"layer {index}") for index in indices}
+    return LayerOffload(
+        model, host_layers, device_buffers=device_buffers, transfers=transfers, host_embedding=host_embedding
+    )
 
 
 @dataclass
-class _Slot:
-    """layer: which streamed layer (by its turn) it holds or awaits; arrival: the event of a copy nobody waited for;
-    free: the event after its last reader."""
+class _DeviceBuffer:
+    """position: the offloaded layer (its rank among them) whose bytes it holds or awaits; arrival: the event of a copy
+    that nobody waited for yet; free: the event after its last reader."""
 
-    flat: Tensor
-    layer: int | None = None
+    bytes: Tensor
+    position: int | None = None
     arrival: Any = None
     free: Any = None
 
 
-class Streaming:
-    """The streaming of one model; `stream` makes it. `visits` counts how often each layer (by its index) came in.
+class LayerOffload:
+    """The offloaded layers of one model, until `close`; made by `offload_layers` or while loading (nf4_loading.py).
 
-    `close` (also on leaving the context, also by an exception) takes it out and frees the slots. Until then the
-    transformers model has an attribute `streamed_layers`, how many.
+    layers      the indices of the offloaded decoder layers
+    transfers   the memory and copies in use
+    visits      how often each layer (by its index) was brought in
+
+    `close`, also on leaving the context by an exception, removes the hooks and frees the device buffers.
     """
 
     def __init__(
         self,
         model: Any,
-        hosts: Mapping[int, HostLayer],
+        host_layers: Mapping[int, HostLayer],
         *,
-        slots: int = 2,
-        boundary: Boundary,
+        device_buffers: int = 2,
+        transfers: DeviceTransfers,
         host_embedding: bool = False,
     ) -> None:
-        if slots < 1:
-            raise ConfigError(f"streaming: {slots} slots hold no layer; give at least 1")
-        layers = decoder_layers(model)
+        if device_buffers < 1:
+            raise ConfigError(f"offload: {device_buffers} device buffers hold no layer; give at least 1")
+        modules = decoder_layers(model)
+        self.layers = sorted(host_layers)
+        self.transfers = transfers
         self.visits: Counter[int] = Counter()
-        self.boundary = boundary
-        self._indices = sorted(hosts)
-        self._hosts = [hosts[index] for index in self._indices]
-        self._open: int | None = None
+        self._host_layers = [host_layers[index] for index in self.layers]
+        self._visited: int | None = None  # the layer whose visit has begun and not ended
         self._closed = False
-        self._model = plain_model(model)
-        self._handles: list[Any] = []
-        self._slots: list[_Slot] = []
+        self._hooks: list[Any] = []
+        self._buffers: list[_DeviceBuffer] = []
         self._embedding: HostEmbedding | None = None
         try:
-            self._embedding = HostEmbedding(model, boundary) if host_embedding else None
-            for turn in range(min(slots, len(self._hosts))):
-                self._slots.append(_Slot(boundary.slot(max(host.size for host in self._hosts[turn::slots]))))
-            for turn, (index, host) in enumerate(zip(self._indices, self._hosts, strict=True)):
-                host.show(self._slot(turn).flat)
-                self._hook(layers[index], turn)
-            self._model.streamed_layers = len(self._hosts)
+            self._embedding = HostEmbedding(model, transfers) if host_embedding else None
+            for first in range(min(device_buffers, len(self._host_layers))):
+                largest = max(host.size for host in self._host_layers[first::device_buffers])
+                self._buffers.append(_DeviceBuffer(transfers.allocate_device(largest)))
+            for position, (index, host) in enumerate(zip(self.layers, self._host_layers, strict=True)):
+                host.bind(self._buffer(position).bytes)
+                self._register_hooks(modules[index], position)
         except BaseException:
             self.close()
             raise
 
     @property
-    def layers(self) -> list[int]:
-        """The indices of the streamed layers."""
-        return list(self._indices)
-
-    @property
     def device_bytes(self) -> int:
-        """Bytes of the slots: what the streamed layers take on the device."""
-        return sum(slot.flat.numel() for slot in self._slots)
+        """Bytes of the device buffers: the GPU memory of all offloaded layers."""
+        return sum(buffer.bytes.numel() for buffer in self._buffers)
 
     @property
     def host_bytes(self) -> int:
-        """Bytes of the streamed layers on the host, without the embedding's."""
-        return sum(host.size for host in self._hosts)
+        """Bytes of the offloaded layers on the host, without the embedding's."""
+        return sum(host.size for host in self._host_layers)
 
-    def close(self, *, resident: bool = False) -> None:
-        """Takes the streaming out of the model and frees the slots; a second call does nothing.
+    def close(self, *, to_device: bool = False) -> None:
+        """Ends the offload and frees the device buffers; a second call does nothing.
 
-        The weights stay on the host (which on a CPU is where the model computes). `resident` brings them to the
-        device, as before `stream`: they must fit there.
+        The weights stay on the host (which on a CPU is where the model computes). `to_device` moves them back to the
+        device, where they must fit.
         """
         if self._closed:
             return
         self._closed = True
-        for handle in self._handles:
-            handle.remove()
-        self._model.__dict__.pop("streamed_layers", None)
-        self.boundary.settle()
-        for host in self._hosts:
-            host.show(host.flat.to(self.boundary.device) if resident else host.flat)
+        for hook in self._hooks:
+            hook.remove()
+        self.transfers.synchronize()
+        for host in self._host_layers:
+            host.bind(host.buffer.to(self.transfers.device) if to_device else host.buffer)
         if self._embedding is not None:
-            self._embedding.close(resident=resident)
-        self._slots.clear()
-        self._handles.clear()
+            self._embedding.close(to_device=to_device)
+        self._buffers.clear()
+        self._hooks.clear()
 
-    def __enter__(self) -> Streaming:
+    def __enter__(self) -> LayerOffload:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _hook(self, layer: nn.Module, turn: int) -> None:
+    def _register_hooks(self, layer: nn.Module, position: int) -> None:
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            self._enter(turn, _BACKWARD if _in_backward() else _FORWARD, around=_runs_again(module))
+            self._begin_visit(position, _BACKWARD if _in_backward() else _FORWARD, cyclic=_is_inference(module))
             if not torch.is_grad_enabled():
                 return None
             if args:
-                return (_AtStart.apply(args[0], self, turn), *args[1:]), kwargs
-            return args, {**kwargs, "hidden_states": _AtStart.apply(kwargs["hidden_states"], self, turn)}
+                return (_InputMarker.apply(args[0], self, position), *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": _InputMarker.apply(kwargs["hidden_states"], self, position)}
 
         def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-            if _in_backward():  # a recomputation: the visit lasts until the layer's gradients are there
+            if _in_backward():  # a recomputation: the visit lasts until the layer's gradients are computed
                 return None
-            self._leave(turn, _FORWARD, around=_runs_again(module))
+            self._end_visit(position, _FORWARD, cyclic=_is_inference(module))
             if not torch.is_grad_enabled():
                 return None
             if isinstance(output, Tensor):
-                return _AtEnd.apply(output, self, turn)
-            return (_AtEnd.apply(output[0], self, turn), *output[1:])
+                return _OutputMarker.apply(output, self, position)
+            return (_OutputMarker.apply(output[0], self, position), *output[1:])
 
-        self._handles += [
+        self._hooks += [
             layer.register_forward_pre_hook(before, with_kwargs=True),
             layer.register_forward_hook(after),
         ]
 
-    def _slot(self, turn: int) -> _Slot:
-        return self._slots[turn % len(self._slots)]
+    def _buffer(self, position: int) -> _DeviceBuffer:
+        return self._buffers[position % len(self._buffers)]
 
-    def _enter(self, turn: int, direction: int, *, around: bool = False) -> None:
-        """The layer is needed now: what is queued from here on waits for its bytes, and the next layers set out."""
+    def _begin_visit(self, position: int, direction: int, *, cyclic: bool = False) -> None:
+        """Makes computation queued from now on wait for the layer's bytes, and prefetches the layers after it."""
         if self._closed:
-            raise StreamingError("the model is no longer streamed: run forward and backward before close()")
-        if self._open == turn and direction == _BACKWARD:  # the recomputation within a visit
+            raise OffloadError("the model's layers are no longer offloaded: run forward and backward before close()")
+        if self._visited == position and direction == _BACKWARD:  # the recomputation within a visit
             return
-        if self._open is not None:  # its forward failed, or its input wants no gradient, so nobody said that it left
-            self._slot(self._open).free = self.boundary.mark()
-        self._open = turn
-        self.visits[self._indices[turn]] += 1
-        slot = self._slot(turn)
-        self._bring(turn)
-        if slot.arrival is not None:
+        if self._visited is not None:  # its forward raised, or its input requires no gradient: no marker ended it
+            self._buffer(self._visited).free = self.transfers.record()
+        self._visited = position
+        self.visits[self.layers[position]] += 1
+        buffer = self._buffer(position)
+        self._copy_to_device(position)
+        if buffer.arrival is not None:
             try:
-                self.boundary.wait(slot.arrival)
-            except Exception as error:
-                raise self._failure(turn, error) from error
-            slot.arrival = None
-        self._bring_next(turn, direction, around)
+                self.transfers.wait(buffer.arrival)
+            except RuntimeError as error:
+                raise self._failure(position, error) from error
+            buffer.arrival = None
+        self._prefetch(position, direction, cyclic)
 
-    def _leave(self, turn: int, direction: int, *, around: bool = False) -> None:
-        """The layer has done what it was visited for: the next user of its slot may set out."""
-        if self._open == turn:
-            self._slot(turn).free = self.boundary.mark()
-            self._open = None
-            self._bring_next(turn, direction, around)
+    def _end_visit(self, position: int, direction: int, *, cyclic: bool = False) -> None:
+        """Frees the layer's buffer for the next layer that uses it."""
+        if self._visited == position:
+            self._buffer(position).free = self.transfers.record()
+            self._visited = None
+            self._prefetch(position, direction, cyclic)
 
-    def _bring_next(self, turn: int, direction: int, around: bool) -> None:
-        """Sends each slot that is not in use its next layer; `around`: the first one follows the last."""
-        count = len(self._hosts)
-        taken = set() if self._open is None else {self._open % len(self._slots)}
-        for ahead in range(1, 2 * len(self._slots)):
-            following = turn + direction * ahead
-            if around:
+    def _prefetch(self, position: int, direction: int, cyclic: bool) -> None:
+        """Queues for each buffer not in use the copy of its next layer; `cyclic`: the first layer follows the last."""
+        count = len(self._host_layers)
+        assigned = set() if self._visited is None else {self._visited % len(self._buffers)}
+        for distance in range(1, 2 * len(self._buffers)):
+            following = position + direction * distance
+            if cyclic:
                 following %= count
             if not 0 <= following < count:
                 break
-            if following % len(self._slots) not in taken:
-                taken.add(following % len(self._slots))
-                self._bring(following)
+            if following % len(self._buffers) not in assigned:
+                assigned.add(following % len(self._buffers))
+                self._copy_to_device(following)
 
-    def _bring(self, turn: int) -> None:
-        slot = self._slot(turn)
-        if slot.layer == turn:
+    def _copy_to_device(self, position: int) -> None:
+        buffer = self._buffer(position)
+        if buffer.position == position:
             return
-        host = self._hosts[turn]
-        slot.layer = slot.arrival = None
+        host = self._host_layers[position]
+        buffer.position = buffer.arrival = None
         try:
-            slot.arrival = self.boundary.copy(slot.flat[: host.size], host.flat, slot.free)
-        except Exception as error:
-            raise self._failure(turn, error) from error
-        slot.layer = turn
+            buffer.arrival = self.transfers.copy(buffer.bytes[: host.size], host.buffer, buffer.free)
+        except RuntimeError as error:
+            raise self._failure(position, error) from error
+        buffer.position = position
 
-    def _failure(self, turn: int, error: Exception) -> StreamingError:
-        self._slot(turn).layer = None
-        said = " ".join(str(error).split()) or type(error).__name__
-        return StreamingError(
-            f"streaming: layer {self._indices[turn]} could not be brought to the device: {said[:200]}"
-        )
+    def _failure(self, position: int, error: Exception) -> OffloadError:
+        self._buffer(position).position = None
+        reason = " ".join(str(error).split()) or type(error).__name__
+        return OffloadError(f"offload: layer {self.layers[position]} could not be copied to the GPU: {reason[:200]}")
 
 
-class _Border(torch.autograd.Function):
-    """The identity on a tensor at a layer's border, whose backward tells the streaming."""
+class _Marker(torch.autograd.Function):
+    """The identity on a layer's input or output, whose backward begins or ends the layer's visit."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, streaming: Streaming, turn: int) -> Tensor:
-        ctx.streaming, ctx.turn = streaming, turn
+    def forward(ctx: Any, x: Tensor, offload: LayerOffload, position: int) -> Tensor:
+        ctx.offload, ctx.position = offload, position
         return x.view_as(x)
 
 
-class _AtStart(_Border):
-    """On a layer's input. Its backward runs when all gradients of the layer are there, as all of them that need frozen
-    weights flow into the input's."""
+class _InputMarker(_Marker):
+    """On a layer's input. Its backward runs when all gradients of the layer that need frozen weights are computed, as
+    all of them flow into the input's."""
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-        ctx.streaming._leave(ctx.turn, _BACKWARD)
+        ctx.offload._end_visit(ctx.position, _BACKWARD)
         return gradient, None, None
 
 
-class _AtEnd(_Border):
-    """On a layer's output. Its backward is the first to run of the layer's."""
+class _OutputMarker(_Marker):
+    """On a layer's output. Its backward is the first of the layer to run."""
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-        ctx.streaming._enter(ctx.turn, _BACKWARD)
+        ctx.offload._begin_visit(ctx.position, _BACKWARD)
         return gradient, None, None
 
 
 def _in_backward() -> bool:
-    # What torch.utils.checkpoint asks too; there is no public way.
+    # torch.utils.checkpoint reads the same; there is no public function.
     return bool(torch._C._current_graph_task_id() != -1)
 
 
-def _runs_again(layer: nn.Module) -> bool:
+def _is_inference(layer: nn.Module) -> bool:
     """Whether the pass is followed by another forward pass (prediction), and not by a backward pass."""
     return not layer.training and not torch.is_grad_enabled()

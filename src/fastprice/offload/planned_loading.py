@@ -1,28 +1,28 @@
-"""A base within a limit of GPU memory: planned from its configuration, then loaded as the plan says."""
+"""Loads a base within a limit of GPU memory: planned from its configuration, then loaded as the plan says."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from fastprice.errors import ConfigError
-from fastprice.memory.estimate import STREAM_SLOTS
-from fastprice.memory.planner import LEAST_TOKENS, Plan, make_plan
+from fastprice.memory.estimate import DEVICE_BUFFERS
+from fastprice.memory.planner import MIN_TOKENS, MemoryPlan, plan_memory
 from fastprice.models.adapters import Method
 from fastprice.models.base_models import load_config
 from fastprice.models.engine import Engine, LoadedModel
-from fastprice.offload.layer_offload import Streaming
-from fastprice.offload.nf4_loading import load_streamed
+from fastprice.offload.layer_offload import LayerOffload
+from fastprice.offload.nf4_loading import load_with_offload
 
-__all__ = ["Planned", "load_planned"]
+__all__ = ["PlannedModel", "load_planned"]
 
 
 @dataclass(frozen=True)
-class Planned:
-    """A loaded base, the plan it follows, and the streaming of its layers (None where all are resident)."""
+class PlannedModel:
+    """A loaded base, the plan it follows, and the offload of its layers (None if all are resident)."""
 
     loaded: LoadedModel
-    plan: Plan
-    streaming: Streaming | None
+    plan: MemoryPlan
+    layer_offload: LayerOffload | None
 
 
 def load_planned(
@@ -35,27 +35,28 @@ def load_planned(
     pack_tokens: int,
     max_tokens: int,
     kernels: bool,
-) -> Planned:
-    """`base` on `engine`, within `max_memory` ("24GiB" or bytes): streams layers only if recomputation is not enough.
+) -> PlannedModel:
+    """Loads `base` within `max_memory` ("24GiB" or bytes); offloads layers only if recomputation is not enough.
 
-    pack_tokens   tokens of a micro-batch to aim at, the plan's `tokens` are that or fewer
-    max_tokens    tokens of the longest text with its question, which every micro-batch must hold
+    pack_tokens   tokens of a micro-batch to aim at; the plan's `tokens` are that or fewer
+    max_tokens    tokens of the longest text with its prompt, which every micro-batch must hold
+    kernels       whether training runs on fastprice_kernels
 
-    Raises ConfigError when nothing fits or the engine is not "peft", BaseModelError.
+    Raises ConfigError if nothing fits or the engine is not "peft", BaseModelError for a base that cannot be read.
     """
     if engine.name != "peft":
         raise ConfigError(f"max_memory: the {engine.name} engine places its weights itself; use engine='peft'")
-    plan = make_plan(
+    plan = plan_memory(
         load_config(base),
         max_memory,
         method=method,
         rank=rank,
         tokens=pack_tokens,
-        least=max(LEAST_TOKENS, max_tokens),
+        min_tokens=max(MIN_TOKENS, max_tokens),
         engine="fastprice" if kernels else "peft",
-        streaming=True,
+        layer_offload=True,
     )
-    if not plan.streamed:
-        return Planned(engine.load_base(base, method=method, max_tokens=max_tokens), plan, None)
-    loaded, streaming = load_streamed(base, plan.streamed, slots=STREAM_SLOTS)
-    return Planned(loaded, plan, streaming)
+    if not plan.offloaded_layers:
+        return PlannedModel(engine.load_base(base, method=method, max_tokens=max_tokens), plan, None)
+    loaded, layer_offload = load_with_offload(base, plan.offloaded_layers, device_buffers=DEVICE_BUFFERS)
+    return PlannedModel(loaded, plan, layer_offload)

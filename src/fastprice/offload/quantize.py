@@ -1,14 +1,13 @@
 """`fastprice quantize`: a base in NF4, written as safetensors shards that stock transformers reads as well.
 
 Reading 8 B weights in 16 bits and quantizing them takes minutes at every start; the copy is a third of the size and is
-only mapped. It is written as it is read: one shard of the source and one of the copy are held, never the model.
+only memory-mapped. It is written while the source is read: one shard of each is in memory, never the model.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastprice.common.files import atomic_folder
 from fastprice.errors import BaseModelError, ConfigError
 from fastprice.models.base_models import load_config, load_tokenizer
-from fastprice.offload.nf4_loading import nf4_weights, own_copy, skeleton
-from fastprice.offload.weight_files import INDEX, SINGLE, find_file
+from fastprice.offload.nf4_loading import copy_unmapped, empty_model, iterate_nf4_weights
+from fastprice.offload.weight_files import INDEX_FILE, SINGLE_FILE, find_file
 
 __all__ = ["SHARD_BYTES", "quantize"]
 
@@ -29,28 +29,24 @@ SHARD_BYTES = 2 << 30
 def quantize(base: str, out: str | Path, *, shard_bytes: int = SHARD_BYTES) -> Path:
     """Writes `base` (folder, hub id or "nano") with linear layers in NF4 to the new folder `out`, and returns it.
 
-    Everything else keeps the dtype of the base. The folder appears whole or not at all. Raises ConfigError for a folder
-    that holds something or a base that is in NF4 already, BaseModelError for a base that cannot be read or a disk that
-    cannot be written.
+    Everything else stays in the dtype of the base. The folder appears complete or not at all. Raises ConfigError for a
+    folder that is not empty or a base that is quantized already, BaseModelError for a base that cannot be read or a
+    disk that cannot be written.
     """
     target = Path(out)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"quantize: {target} exists; give a new or empty folder")
     config = load_config(base)
     if getattr(config, "quantization_config", None) is not None:
-        raise ConfigError(f"quantize: {base!r} is quantized already; train from it as it is")
+        raise ConfigError(f"quantize: {base!r} is quantized already; use it as the base directly")
     dtype = config.dtype or torch.float32
-    model, quantizer = skeleton(base, dtype)
+    model, quantizer = empty_model(base, dtype)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
-            whole = Path(scratch) / "whole"
-            whole.mkdir()
-            _write_shards(whole, _tensors(model, base, dtype), shard_bytes)
-            _write_settings(whole, model, quantizer, base)
+        with atomic_folder(target) as complete:
+            _write_shards(complete, _tensors(model, base, dtype), shard_bytes)
+            _write_configuration(complete, model, quantizer, base)
             if target.exists():
-                target.rmdir()
-            shutil.move(whole, target)
+                target.rmdir()  # refuses what was put there meanwhile
     except OSError as error:
         raise BaseModelError(
             f"quantize: {target} cannot be written ({error.strerror or error}); free space or give another folder"
@@ -59,12 +55,12 @@ def quantize(base: str, out: str | Path, *, shard_bytes: int = SHARD_BYTES) -> P
 
 
 def _tensors(model: Any, base: str, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the copy under transformers' names: a 4-bit weight comes with its statistics."""
+    """Every tensor of the copy under transformers' names: a 4-bit weight is followed by its statistics."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    for name, value in nf4_weights(model, base, dtype=dtype, device=device):
+    for name, value in iterate_nf4_weights(model, base, dtype=dtype, device=device):
         state = getattr(value, "quant_state", None)
         if state is None:
-            yield name, own_copy(value, dtype if value.is_floating_point() else None, torch.device("cpu"))
+            yield name, copy_unmapped(value, dtype if value.is_floating_point() else None, torch.device("cpu"))
             continue
         yield name, value.data.cpu()
         for part, tensor in state.as_dict(packed=True).items():
@@ -73,7 +69,7 @@ def _tensors(model: Any, base: str, dtype: torch.dtype) -> Iterator[tuple[str, T
 
 def _write_shards(folder: Path, tensors: Iterator[tuple[str, Tensor]], shard_bytes: int) -> None:
     shards: list[list[str]] = []
-    held: dict[str, Tensor] = {}
+    pending: dict[str, Tensor] = {}
     total = size = 0
 
     def write() -> None:
@@ -81,33 +77,33 @@ def _write_shards(folder: Path, tensors: Iterator[tuple[str, Tensor]], shard_byt
         from safetensors.torch import save_file
 
         try:
-            save_file(held, folder / f"{len(shards)}", metadata={"format": "pt"})
-        except SafetensorError as error:  # its only sign that the disk is full
+            save_file(pending, folder / f"{len(shards)}", metadata={"format": "pt"})
+        except SafetensorError as error:  # which it raises also for a full disk
             raise OSError(" ".join(str(error).split())) from error
-        shards.append(list(held))
-        held.clear()
+        shards.append(list(pending))
+        pending.clear()
 
     for name, tensor in tensors:
-        if held and size + tensor.nbytes > shard_bytes:
+        if pending and size + tensor.nbytes > shard_bytes:
             write()
             size = 0
-        held[name] = tensor
+        pending[name] = tensor
         size += tensor.nbytes
         total += tensor.nbytes
     write()
     if len(shards) == 1:
-        (folder / "0").rename(folder / SINGLE)
+        (folder / "0").rename(folder / SINGLE_FILE)
         return
-    where: dict[str, str] = {}
+    shard_of: dict[str, str] = {}
     for number, names in enumerate(shards):
         shard = f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
         (folder / f"{number}").rename(folder / shard)
-        where.update(dict.fromkeys(names, shard))
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        shard_of.update(dict.fromkeys(names, shard))
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(shard_of.items()))}
+    (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_settings(folder: Path, model: Any, quantizer: Any, base: str) -> None:
+def _write_configuration(folder: Path, model: Any, quantizer: Any, base: str) -> None:
     model.config.quantization_config = quantizer.quantization_config
     model.config.save_pretrained(folder)
     load_tokenizer(base).save_pretrained(folder)

@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from fastprice.common.arrays import FloatArray
 from fastprice.common.plots import check_plot, save_plot
 from fastprice.data.items import Item
 from fastprice.errors import ConfigError
@@ -49,8 +49,6 @@ COVERAGE = 0.9
 RANKED_BY = {"mae": "mae", "mse": "rmse", "rmsle": "rmsle", "mape": "mape", "hits": "hit_rate"}
 HEADINGS = {"mae": "MAE $", "rmse": "RMSE $", "rmsle": "RMSLE", "mape": "MAPE %", "hit_rate": "hits %"}
 _LEAST_CALIBRATION = 9  # items that can vouch for a coverage of 90 %
-
-FloatArray = NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,7 +146,7 @@ class Comparison:
     def plot(self, path: str | os.PathLike[str]) -> Path:
         """Draws the strategies by rank (fastprice.prompting.plot) as PNG, SVG or PDF by the ending; returns `path`.
 
-        Raises as fastprice.common.plots.check_plot does: ConfigError for another ending or a folder that does not exist.
+        Raises as fastprice.common.plots.check_plot: ConfigError for another ending or a folder that does not exist.
         """
         from fastprice.prompting.plot import draw_comparison
 

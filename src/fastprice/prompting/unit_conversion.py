@@ -1,15 +1,21 @@
-"""Conversion of units and of currencies, for a model that asks.
+"""Conversion of units and of currencies, a tool that the model may call.
 
-Units have a factor each, to the base unit of their kind. **Currencies are converted by a fixed table, the euro
-reference rates that the European Central Bank published for 28 February 2025**: right to about as much as exchange
-rates have moved since, which is enough to tell what a price of another country means and no good for payments.
+Units are converted by pint; a request may name only those listed here, in any case. **Currencies are converted by a
+fixed table, the euro reference rates that the European Central Bank published for 28 February 2025**: right to about
+as much as exchange rates have moved since, which is enough to tell what a price of another country means and no good
+for payments.
 """
 
 from __future__ import annotations
 
 import re
+from functools import cache
+from typing import TYPE_CHECKING
 
 from fastprice.prompting.calculator import LARGEST, CallError
+
+if TYPE_CHECKING:
+    from pint import UnitRegistry
 
 __all__ = ["RATES_DATE", "convert"]
 
@@ -21,23 +27,24 @@ _PER_EURO = {
     "SEK": 11.1880, "NOK": 11.7245, "DKK": 7.4583, "PLN": 4.1503, "CZK": 25.029, "HUF": 399.50, "TRY": 38.0186,
     "ILS": 3.7457, "SGD": 1.4037, "THB": 35.567, "ZAR": 19.1917,
 }  # fmt: skip
-# Sizes in a base unit of each kind; inches, pounds and US gallons by their definitions.
-_SIZES = {
+# What a request may name, in lower case, and pint's name for it: its own are case-sensitive (mb is a millibarn there).
+_UNITS = {
     "length": {
-        "mm": 0.001, "cm": 0.01, "m": 1.0, "km": 1000.0, "in": 0.0254, "ft": 0.3048, "yd": 0.9144, "mi": 1609.344,
+        "mm": "millimeter", "cm": "centimeter", "m": "meter", "km": "kilometer", "in": "inch", "ft": "foot",
+        "yd": "yard", "mi": "mile",
     },
-    "mass": {"mg": 1e-6, "g": 0.001, "kg": 1.0, "oz": 0.028349523125, "lb": 0.45359237},
+    "mass": {"mg": "milligram", "g": "gram", "kg": "kilogram", "oz": "ounce", "lb": "pound"},
     "volume": {
-        "ml": 0.001, "cl": 0.01, "l": 1.0, "floz": 0.0295735295625, "cup": 0.2365882365, "pt": 0.473176473,
-        "qt": 0.946352946, "gal": 3.785411784,
+        "ml": "milliliter", "cl": "centiliter", "l": "liter", "floz": "fluid_ounce", "cup": "cup", "pt": "pint",
+        "qt": "quart", "gal": "gallon",
     },
-    "area": {"cm2": 0.0001, "m2": 1.0, "in2": 0.00064516, "ft2": 0.09290304},
-    "data": {"mb": 1e6, "gb": 1e9, "tb": 1e12},
-    "time": {"s": 1.0, "min": 60.0, "h": 3600.0, "day": 86400.0},
-    "power": {"w": 1.0, "kw": 1000.0, "hp": 745.6998715822702},
-    "money": {name.lower(): 1 / rate for name, rate in _PER_EURO.items()},
+    "area": {"cm2": "centimeter**2", "m2": "meter**2", "in2": "inch**2", "ft2": "foot**2"},
+    "data": {"mb": "megabyte", "gb": "gigabyte", "tb": "terabyte"},
+    "time": {"s": "second", "min": "minute", "h": "hour", "day": "day"},
+    "power": {"w": "watt", "kw": "kilowatt", "hp": "horsepower"},
+    "money": {name.lower(): name for name in _PER_EURO},
 }  # fmt: skip
-_KINDS = {name: (kind, size) for kind, sizes in _SIZES.items() for name, size in sizes.items()}
+_KINDS = {name: (kind, unit) for kind, units in _UNITS.items() for name, unit in units.items()}
 _LONG = {
     "inch": "in", "inches": "in", "foot": "ft", "feet": "ft", "yard": "yd", "yards": "yd", "mile": "mi", "miles": "mi",
     "gram": "g", "grams": "g", "ounce": "oz", "ounces": "oz", "pound": "lb", "pounds": "lb", "lbs": "lb",
@@ -57,19 +64,32 @@ def convert(request: str) -> float:
         amount = float(asked[1].replace(",", ""))
     except ValueError as error:
         raise CallError(f"{asked[1]} is not a number") from error
-    kind, size = _unit(asked[2])
-    other_kind, other_size = _unit(asked[3])
+    kind, unit = _unit(asked[2])
+    other_kind, other = _unit(asked[3])
     if kind != other_kind:
         raise CallError(f"{asked[2]} is {kind} and {asked[3]} is {other_kind}")
-    result = amount * size / other_size
+    result = amount / _PER_EURO[unit] * _PER_EURO[other] if kind == "money" else amount * _factor(unit, other)
     if not abs(result) <= LARGEST:
         raise CallError("the result is too large")
     return result
 
 
-def _unit(name: str) -> tuple[str, float]:
-    """(kind, size) of a unit or currency, whatever its case."""
+def _unit(name: str) -> tuple[str, str]:
+    """(kind, name) of a unit or currency, whatever its case: pint's name, or the currency's code."""
     found = _KINDS.get(_LONG.get(name.lower(), name.lower()))
     if found is None:
         raise CallError(f"no unit {name}")
     return found
+
+
+@cache
+def _factor(unit: str, other: str) -> float:
+    return float(_registry().convert(1.0, unit, other))
+
+
+@cache
+def _registry() -> UnitRegistry[float]:
+    # Imported and read when the first call needs it: 0.6 s.
+    from pint import UnitRegistry
+
+    return UnitRegistry()

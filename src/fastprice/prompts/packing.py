@@ -3,13 +3,13 @@
 Price texts are short (about 100-180 tokens) and uneven: in a padded batch a third or more of the positions are padding.
 Here the texts of a micro-batch are concatenated into one row of T tokens, position ids restart at each text, and
 attention stays within each text (`fastprice.models.packed_attention`). Rows are shuffled, then packed by best-fit-
-decreasing (Johnson, 1973; "bfd" in TRL) within windows of a few hundred rows: over the whole set, texts of equal length,
-and so of like content, would share an optimizer step. The emptiest pack of a window is reopened with the next window,
-which fills packs to 98-99 % instead of 96-97 % (4,000 synthetic items, packs of 1,024 to 4,096 tokens).
+decreasing (Johnson, 1973; "bfd" in TRL) within windows of a few hundred rows: over the whole set, texts of equal
+length, and so of like content, would share an optimizer step. The emptiest pack of a window is reopened with the next
+window, which fills packs to 98-99 % instead of 96-97 % (4,000 synthetic items, packs of 1,024 to 4,096 tokens).
 
-CUDA graphs need packs of one static shape (`StaticShape`): padding texts without labels fill the row up to T tokens, and
-padding entries fill `cu_seqlens` and the labeled positions. All packs of a run are known before it starts, so the shape
-is the smallest that holds every one of them.
+CUDA graphs need packs of one static shape (`StaticShape`): padding texts without labels fill the row up to T tokens,
+and padding entries fill `cu_seqlens` and the labeled positions. All packs of a run are known before it starts, so the
+shape is the smallest that holds every one of them.
 """
 
 from __future__ import annotations
@@ -137,7 +137,8 @@ class PackCollator:
     own attention, an int32 tensor for Unsloth (`packed_seq_lengths`).
 
     positions   add the labeled positions, `label_positions` of int64 (M,), so that the loss need not search for them
-    static      pad every batch to this shape, which implies `positions`: M is its `labels`, and attention gets the texts
+    static      pad every batch to this shape, which implies `positions`: M is its `labels`, and attention gets the
+    texts
                 as `cu_seqlens`, int32 (texts + 1,), and `max_seqlen`. ConfigError for a batch that exceeds it.
     """
 

@@ -1,28 +1,17 @@
-"""The one place where a prompt is written: training, prediction, inspection and serving share it.
+"""The one place where a prompt and its loss mask are written: training, prediction, preview and serving share it.
 
-An item becomes
+An item becomes "How much does this cost to the nearest dollar?", its text, and "Price is $", each after an empty line.
+The completion is the price in whole dollars as digits, then the end-of-sequence token; with `JSON` the prompt ends in
+`{"price": ` and the completion is `129}`, which can only complete an object of the schema. Prompt and completion are
+tokenized apart, so that the completion begins with a digit in every tokenizer. The wording is that of E. Donner's
+course "LLM Engineering" (2024), less the cents.
 
-    How much does this cost to the nearest dollar?
-    ⏎
-    {text}
-    ⏎
-    Price is $
+The loss is completion-only: labels are `IGNORE` on the prompt. Only the item's text is ever truncated; the question and
+"Price is $" always survive, so a long text loses its end and never the place of the answer.
 
-and the completion is the price in whole dollars, as digits, followed by the end-of-sequence token. The dollar sign ends
-the prompt, so that the completion starts with a digit in every tokenizer: no tokenizer merges "$" with a digit across
-that border because the two sides are tokenized apart. The wording is that of the course from which the problem is known
-(E. Donner, "LLM Engineering", 2024), less its cents.
-
-Where JSON is asked for (`JSON`), the prompt ends with `{"price": ` in place of "Price is $", and the completion is
-`129}`: what is decoded after the prompt can only complete an object that holds to the schema.
-
-Only the text is ever cut: the question and "Price is $" always survive, so that a long text costs its own tail and
-never the place where the answer goes.
-
-A text is data and nothing else. What cannot be printed is taken out of it (`cleaning.repair_text`, which training items
-have gone through already), and a special token that it spells ("<|eos|>") is tokenized as the characters it consists
-of: it can neither end the prompt nor begin another. Its newlines come one at a time, so that the empty lines around it
-are the prompt's alone.
+An item's text is data and nothing else. Unprintable characters are removed (`data.cleaning.repair_text`), empty lines
+are collapsed, and a special token that it spells out ("<|eos|>") is tokenized as characters: it can neither end the
+prompt nor begin another.
 """
 
 from __future__ import annotations
@@ -61,14 +50,14 @@ __all__ = [
 HEAD = "How much does this cost to the nearest dollar?\n\n"
 TAIL = "\n\nPrice is $"
 IGNORE = -100
-# A text longer than this many characters per allowed token is cut before it is tokenized: tokenizing 100,000
-# characters to keep 200 tokens is waste. Real texts hold 2 to 6 characters a token.
+# Longer texts are truncated to this many characters per allowed token before tokenization: tokenizing 100,000
+# characters to use 200 tokens is waste. Real texts have 2 to 6 characters a token.
 _CHARACTERS_PER_TOKEN = 40
 
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """How an answer is written: what stands before the number (`tail`, the end of the prompt), and after it."""
+    """How an answer is written: `tail` ends the prompt, just before the number; `close` follows the number."""
 
     name: str
     tail: str
@@ -90,7 +79,7 @@ class Form:
         return int(closing[0])
 
     def read(self, answer: str) -> float | None:
-        """The price in dollars that a model wrote after the prompt; None where it wrote none."""
+        """The price in dollars that a model generated after the prompt; None if there is none."""
         if not self.close:
             # The prompt ended with "Price is $": only what follows without a gap is its number.
             return parse_price(answer.split("\n")[0]) if answer[:1].isdigit() else None
@@ -119,7 +108,7 @@ def _schema() -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """Token ids of one prompt, and how many tokens of its text were cut (0: none; at least 1 when characters were)."""
+    """Token ids of one prompt, and how many tokens of its text were truncated (at least 1 if characters were)."""
 
     ids: list[int]
     cut: int
@@ -127,9 +116,9 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class TrainingRow:
-    """Token ids and labels (both length T) of a prompt and its answer; labels are `IGNORE` where no loss is taken.
+    """Token ids and labels (both length T) of a prompt and its completion; labels are `IGNORE` on the prompt.
 
-    `price` is the true one in dollars, NaN where it is not known.
+    `cut` is that of the `Prompt`; `price` is the true one in dollars, NaN if unknown.
     """
 
     ids: list[int]
@@ -144,14 +133,14 @@ def answer_text(price: float) -> str:
 
 
 def encode_prompt(tokenizer: Any, text: str, max_tokens: int, form: Form = TEXT) -> Prompt:
-    """The prompt for `text`, with the text cut so that it takes at most `max_tokens` tokens."""
+    """The prompt for `text`, its text truncated to at most `max_tokens` tokens."""
     ids, cut = encode_text(tokenizer, text, max_tokens)
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     return Prompt([*start, *token_ids(tokenizer, HEAD), *ids, *token_ids(tokenizer, form.tail)], cut)
 
 
 def encode_text(tokenizer: Any, text: str, max_tokens: int) -> tuple[list[int], int]:
-    """(At most `max_tokens` token ids of the repaired `text`, how many were cut as `Prompt` counts them)."""
+    """(At most `max_tokens` token ids of the repaired `text`, how many were truncated, as in `Prompt.cut`)."""
     text = repair_text(text)
     allowed = text[: max_tokens * _CHARACTERS_PER_TOKEN]
     ids = token_ids(tokenizer, allowed.strip())
@@ -164,7 +153,7 @@ def encode_row(tokenizer: Any, item: Item, max_tokens: int, form: Form = TEXT) -
     Number and closing token are tokenized apart, so that a price ends with the same token whatever it is.
     """
     if item.price is None:
-        raise DataError(f"row {item.row}: an item without a price cannot be trained on; drop it or give it a price")
+        raise DataError(f"row {item.row}: has no price, so it cannot be trained on; drop it or give it a price")
     end = form.end_id(tokenizer)
     prompt = encode_prompt(tokenizer, item.text, max_tokens, form)
     answer = [*token_ids(tokenizer, answer_text(item.price)), end, *([tokenizer.eos_token_id] if form.close else [])]

@@ -1,7 +1,7 @@
-"""Callbacks around a training run: live progress, the curves of the report, and a stop where stock training goes on.
+"""Callbacks of a training run: live progress, the events that the report plots, and a stop on NaN.
 
-Stock training logs loss 0 for NaN and saves an adapter full of it (transformers' `logging_nan_inf_filter`); here the
-filter is off and the first loss or gradient norm that is not finite ends the run with one line.
+Stock training logs loss 0 for NaN and saves an adapter full of NaN (transformers' `logging_nan_inf_filter`). Here the
+filter is off, and the first loss or gradient norm that is not finite ends the run with a one-line error.
 """
 
 from __future__ import annotations
@@ -16,16 +16,17 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from fastprice.errors import TrainingError
 
-__all__ = ["Curves", "FiniteGuard", "Progress", "TrainingEvent"]
+__all__ = ["EventLog", "Progress", "StopOnNonFinite", "TrainingEvent"]
 
 
 @dataclass(frozen=True)
 class TrainingEvent:
-    """One logged moment of a run; what was not measured then is None.
+    """What was logged at one step of a run; None for what was not measured then.
 
-    loss: mean negative log-likelihood a labeled token (nats) since the last event, and what the objective adds to it
-    (a head's loss, a number loss: a mean over texts, weighted); eval_mae: dollars;
-    tokens_per_second: trained tokens over training time, evaluations left out; seconds_left: of training.
+    loss                mean negative log-likelihood of a labeled token (nats) since the last event, plus the weighted
+                        auxiliary losses (means over texts)
+    eval_mae            validation error in dollars
+    tokens_per_second   trained tokens over training time, without evaluations; seconds_left: of training
     """
 
     step: int
@@ -37,8 +38,8 @@ class TrainingEvent:
     seconds_left: float | None = None
 
 
-class Curves(TrainerCallback):  # type: ignore[misc]
-    """Turns the trainer's logs into TrainingEvents, keeps them, and hands each to `on_event`."""
+class EventLog(TrainerCallback):  # type: ignore[misc]
+    """Turns the trainer's logs into TrainingEvents: a list of them, and a call of `on_event` for each."""
 
     def __init__(self, on_event: Callable[[TrainingEvent], None] | None = None) -> None:
         self.events: list[TrainingEvent] = []
@@ -82,8 +83,8 @@ class Curves(TrainerCallback):  # type: ignore[misc]
             self._on_event(event)
 
 
-class FiniteGuard(TrainerCallback):  # type: ignore[misc]
-    """Ends the run with TrainingError at the first logged loss or gradient norm that is not finite."""
+class StopOnNonFinite(TrainerCallback):  # type: ignore[misc]
+    """Raises TrainingError at the first logged loss or gradient norm that is not finite."""
 
     def on_log(
         self,
@@ -112,7 +113,7 @@ class Progress:
             TextColumn("training"), BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.fields[status]}")
         )
         self._task = self._bar.add_task("training", total=None, status="")
-        self._shown: dict[str, str] = {}
+        self._status: dict[str, str] = {}
 
     def __enter__(self) -> Progress:
         self._bar.start()
@@ -123,15 +124,15 @@ class Progress:
 
     def __call__(self, event: TrainingEvent) -> None:
         if event.loss is not None:
-            self._shown["loss"] = f"loss {event.loss:.3f}"
+            self._status["loss"] = f"loss {event.loss:.3f}"
         if event.eval_mae is not None:
-            self._shown["eval"] = f"validation error ${event.eval_mae:.2f}"
+            self._status["eval"] = f"validation error ${event.eval_mae:.2f}"
         if event.tokens_per_second is not None:
-            self._shown["speed"] = f"{event.tokens_per_second:,.0f} tokens/s"
+            self._status["speed"] = f"{event.tokens_per_second:,.0f} tokens/s"
         if event.seconds_left is not None:
-            self._shown["left"] = f"{event.seconds_left:,.0f} s left"
+            self._status["left"] = f"{event.seconds_left:,.0f} s left"
         if not self._bar.console.is_terminal and event.eval_mae is not None:
-            # Without a terminal a bar is drawn once at the end: say at each evaluation where the run stands.
-            self._bar.console.print(f"step {event.step}/{event.steps}  " + "  ".join(self._shown.values()))
-        status = "  ".join(self._shown[key] for key in ("loss", "eval", "speed", "left") if key in self._shown)
+            # Without a terminal the bar is drawn only once, at the end: print a line at each evaluation.
+            self._bar.console.print(f"step {event.step}/{event.steps}  " + "  ".join(self._status.values()))
+        status = "  ".join(self._status[key] for key in ("loss", "eval", "speed", "left") if key in self._status)
         self._bar.update(self._task, completed=event.step, total=event.steps, status=status)

@@ -1,22 +1,18 @@
 """A training micro-step, forward and backward of one pack, captured once as a CUDA graph and replayed.
 
-A model of up to 2B parameters is bound by its launches: a step of thousands of small kernels takes as long as the host
-needs to start them. A graph starts them all at once. It repeats the very same kernels on the very same addresses, so
-every pack must have one static shape (packing.py), inputs are copied into buffers of their own, gradients add up in
-buffers that stay, and nothing on the way may read a value on the host. The optimizer stays outside.
+A model of up to 2B parameters is launch-bound: a step of thousands of small kernels takes as long as the host needs to
+launch them, and a graph launches them all at once. It repeats the same kernels on the same addresses, so every pack has
+one static shape (`fastprice.prompts.packing.StaticShape`), inputs are copied into static buffers, gradients accumulate
+in static buffers, and nothing may read a value on the host. The optimizer stays outside. `unsupported_reason` lists
+what cannot be captured.
 
-A replay that is wrong trains silently on nonsense, so it is compared with the eager step before it is trusted: on
-another pack than the recorded one, with weights moved by noise (a graph that holds a stale copy of a weight shows), and
-twice in a row (one that overwrites where it should add shows). If loss and gradients do not agree within the band of
-the dtype, or the step cannot be captured, one warning says so and training goes on eagerly.
+A wrong replay would train silently on nonsense, so it is compared with the eager step before it is trusted: on another
+pack than the recorded one, with weights perturbed by noise (which shows a stale copy of a weight), and twice in a row
+(which shows a gradient that is overwritten instead of accumulated). If loss and gradients differ by more than the
+dtype's tolerance, or the step cannot be captured, one warning says so and training goes on eagerly.
 
-What it costs: padding, 1 to 2 % of the positions of packs of 1,024 to 4,096 tokens (4,000 items of the synthetic
-catalogue); the activations of a step stay reserved for the graph as long as it lives, so an evaluation between steps
-has that much less; the check holds three more copies of what trains, once.
-
-Not with dropout (masks that are drawn anew cannot be compared), soft-capped attention, fp16 (its loss scaling decides
-on the host), several processes, streamed weights, kernels off (the stock loss looks for its labels on the host) or the
-unsloth engine (its attention builds its mask from lengths on the host). `hindrance` names what is in the way.
+It costs padding, 1 to 2 % of the positions of packs of 1,024 to 4,096 tokens; the activations of a step stay reserved
+as long as the graph lives; the check holds three more copies of the trainable weights, once.
 """
 
 from __future__ import annotations
@@ -30,25 +26,34 @@ from torch import Tensor, nn
 
 from fastprice.models.packed_attention import varlen_works
 
-__all__ = ["AUTO_PARAMETERS", "BANDS", "Capture", "CudaCapture", "GraphedStep", "hindrance", "parameter_count"]
+__all__ = [
+    "AUTO_PARAMETERS",
+    "TOLERANCES",
+    "Capture",
+    "CudaCapture",
+    "GraphedStep",
+    "parameter_count",
+    "unsupported_reason",
+]
 
-AUTO_PARAMETERS = 2.5e9  # up to which cuda_graphs="auto" captures: above, arithmetic bounds a step, not its launches
-# How far replay and eager step may lie apart, relative to the gradient's norm: the same kernels on the same numbers,
+# Most parameters that cuda_graphs="auto" captures: larger models are bound by arithmetic, not by launches.
+AUTO_PARAMETERS = 2.5e9
+# Largest difference of replay and eager step, relative to the gradient's norm: the same kernels on the same numbers,
 # but atomic additions of attention and indexing in another order.
-BANDS = {torch.bfloat16: 2e-2, torch.float16: 5e-3, torch.float32: 1e-4}
-_WARMUP = 3  # runs before the capture, as PyTorch asks: lazy initialization and autotuning must be over
-_NOISE = 0.1  # of a weight's root mean square, or of 1 / sqrt(fan-in) for weights that are still zero
+TOLERANCES = {torch.bfloat16: 2e-2, torch.float16: 5e-3, torch.float32: 1e-4}
+_WARMUP = 3  # runs before the capture, as PyTorch requires: lazy initialization and autotuning must be over
+_NOISE = 0.1  # relative to a weight's root mean square, or to 1 / sqrt(fan-in) for weights that are still zero
 
 Step = Callable[[dict[str, Any]], Tensor]
 
 
 class Capture(Protocol):
-    """Something that records work on tensors once and repeats it on the same tensors."""
+    """Records work on tensors once and repeats it on the same tensors."""
 
     def record(self, work: Callable[[], Tensor]) -> Tensor:
-        """Records `work`, which may run several times, and returns the tensor where each replay leaves its result.
+        """Records `work`, which may run several times, and returns the tensor that each replay writes its result to.
 
-        RuntimeError where it cannot be recorded.
+        Raises RuntimeError if it cannot be recorded.
         """
 
     def replay(self) -> None:
@@ -68,9 +73,9 @@ class CudaCapture:
             for _ in range(_WARMUP):
                 work()
         torch.cuda.current_stream().wait_stream(side)
-        # Autocast may hold 16-bit copies of weights from before, which a replay would never renew.
+        # Autocast may hold older 16-bit copies of weights, which a replay would never refresh.
         torch.clear_autocast_cache()
-        # "thread_local": the data loader's thread pins memory meanwhile, which "global" would forbid.
+        # "thread_local": the data loader's thread pins memory meanwhile, which "global" forbids.
         with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
             return work()
 
@@ -79,17 +84,18 @@ class CudaCapture:
 
 
 class GraphedStep:
-    """Calls like the eager `step` and, once a capture of it has proved itself, replays that.
+    """Called like the eager `step`; replays a capture of it once that has passed its check.
 
-    step        takes a batch, adds to the gradients of `parameters`, returns the loss without a graph; it must read
-                nothing but the batch and what stays in place
-    parameters  what trains, by name
-    band        how far loss and gradients may lie apart, relative (`BANDS`)
+    step        takes a batch, accumulates the gradients of `parameters`, returns the detached loss; it must read
+    nothing
+                but the batch and tensors whose addresses stay
+    parameters  the trainable ones, by name
+    tolerance   largest relative difference of loss and gradients (`TOLERANCES`)
     capture     makes the `Capture`
 
     The first call runs eagerly and records, the second checks, later ones replay. Tensors of a batch must keep their
-    shapes and dtypes and all else its value, else ValueError. `state` is "new", "recorded", "trusted" or "eager", and
-    `trouble` says why in the last case.
+    shapes and dtypes and everything else its value, or ValueError is raised. `state` is "new", "recorded", "trusted" or
+    "eager", and `failure` says why in the last case.
     """
 
     def __init__(
@@ -97,19 +103,19 @@ class GraphedStep:
         step: Step,
         parameters: Mapping[str, nn.Parameter],
         *,
-        band: float,
+        tolerance: float,
         capture: Callable[[], Capture] = CudaCapture,
     ) -> None:
         self._step = step
         self._parameters = dict(parameters)
-        self._band = band
+        self._tolerance = tolerance
         self._make_capture = capture
-        self._recorded: tuple[Capture, Tensor] | None = None  # and where its replays leave the loss
+        self._recorded: tuple[Capture, Tensor] | None = None  # and the loss that its replays write
         self._static: dict[str, Any] = {}
         self._names: list[str] = []  # of the parameters that get a gradient
         self._buffers: list[Tensor] = []  # for their gradients
         self.state = "new"
-        self.trouble: str | None = None
+        self.failure: str | None = None
 
     def __call__(self, batch: Mapping[str, Any]) -> Tensor:
         """The loss of one micro-step, a 0-dim tensor; gradients are added to the parameters' `grad`."""
@@ -129,14 +135,14 @@ class GraphedStep:
         return self._replay()
 
     def _try(self, attempt: Callable[[Mapping[str, Any]], str | None], batch: Mapping[str, Any]) -> None:
-        """Goes back to the eager step, with one warning, if `attempt` names a trouble or cannot be made."""
+        """Falls back to the eager step, with one warning, if `attempt` returns a failure or raises."""
         try:
-            self.trouble = attempt(batch)
+            self.failure = attempt(batch)
         except RuntimeError as error:  # out of memory too: the eager step needs less
-            self.trouble = f"the step cannot be captured ({str(error).strip().splitlines()[0]})"
-        if self.trouble is not None:
+            self.failure = f"the step cannot be captured ({str(error).strip().splitlines()[0]})"
+        if self.failure is not None:
             self.state, self._recorded, self._static = "eager", None, {}
-            warnings.warn(f"CUDA graphs stay off: {self.trouble}", stacklevel=4)
+            warnings.warn(f"CUDA graphs stay off: {self.failure}", stacklevel=4)
 
     def _record(self, batch: Mapping[str, Any]) -> None:
         self._names = [name for name, parameter in self._parameters.items() if parameter.grad is not None]
@@ -150,16 +156,16 @@ class GraphedStep:
             capture = self._make_capture()
             self._recorded = capture, capture.record(lambda: self._step(dict(self._static)))
             self.state = "recorded"
-        finally:  # what the recording did to gradients is undone
+        finally:  # undoes what the recording did to gradients
             for parameter, gradient in zip(trained, added, strict=True):
                 parameter.grad = gradient
 
     def _check(self, batch: Mapping[str, Any]) -> str | None:
-        """Compares two replays in a row with the eager step, all with moved weights; leaves gradients unspecified."""
+        """Compares two replays in a row with the eager step, on perturbed weights. Gradients are undefined then."""
         trained = self._trained()
         weights = [parameter.detach().clone() for parameter in trained]
         try:
-            _move(trained)
+            _perturb(trained)
             torch._foreach_zero_(self._buffers)
             self._replay()
             replayed_loss = self._replay()
@@ -169,23 +175,23 @@ class GraphedStep:
         finally:
             with torch.no_grad():
                 torch._foreach_copy_(trained, weights)
-        trouble = self._disagreement(loss, replayed_loss, replayed)
-        if trouble is None:
+        failure = self._disagreement(loss, replayed_loss, replayed)
+        if failure is None:
             self.state = "trusted"
-        return trouble
+        return failure
 
     def _disagreement(self, loss: Tensor, replayed_loss: Tensor, replayed: Sequence[Tensor]) -> str | None:
-        """How the replay differs from the eager step, whose gradients are in the buffers; None within the band."""
-        told = "a replayed step gives another {} than the eager one ({})"
-        if not abs(float(loss) - float(replayed_loss)) <= self._band * max(abs(float(loss)), 1.0):
-            return told.format("loss", f"{float(replayed_loss):.6g} for {float(loss):.6g}")
+        """How the replay differs from the eager step, whose gradients are in the buffers; None within the tolerance."""
+        message = "a replayed step computes another {} than the eager one ({})"
+        if not abs(float(loss) - float(replayed_loss)) <= self._tolerance * max(abs(float(loss)), 1.0):
+            return message.format("loss", f"{float(replayed_loss):.6g} for {float(loss):.6g}")
         sizes = torch.stack(torch._foreach_norm(self._buffers)).double()
         apart = torch.stack(torch._foreach_norm(torch._foreach_sub(list(replayed), self._buffers))).double()
-        # A gradient that is next to nothing beside the others is made of rounding.
+        # A gradient that is tiny beside the others consists of rounding errors.
         share = apart / sizes.clamp(min=1e-3 * float(sizes.norm()) + 1e-30)
         worst = int(share.nan_to_num(torch.inf).argmax())
-        if not float(share[worst]) <= self._band:
-            return told.format("gradient", f"{100 * float(share[worst]):.3g} % apart in {self._names[worst]}")
+        if not float(share[worst]) <= self._tolerance:
+            return message.format("gradient", f"{100 * float(share[worst]):.3g} % apart in {self._names[worst]}")
         return None
 
     def _replay(self) -> Tensor:
@@ -204,12 +210,12 @@ class GraphedStep:
             else:
                 same = isinstance(given, Tensor) and (given.shape, given.dtype) == (held.shape, held.dtype)
             if not same:
-                raise ValueError(f"{name} is {_told(given)}, the recorded step takes {_told(held)}")
+                raise ValueError(f"{name} is {_describe(given)}, the recorded step takes {_describe(held)}")
             if isinstance(held, Tensor):
                 held.copy_(given, non_blocking=True)
 
     def _attach(self) -> None:
-        """Makes the buffers the parameters' gradients, with what was in those, or zeros where there was none."""
+        """Makes the buffers the parameters' gradients, with the values of those, or zeros."""
         fresh = []
         for parameter, buffer in zip(self._trained(), self._buffers, strict=True):
             if parameter.grad is None:
@@ -224,13 +230,13 @@ class GraphedStep:
         return [self._parameters[name] for name in self._names]
 
 
-def _told(value: Any) -> str:
+def _describe(value: Any) -> str:
     return f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else repr(value)
 
 
 @torch.no_grad()
-def _move(parameters: Sequence[Tensor]) -> None:
-    """Adds noise to weights, so that no stale copy of them gives the same results."""
+def _perturb(parameters: Sequence[Tensor]) -> None:
+    """Adds noise to weights, so that a stale copy of them gives other results."""
     for seed, parameter in enumerate(parameters):
         generator = torch.Generator(parameter.device).manual_seed(seed)
         noise = torch.randn(parameter.shape, generator=generator, device=parameter.device)
@@ -240,12 +246,12 @@ def _move(parameters: Sequence[Tensor]) -> None:
 
 
 def parameter_count(model: nn.Module) -> int:
-    """The weights of `model`; a byte of a 4-bit one holds two."""
+    """The number of weights of `model`; a byte of a 4-bit weight holds two."""
     return sum(each.numel() * (2 if each.dtype == torch.uint8 else 1) for each in model.parameters())
 
 
-def hindrance(model: Any, engine: str, *, kernels: bool, dtype: torch.dtype, processes: int) -> str | None:
-    """Why the training steps of `model` cannot be captured, as far as it shows beforehand; None if nothing is known.
+def unsupported_reason(model: Any, engine: str, *, kernels: bool, dtype: torch.dtype, processes: int) -> str | None:
+    """Why the training steps of `model` cannot be captured, as far as is known beforehand; None if they may be.
 
     kernels: whether fastprice_kernels will be under the model; dtype: of its products; processes: that train.
     """
@@ -254,18 +260,18 @@ def hindrance(model: Any, engine: str, *, kernels: bool, dtype: torch.dtype, pro
     if engine != "peft":
         return f"the {engine} engine builds its attention mask from lengths on the host; use engine='peft'"
     if not kernels:
-        return "kernels are off, and the stock loss looks for its labels on the host"
+        return "kernels are off, and the stock loss reads its labels on the host"
     if processes > 1:
         return f"{processes} processes train together"
     if dtype == torch.float16:
         return "fp16 scales its loss by decisions on the host; a card with bf16 is needed"
     if any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()):
-        return "dropout draws other numbers in each run, so that replay and eager step cannot be compared"
+        return "dropout draws other masks in each run, so replay and eager step cannot be compared"
     config = model.config
     if getattr(config, "attention_dropout", 0.0) or getattr(config, "attn_logit_softcapping", None):
-        return "attention that drops or caps its scores has no kernel here that takes texts' borders on the device"
+        return "attention with dropout or soft-capped scores has no kernel here that takes cu_seqlens on the device"
     if any(layer._forward_pre_hooks for layer in getattr(model.get_decoder(), "layers", [])):
-        return "hooks on the decoder's layers decide on the host, as those of streamed weights do"
+        return "hooks on the decoder's layers decide on the host, as those of offloaded layers do"
     if not varlen_works("cuda", dtype):
         return f"PyTorch's varlen_attn does not run on this card in {dtype}"
     return None

@@ -1,23 +1,20 @@
-"""Losses for the digits of a price that know which numbers are near each other; added to the cross-entropy of text.
+"""Number losses: added to the cross-entropy of a price's digits, they know which numbers are close.
 
-To cross-entropy every wrong digit is equally wrong. Both kinds here charge the model the cost that it expects of its
-own answer at each step of the true price: the sum over the tokens that may come next of probability x cost.
+To cross-entropy every wrong digit is equally wrong. Both kinds here are the expected cost of the model's own answer at
+each step of the true price: the sum of probability x cost over the tokens that may come next.
 
 "number", the number-token loss NTL-WAS (Zausinger et al., "Regress, Don't Guess", 2024): over the ten digits, the cost
 of a digit is its distance from the true one; "number_mse" is their NTL-MSE, the squared distance of the expected digit.
-It knows digits but not places: a wrong hundreds digit costs as much as a wrong last one.
-
-"wasserstein": the distance in log price to the truth, so also places, and where a number ends. The Wasserstein-1
-distance between the model's distribution over prices and the truth n is the expected |ln m - ln n| over its answers m.
-An answer leaves the digits of n at one step, by a token j; so the expectation is
+They ignore places: a wrong hundreds digit costs as much as a wrong last one. "wasserstein" is the distance in log
+price, which includes places and the end of a number. The Wasserstein-1 distance between the model's distribution over
+prices and the truth n is the expected |ln m - ln n| over its answers m. An answer departs from the digits of n at one
+step, by a token j, so the expectation is
 
     sum over steps s of   p(first s tokens of n)  x  sum over j of p(j | them) E[|ln m - ln n| | m begins so, then j]
 
-The last factor alone would need the model after digits that are not in the text; the mean over all prices that begin
-so stands in for it. All else is exact, and needs the positions of the true answer alone, which are computed anyway.
-
-Probabilities are the model's over the tokens that the step allows (the digits; the children of the trie's node and its
-end), as in the paper: the mass on other tokens is cross-entropy's affair.
+Only the last factor would need forward passes on digits that are not in the text; the mean over all prices that begin
+so approximates it. Probabilities are renormalized over the tokens that the step allows (the digits; the children of the
+trie's node and its end), as in the paper: cross-entropy already penalizes mass on others.
 
 Legend: N texts, S steps of the longest answer, U tokens of the trie's alphabet.
 """
@@ -37,11 +34,11 @@ from fastprice.inference.price_trie import PriceTrie
 
 __all__ = ["NumberLoss", "expected_cost"]
 
-_TABLES = 4096  # prices whose tables are kept
+_TABLES = 4096  # prices whose tables are cached
 
 
 class NumberLoss:
-    """The costs of answers under one tokenizer's trie; `alphabet` (U,) holds the token ids that logits are needed of.
+    """The costs of answers under one tokenizer's price trie; `alphabet` (U,) holds the token ids whose logits it needs.
 
     Raises ConfigError when `kind` compares digits and the tokenizer does not write numbers digit by digit.
     """
@@ -75,7 +72,7 @@ class NumberLoss:
         if self.kind == "wasserstein":
             tables = [self._places_below(int(node), price) for node in path]
             for table, slot in zip(tables, right, strict=True):
-                table[slot] = 0.0  # what comes after the right token is charged there
+                table[slot] = 0.0  # the cost after the right token is counted at the next step
             return np.arange(len(right)), right, np.array(tables, dtype=np.float32)
         steps = np.flatnonzero(np.isfinite(self._digits[right]))
         distances = self._digits - self._digits[right[steps], None]

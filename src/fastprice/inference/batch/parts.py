@@ -13,16 +13,17 @@ source, model or option are never mixed with these: while they have estimates, t
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
+from filelock import FileLock, Timeout
+
+from fastprice.common.files import atomic_file, move_into_place, write_text_atomically
 from fastprice.errors import ConfigError, FastpriceError
 
 if TYPE_CHECKING:
@@ -73,20 +74,21 @@ class Parts:
 
     def add(self, frame: polars.DataFrame, totals: Totals) -> None:
         """Writes the next part; `totals` are those of all parts up to and with it."""
-        _put(self._part(self.count), lambda half: _write_frame(frame, half, self.target.suffix))
+        with atomic_file(self._part(self.count)) as half:
+            _write_frame(frame, half, self.target.suffix)
         self.count, self.totals = self.count + 1, totals
         self.write_ledger()
 
     def write_ledger(self) -> None:
         ledger = {"settings": self.settings, "parts": self.count, "totals": asdict(self.totals)}
-        _put(self.folder / LEDGER, lambda half: half.write_text(json.dumps(ledger), encoding="utf-8"))
+        write_text_atomically(self.folder / LEDGER, json.dumps(ledger))
 
     def finish(self) -> None:
         """Joins the parts under the target's name, and deletes them."""
         parts = [self._part(index) for index in range(self.count)]
         whole = self.folder / f"whole{self.target.suffix}"
         (_join_parquet if self.target.suffix == ".parquet" else _join_text)(parts, whole)
-        whole.replace(self.target)
+        move_into_place(whole, self.target)
         shutil.rmtree(self.folder)
 
     def _part(self, index: int) -> Path:
@@ -105,8 +107,11 @@ def open_parts(target: Path, settings: dict[str, Any]) -> Iterator[Parts]:
     if folder.exists() and not (folder / LOCK).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder}: exists and was not made by predict; move it, or name another --out")
     folder.mkdir(exist_ok=True)
-    with (folder / LOCK).open("w") as lock:
-        _acquire(lock, folder)
+    try:
+        lock = FileLock(folder / LOCK).acquire(blocking=False)
+    except Timeout as error:
+        raise ConfigError(f"{folder}: another process is writing it; wait for it, or name another --out") from error
+    with lock:
         count, totals = _read_ledger(folder, settings)
         parts = Parts(target, folder, settings, count, totals)
         try:
@@ -116,13 +121,6 @@ def open_parts(target: Path, settings: dict[str, Any]) -> Iterator[Parts]:
             if not parts.totals.priced:
                 shutil.rmtree(folder)
             raise
-
-
-def _acquire(lock: IO[str], folder: Path) -> None:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise ConfigError(f"{folder}: another process is writing it; wait for it, or name another --out") from error
 
 
 def _read_ledger(folder: Path, settings: dict[str, Any]) -> tuple[int, Totals]:
@@ -147,15 +145,6 @@ def _read_ledger(folder: Path, settings: dict[str, Any]) -> tuple[int, Totals]:
     )
 
 
-def _put(path: Path, write: Any) -> None:
-    """The file that `write(half)` writes, under its name only when it is complete and on the disk."""
-    half = path.with_name(f".{path.name}.tmp")
-    write(half)
-    with half.open("rb") as written:
-        os.fsync(written.fileno())
-    half.replace(path)
-
-
 def _write_frame(frame: polars.DataFrame, path: Path, ending: str) -> None:
     if ending == ".csv":
         frame.write_csv(path)
@@ -173,8 +162,6 @@ def _join_text(parts: list[Path], whole: Path) -> None:
                 if index and whole.suffix == ".csv":
                     lines.readline()
                 shutil.copyfileobj(lines, out)
-        out.flush()
-        os.fsync(out.fileno())
 
 
 def _join_parquet(parts: list[Path], whole: Path) -> None:
@@ -190,5 +177,3 @@ def _join_parquet(parts: list[Path], whole: Path) -> None:
                 group = []
         if group:
             out.write_table(pyarrow.concat_tables(group))
-    with whole.open("rb") as written:
-        os.fsync(written.fileno())

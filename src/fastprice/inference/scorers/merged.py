@@ -20,7 +20,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastprice.inference.price_trie import FloatArray, IntArray, PriceTrie
+from fastprice.common.arrays import FloatArray, IntArray
+from fastprice.inference.price_trie import PriceTrie
 from fastprice.inference.scorers.merged_decoder import MergedDecoder, PassTokens, QueryPositions
 from fastprice.inference.scorers.scorer import TRUNK_NODES, Prompts, ScoringSession, common_prefix_length, to_host
 

@@ -17,7 +17,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fastprice.inference.price_trie import FloatArray, IntArray, PriceTrie
+from fastprice.common.arrays import FloatArray, IntArray
+from fastprice.inference.price_trie import PriceTrie
 
 __all__ = ["TRUNK_NODES", "Prompts", "Scorer", "ScoringSession", "common_prefix_length", "to_host"]
 

@@ -1,64 +1,32 @@
-"""The simulation's meter, and what stands in for code that runs only on a CUDA device (see simulate.py)."""
+"""Replacements for code that runs only on a CUDA device, which allocate and save what that code does (see step.py)."""
 
 from __future__ import annotations
 
-import weakref
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
-from torch.utils.weak import WeakIdKeyDictionary
 
-from fastprice.memory.activation_offload import HostInputs
+from fastprice.memory.activation_offload import ActivationOffload
 from fastprice.models.packed_attention import packed_attention
 
-__all__ = ["HostStandIn", "Live", "attention", "linear4bit"]
+__all__ = ["UncountedOffload", "flash_attention", "linear4bit"]
 
 
-class Live(TorchDispatchMode):
-    """Bytes of all storages made while it is on, and their highest sum."""
+class UncountedOffload(ActivationOffload):
+    """Copies on the host take no device memory: only their shapes are recorded."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes = 0
-        self.peak = 0
-        self._known: WeakIdKeyDictionary = WeakIdKeyDictionary()
+    def _copy_to_host(self, offloaded: Any) -> None:
+        offloaded.on_host = (offloaded.on_device.shape, offloaded.on_device.dtype)
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        tree_map_only(Tensor, self._add, result)
-        return result
-
-    def _add(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        if storage in self._known:
-            return
-        size = storage.nbytes()
-        self._known[storage] = size
-        self.bytes += size
-        self.peak = max(self.peak, self.bytes)
-        weakref.finalize(storage, self._freed, size)
-
-    def _freed(self, size: int) -> None:
-        self.bytes -= size
+    def _copy_to_device(self, offloaded: Any) -> None:
+        if offloaded.on_device is None:
+            shape, dtype = offloaded.on_host
+            offloaded.on_device = torch.empty(shape, dtype=dtype)
 
 
-class HostStandIn(HostInputs):
-    """Copies on the host take nothing of the device: shapes in their place."""
-
-    def _copy_out(self, kept: Any) -> None:
-        kept.host = (kept.device.shape, kept.device.dtype)
-
-    def _copy_in(self, kept: Any) -> None:
-        if kept.device is None:
-            shape, dtype = kept.host
-            kept.device = torch.empty(shape, dtype=dtype)
-
-
-class Flash(torch.autograd.Function):
-    """Flash Attention 2's memory: saves q, k, v, output and logsumexp; its backward gathers dq in fp32, and dk and dv
+class _FlashAttention(torch.autograd.Function):
+    """Flash Attention 2's memory: saves q, k, v, output and logsumexp; backward accumulates dq in fp32, and dk and dv
     for every query head before they are summed over a group. q: (1, T, H, D); k, v: (1, T, G, D)."""
 
     @staticmethod
@@ -78,14 +46,16 @@ class Flash(torch.autograd.Function):
         return dq, dk, dv
 
 
-def attention(
+def flash_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface: q (B, H, T, D), k and v (B, G, T, D) -> (B, T, H, D)."""
+    """transformers' attention interface: q (B, H, T, D), k and v (B, G, T, D) -> (B, T, H, D).
 
+    Soft-capped scores (Gemma 2) have no flash kernel with a backward; they run through fastprice's own attention.
+    """
     if options.get("softcap") is not None and module.training:
         return packed_attention(module, query, key, value, attention_mask, **options)
-    return Flash.apply(*(side.transpose(1, 2) for side in (query, key, value))), None
+    return _FlashAttention.apply(*(side.transpose(1, 2) for side in (query, key, value))), None
 
 
 class _Matmul4bit(torch.autograd.Function):
@@ -101,7 +71,8 @@ class _Matmul4bit(torch.autograd.Function):
 
 
 def linear4bit(layer: nn.Linear) -> nn.Module:
-    """A stand-in for bitsandbytes' `Linear4bit` with double quantization, on the meta device."""
+    """bitsandbytes' `Linear4bit` with double quantization as `MatMul4Bit` runs it on CUDA, on the meta device: packed
+    bytes and statistics, dequantized into a temporary in forward and again in backward."""
     import bitsandbytes
 
     class _Linear4bit(bitsandbytes.nn.Linear4bit):  # type: ignore[misc]
@@ -116,12 +87,14 @@ def linear4bit(layer: nn.Linear) -> nn.Module:
             cast: Tensor = weight.to(dtype)
             return cast
 
-    made = _Linear4bit(layer.in_features, layer.out_features, bias=False, compute_dtype=torch.bfloat16, device="meta")
+    quantized = _Linear4bit(
+        layer.in_features, layer.out_features, bias=False, compute_dtype=torch.bfloat16, device="meta"
+    )
     count = layer.weight.numel()
     packed = nn.Parameter(torch.empty(count // 2, 1, dtype=torch.uint8, device="meta"), requires_grad=False)
     packed.compress_statistics, packed.quant_type = True, "nf4"  # type: ignore[attr-defined]
-    made.weight = packed
-    made.bias = layer.bias
+    quantized.weight = packed
+    quantized.bias = layer.bias
     blocks = -(-count // 64)
     for name, size, dtype in (
         ("absmax", blocks, torch.uint8),
@@ -130,5 +103,5 @@ def linear4bit(layer: nn.Linear) -> nn.Module:
         ("nested_code", 256, torch.float32),
         ("offset", 1, torch.float32),
     ):
-        made.register_buffer(name, torch.empty(size, dtype=dtype, device="meta"))
-    return made
+        quantized.register_buffer(name, torch.empty(size, dtype=dtype, device="meta"))
+    return quantized
