@@ -7,34 +7,50 @@ GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null
 # Unsloth's own dependencies pull a CUDA torchvision beside a CPU torch, so on a CPU it comes without them, for the
 # contract tests alone.
 UNSLOTH := unsloth==2026.10.7 unsloth_zoo==2026.10.7
+MUTMUT := 3.8.1
 
-.PHONY: demo test lint format gpu nano clean
+.PHONY: demo test lint format docs mutants gpu nano clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fastprice demo
 
 test: $(VENV)/.installed-dev lint
-	HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	PYTHONPATH=src:kernels $(BIN)/lint-imports
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Everything that a rented GPU can show in nine minutes, without network and without installing fastprice.
+# Everything that a rented GPU can show in nine minutes, without network and without installing fastprice: its tests
+# first, without those that read machine code or run in Triton's interpreter, which need no GPU.
 gpu:
-	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu --minutes 9 --out benchmarks/results
+	PYTHONPATH=src:kernels $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m fastprice.benchmarking --minutes 9 \
+	  --tests "tests/gpu -m 'not slow'" \
+	  --tests "tests/kernels -m 'not interpreter and not slow' -k 'not codegen and not machine_code'" \
+	  --out benchmarks/results
+
+# The documentation as a site, in site/; a broken link or reference fails.
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+# Changes the ten files that matter most, one spot at a time, and lists the changes that no test notices (docs/LOG.md).
+mutants: $(VENV)/.installed-dev
+	$(BIN)/pip install --quiet mutmut==$(MUTMUT)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/mutmut run --max-children 2
+	$(BIN)/mutmut results
 
 # Remakes the shipped nano model on one CPU thread.
 nano: $(VENV)/.installed
 	$(BIN)/python scripts/make_nano.py --minutes 22 --out src/fastprice/nano
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache fastprice-demo
+	rm -rf $(VENV) site mutants .pytest_cache .mypy_cache .ruff_cache fastprice-demo
 
 $(VENV)/.constraints: constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -49,4 +65,8 @@ $(VENV)/.installed: $(VENV)/.constraints pyproject.toml
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/pip install --quiet --constraint $(VENV)/.constraints --editable '.[dev]'
 	$(if $(GPU),,$(BIN)/pip install --quiet --no-deps $(UNSLOTH))
+	touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(BIN)/pip install --quiet --constraint $(VENV)/.constraints --editable '.[docs]'
 	touch $@

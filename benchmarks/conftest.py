@@ -1,8 +1,8 @@
 """What the ratio benchmarks share: a small model, one thread, and the rule by which a drop fails.
 
-Machines that run CI are slow, shared and different, so no time is held against anything: each benchmark takes the ratio
-of two ways to do one thing, in turns, in this process, by the processor time it used. It fails below a bound that holds
-on any machine, and on a drop from the committed baseline (baseline.json) that noise does not explain.
+Machines that run CI are slow, shared and different, so no time is compared with another machine's: each benchmark takes
+the ratio of two ways to do one thing, which take turns in this process, by processor time. It fails below a bound that
+holds on any machine, and on a drop from the committed baseline (baseline.json) that noise does not explain.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ Ratio = Callable[..., float]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--write-baseline", action="store_true", help="keep the ratios measured now in baseline.json")
+    parser.addoption("--write-baseline", action="store_true", help="write the ratios measured now to baseline.json")
 
 
 @pytest.fixture(scope="session")
 def model() -> Any:
-    """A model of the nano's shape with random NF4 weights, in fp32 on the CPU."""
-    from fastprice.benchmarking.models import model_config, random_nf4_model
+    """A small model with random NF4 weights, in fp32 on the CPU."""
+    from fastprice.benchmarking.random_models import model_config, random_nf4_model
 
     return random_nf4_model(model_config("nano"), "cpu", torch.float32)
 
@@ -47,15 +47,12 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def ratio(benchmark: Any, request: pytest.FixtureRequest) -> Ratio:
-    """`ratio(ours, theirs, at_least=...)`: how many times the processor time of `ours` `theirs` takes; fails on a drop.
-
-    Run pytest with --write-baseline to keep what it measures as the baseline.
-    """
+    """`ratio(ours, theirs, at_least=...)`: the processor time of `theirs` over that of `ours`; fails on a drop."""
 
     def measure(ours: Callable[[], object], theirs: Callable[[], object], *, at_least: float) -> float:
         name = request.node.name
         samples = interleave(
-            {"ours": ours, "theirs": theirs}, "cpu", seconds=3.0, warmup=1, least=5, clock=time.process_time
+            {"ours": ours, "theirs": theirs}, "cpu", seconds=3.0, warmup=1, min_rounds=5, clock=time.process_time
         )
         found = ratios(samples["theirs"], samples["ours"])
         benchmark.extra_info.update(ratio=found.as_dict(), at_least=at_least)

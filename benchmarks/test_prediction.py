@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from fastprice.benchmarking.models import seed_adapters
-from fastprice.benchmarking.prediction import check_prediction, draw_prompts, generate_prices, sharpen
+from fastprice.benchmarking.prediction import check_prediction, draw_prompts, generate_prices, sharpen_logits
+from fastprice.benchmarking.random_models import seed_adapters
 from fastprice.inference.price_decoder import SAMPLING_TOLERANCE, PriceDecoder
 from fastprice.inference.price_heads import make_head, prompt_hidden_states
 from fastprice.inference.scorers.merged import MergedScorer
@@ -27,7 +27,7 @@ def tuned(model: Any) -> Any:
 
     copied = copy.deepcopy(model)
     copied.set_attn_implementation("sdpa")
-    sharpen(copied)
+    sharpen_logits(copied)
     tuned = get_peft_model(copied, lora_config(rank=16, alpha=32.0, dropout=0.0)).eval()
     seed_adapters(tuned)
     return tuned

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from fastprice.benchmarking.cases import draw_rows
+from fastprice.benchmarking.workload import draw_rows
 from fastprice.models.packed_attention import PACKED_ATTENTION, register_packed_attention
 from fastprice.prompts.packing import PackCollator
 from fastprice.prompts.template import IGNORE, TrainingRow

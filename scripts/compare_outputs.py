@@ -39,7 +39,7 @@ from fastprice.config import RunConfig, read_config
 from fastprice.errors import ConfigError
 from fastprice.evaluation.metrics import paired_difference
 from fastprice.inference.conformal import calibrate
-from fastprice.run import Prepared, prepare_items
+from fastprice.run import PreparedItems, prepare_items
 from fastprice.training.callbacks import Progress
 
 SUMMARIES = {"mae": "median", "rmsle": "log-mean", "hits": "best window"}  # by criterion
@@ -92,7 +92,7 @@ def main() -> None:
     print(text)
 
 
-def _train(config: RunConfig, run: str, prepared: Prepared) -> RunEstimates:
+def _train(config: RunConfig, run: str, prepared: PreparedItems) -> RunEstimates:
     output, _, text_loss = run.partition(":")
     params = {**config.estimator_params(), "output": output, "text_loss": text_loss or "ce"}
     split, truths = prepared.split, _prices(prepared.split.test)
@@ -152,7 +152,7 @@ def table(runs: dict[str, RunEstimates]) -> str:
     return "\n".join(lines)
 
 
-def _notes(runs: dict[str, RunEstimates], prepared: Prepared) -> str:
+def _notes(runs: dict[str, RunEstimates], prepared: PreparedItems) -> str:
     split = prepared.split
     lines = [
         "",

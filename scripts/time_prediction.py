@@ -34,7 +34,7 @@ import torch
 from fastprice import Item, PriceEstimator
 from fastprice.benchmarking.prediction import check_prediction, generate_prices
 from fastprice.benchmarking.timing import interleave, spread_of
-from fastprice.cli.options import saved_estimator_folder
+from fastprice.cli.saved_runs import saved_estimator_folder
 from fastprice.config import read_config
 from fastprice.errors import BaseModelError
 from fastprice.inference.price_decoder import DISTRIBUTION_TOLERANCE, SAMPLING_TOLERANCE, PriceDecoder
@@ -104,7 +104,7 @@ def print_times(
         ways["a call each"] = lambda: [
             decoder.distributions([prompt], tolerance=SAMPLING_TOLERANCE) for prompt in prompts
         ]
-    samples = interleave(ways, "cpu", seconds=0.0, warmup=1, least=3, clock=time.process_time)
+    samples = interleave(ways, "cpu", seconds=0.0, warmup=1, min_rounds=3, clock=time.process_time)
     each = {name: 1e3 * spread_of(seconds).p50 / len(prompts) for name, seconds in samples.items()}
     times = ", ".join(f"{each[name] / each['ours']:.1f}" for name in COLUMNS[:3])
     cells = (f"{each[name]:.2f}" if name in each else "" for name in COLUMNS)

@@ -14,12 +14,12 @@ __all__ = ["Finding", "examine"]
 
 REQUIRED = ("torch", "triton", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets")
 OPTIONAL = {"unsloth": "pip install 'fastprice[gpu]'", "xformers": "pip install 'fastprice[gpu]'"}
-_ROOMY = 0.9  # share of GPU memory that should be free before a run or a benchmark
+_LEAST_FREE = 0.9  # share of GPU memory that should be free before a run or a benchmark
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the examination; `remedy` says what to do about a warning or an error."""
+    """One line of the report; `remedy` says what to do about a warning or an error."""
 
     level: Literal["ok", "warning", "error"]
     what: str
@@ -27,7 +27,7 @@ class Finding:
 
 
 def examine() -> list[Finding]:
-    """Everything worth knowing before a run, in reading order."""
+    """What is installed and what the GPUs are, in reading order."""
     findings = [Finding("ok", f"fastprice {__version__}, Python {platform.python_version()}, {platform.platform()}")]
     for name in REQUIRED:
         found = _version(name)
@@ -56,7 +56,7 @@ def _gpu_findings() -> list[Finding]:
         free, total = torch.cuda.mem_get_info(index)
         capability = f"compute capability {properties.major}.{properties.minor}"
         name = f"GPU {index}: {properties.name}, {total / 2**30:.1f} GiB, {capability}"
-        if free < _ROOMY * total:
+        if free < _LEAST_FREE * total:
             used = (total - free) / 2**30
             findings.append(
                 Finding("warning", f"{name}, of which {used:.1f} GiB is in use", "close other GPU programs")
@@ -72,7 +72,7 @@ def _gpu_findings() -> list[Finding]:
 
 
 def _power_findings() -> list[Finding]:
-    """Warns of a card whose power limit was lowered: its figures are not those of its name."""
+    """A warning for each GPU whose power limit was lowered: its speed is not that of its model."""
     import subprocess
 
     query = "--query-gpu=index,power.limit,power.default_limit"
@@ -92,7 +92,7 @@ def _power_findings() -> list[Finding]:
         try:
             limit, default = (float(field) for field in watts)
         except ValueError:
-            continue  # "[N/A]": laptops and some servers do not tell
+            continue  # "[N/A]": not reported on laptops and some servers
         if limit < 0.98 * default:
             what = f"GPU {index} is limited to {limit:.0f} W of {default:.0f} W"
             findings.append(Finding("warning", what, f"nvidia-smi -i {index} -pl {default:.0f} (as root)"))

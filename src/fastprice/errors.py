@@ -1,16 +1,16 @@
-"""The exceptions of fastprice: one tree, so that `except FastpriceError` catches whatever a user can put right.
+"""The exceptions of fastprice: one tree, so that `except FastpriceError` catches every error that a user can correct.
 
     FastpriceError
     ├── DataError               a file of items: missing, unreadable, an unknown column, nothing usable in it
     ├── ConfigError             a setting: unknown key, impossible value, invalid YAML (every error at once)
     ├── BaseModelError          a base model or a saved estimator that cannot be found, read or trained
     ├── MissingDependencyError  an optional package or device that the request needs
-    ├── TrainingError           training that started and cannot go on (loss not finite, no labeled token)
+    ├── TrainingError           training that started and cannot continue (loss not finite, no labeled token)
     ├── OffloadError            weights that could not be copied from host memory to the GPU
     └── NotFittedError          prediction before `fit` or `load`
 
 Every message is one line: what is wrong, where (file, row, column, key), and what to do. The command line prints that
-line and exits with status 2; a traceback appears only under `--debug`.
+line and exits with status 2; `--debug` shows the traceback.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ __all__ = [
 
 
 class FastpriceError(Exception):
-    """Anything that a user of fastprice can put right."""
+    """Every error that a user of fastprice can correct."""
 
 
 class DataError(FastpriceError):
@@ -40,7 +40,7 @@ class DataError(FastpriceError):
 
 
 class ConfigError(FastpriceError):
-    """Settings that make no sense; the message names every one of them."""
+    """Invalid settings; the message names every one of them."""
 
 
 class BaseModelError(FastpriceError):
@@ -48,11 +48,11 @@ class BaseModelError(FastpriceError):
 
 
 class MissingDependencyError(FastpriceError):
-    """An optional package, or a device, that the request needs and that is not there."""
+    """An optional package or a device that the request needs and that is missing."""
 
 
 class TrainingError(FastpriceError):
-    """Training that cannot go on without doing harm."""
+    """Training that started and cannot continue."""
 
 
 class OffloadError(FastpriceError):
@@ -60,7 +60,7 @@ class OffloadError(FastpriceError):
 
 
 class NotFittedError(FastpriceError, ValueError, AttributeError):
-    """Prediction was asked of an estimator that was neither fitted nor loaded (scikit-learn's base classes)."""
+    """Prediction by an estimator that was neither fitted nor loaded; with the base classes of scikit-learn's."""
 
 
 def nearest_name(name: str, valid: Iterable[str]) -> str:

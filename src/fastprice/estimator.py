@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import wraps
+from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 from sklearn.base import BaseEstimator, RegressorMixin
 
-from fastprice.config import TrainConfig
+from fastprice.config import PROMPT_TOKENS, EstimatorConfig, TrainConfig, check_params, describe_parameters
 from fastprice.data.inputs import draw_items, price_of, training_items
 from fastprice.data.items import Item
-from fastprice.errors import BaseModelError, ConfigError, DataError, NotFittedError
+from fastprice.errors import BaseModelError, ConfigError, DataError, NotFittedError, nearest_name
 from fastprice.inference.conformal import Calibration, calibrate
 from fastprice.inference.predictor import PricePredictor
 from fastprice.memory import parse_bytes
-from fastprice.memory.recompute_levels import check_recompute
-from fastprice.models.adapters import TEXT_LOSSES, check_method, suggested_learning_rate
+from fastprice.models.adapters import suggested_learning_rate
 from fastprice.models.engine_choice import choose_engine
 from fastprice.models.saved_folder import ADAPTER, HEAD, MANIFEST, MODEL, read_manifest, write_folder
 from fastprice.prompts.template import encode_rows
@@ -27,7 +29,6 @@ from fastprice.prompts.template import encode_rows
 if TYPE_CHECKING:
     from fastprice.inference.price_heads import PriceHead
     from fastprice.memory import MemoryPlan
-    from fastprice.models.adapters import Method
     from fastprice.models.engine import Engine, LoadedModel
     from fastprice.offload import LayerOffload
     from fastprice.training.auxiliary_losses import AuxiliaryLosses
@@ -36,120 +37,65 @@ if TYPE_CHECKING:
 
 __all__ = ["PriceEstimator"]
 
-CALIBRATION_ITEMS = 1000  # validation items; their own luck moves a coverage of 90 % by less than 1 % (one sigma)
-STANDARD_ITEMS = 512  # training items by whose hidden states a head's are scaled; a deviation is known to 3 % from them
-UNTRAINED_CEILING = 999.0  # dollars: the largest price that a base model is asked about before it has seen any
-# Room for the question, "Price is $" and the answer beside a text of max_tokens.
-_WRAPPER_TOKENS = 64
+CALIBRATION_ITEMS = 1000  # validation items; their sampling noise in a coverage of 90 % is below 1 % (one sigma)
+SCALING_ITEMS = 512  # training items by whose hidden states a price head's are scaled; 3 % noise in a deviation
+UNTRAINED_CEILING = 999.0  # dollars: the largest price of a base model that has not been trained on any
 
 
-class PriceEstimator(PricePredictor, RegressorMixin, BaseEstimator):  # type: ignore[misc]
-    """Fine-tunes a language model to read a product's text and say its price in dollars.
+def _suggest_parameters(cls: type) -> type:
+    """The class with a constructor whose TypeError for an unknown keyword names the nearest one (Python 3.13 does)."""
+    construct = cls.__init__  # type: ignore[misc]
+    known = list(signature(construct).parameters)
 
-    base           "nano" (shipped: shows the pipeline), a folder, or a hub id such as "Qwen/Qwen2.5-0.5B"
-    method         "qlora": NF4 base, LoRA adapters; "lora": 16-bit base (fp32 on a CPU); "full": every weight trains
-    engine         "auto", "peft" or "unsloth" (CUDA)
-    output         "text": the price as digits; "json": as an object held to {"price": number}; "head": digits too, and
-                   beside them a head that gives the distribution in one pass (fastprice.inference.price_heads), which `predict` reads
-    price_head     "histogram" (bins of log price) or "quantile"; price_head_weight: of its loss beside the text's
-    text_loss      "ce": cross-entropy alone; "number", "number_mse", "wasserstein": and with it, times
-                   text_loss_weight, a loss that knows which numbers are near each other (fastprice.training.number_losses)
-    kernels        "auto": fastprice_kernels under the model while it trains on CUDA; "on" or "off" anywhere
-    cuda_graphs    "on": steps replayed as CUDA graphs once a replay agreed with the eager step (fastprice.training.cuda_graphs);
-                   "auto": where that is possible and pays; "off"
-    recompute      what the backward pass computes again of each layer: "none", "selective" (norms and the product in
-                   the MLP), "full" (the forward pass), "offload" (so too, from its input in host memory); counts from
-                   the first layer on ("12 full, 20 selective"); or "auto": as little as fits the GPU, on a CPU none
-    rank, alpha    of the adapters; alpha None is 2 x rank; dropout on their input
-    learning_rate  peak; None is a width-dependent default (`fastprice.models.adapters.suggested_learning_rate`)
-    epochs         passes over the training items
-    max_tokens     longest text in tokens; longer ones lose their end
-    pack_tokens    tokens of a micro-batch; gradient_accumulation: micro-batches an optimizer step
-    evaluations    how often the validation error in dollars is taken; the best of them is kept
-    validation_items  at most this many validation items are used for it (drawn from `seed`)
-    batch_size     prompts predicted at once
-    max_memory     of the GPU, such as "24GiB": the micro-batch may get smaller than `pack_tokens`
-                   (`gradient_accumulation` makes up for it), and layers of a "qlora" base that do not fit are
-                   streamed from the host (docs/fit.md)
-    seed           of adapter weights, order of rows, and the draw of validation items
+    @wraps(construct)
+    def construct_checked(self: Any, *args: Any, **params: Any) -> None:
+        unknown = [f"{name!r}{nearest_name(name, known)}" for name in params if name not in known]
+        if unknown:
+            raise TypeError(f"{cls.__name__} got an unexpected keyword argument: {', '.join(unknown)}")
+        construct(self, *args, **params)
 
-    After `fit`: `fallback_price_` (median training price, for a text that gives no price any probability),
-    `ceiling_price_` (largest training price, and the largest that is estimated), `training_`
-    (fastprice.training.train.TrainingResult), `cut_` (training texts that were shortened), `calibration_` (of intervals),
-    `plan_` (fastprice.memory.MemoryPlan, with `max_memory`).
-    Follows scikit-learn: `get_params`, `set_params`, `clone`, `cross_val_score(estimator, items)`.
+    cls.__init__ = construct_checked  # type: ignore[misc]
+    return cls
+
+
+@_suggest_parameters
+@dataclass(eq=False, repr=False)
+class PriceEstimator(EstimatorConfig, PricePredictor, RegressorMixin, BaseEstimator):  # type: ignore[misc]
+    """Fine-tunes a language model to estimate a product's price in dollars from its text.
+
+    The parameters are the settings of the sections `model` and `train` and the seed (fastprice.config,
+    docs/reference/settings.md); `fit` checks them. It follows scikit-learn: `get_params`, `set_params`, `clone`,
+    `cross_val_score(estimator, items)`.
+
+    After `fit`:
+
+    fallback_price_  median training price, for a text without an estimate
+    ceiling_price_   largest training price, and the largest that is estimated
+    training_        fastprice.training.train.TrainingResult
+    cut_             number of training texts that were shortened to `max_tokens`
+    calibration_     fastprice.inference.conformal.Calibration of the intervals; None without validation items
+    plan_            fastprice.memory.MemoryPlan; None without `max_memory`
     """
 
-    def __init__(
-        self,
-        base: str = "nano",
-        *,
-        method: str = "qlora",
-        engine: str = "auto",
-        kernels: str = "auto",
-        cuda_graphs: str = "off",
-        recompute: str = "auto",
-        output: str = "text",
-        price_head: str = "histogram",
-        rank: int = 16,
-        alpha: float | None = None,
-        dropout: float = 0.0,
-        learning_rate: float | None = None,
-        epochs: float = 1.0,
-        price_head_weight: float = 1.0,
-        text_loss: str = "ce",
-        text_loss_weight: float = 0.3,
-        max_tokens: int = 256,
-        pack_tokens: int = 2048,
-        gradient_accumulation: int = 1,
-        warmup_ratio: float = 0.03,
-        evaluations: int = 5,
-        validation_items: int = 200,
-        batch_size: int = 64,
-        max_memory: str | int | None = None,
-        seed: int = 0,
-    ) -> None:
-        self.base = base
-        self.method = method
-        self.engine = engine
-        self.kernels = kernels
-        self.cuda_graphs = cuda_graphs
-        self.recompute = recompute
-        self.output = output
-        self.price_head = price_head
-        self.rank = rank
-        self.alpha = alpha
-        self.dropout = dropout
-        self.learning_rate = learning_rate
-        self.epochs = epochs
-        self.price_head_weight = price_head_weight
-        self.text_loss = text_loss
-        self.text_loss_weight = text_loss_weight
-        self.max_tokens = max_tokens
-        self.pack_tokens = pack_tokens
-        self.gradient_accumulation = gradient_accumulation
-        self.warmup_ratio = warmup_ratio
-        self.evaluations = evaluations
-        self.validation_items = validation_items
-        self.batch_size = batch_size
-        self.max_memory = max_memory
-        self.seed = seed
+    # scikit-learn's, not the dataclass's: estimators are compared and hashed by identity.
+    __repr__ = BaseEstimator.__repr__
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
 
     def prepare(self) -> PriceEstimator:
-        """Loads the base and puts untrained adapters on it, so that `predict` answers as the base does.
+        """Loads the base model and puts untrained adapters on it, so that `predict` gives the base's estimates.
 
         `fit` calls it; call it yourself only to measure the base. Raises ConfigError, BaseModelError.
         """
         self._check_params()
-        method = check_method(self.method)
         self._engine = self._choose_engine()
-        loaded = self._load_base(self._engine, method)
+        loaded = self._load_base(self._engine)
         self._tokenizer = loaded.tokenizer
         self._model = self._engine.attach(
             loaded.model,
-            method=method,
+            method=self.method,
             rank=self.rank,
-            alpha=self._alpha(),
+            alpha=2.0 * self.rank if self.alpha is None else self.alpha,
             dropout=self.dropout,
             seed=self.seed,
         )
@@ -165,12 +111,14 @@ class PriceEstimator(PricePredictor, RegressorMixin, BaseEstimator):  # type: ig
         validation: Sequence[Item] | ArrayLike | None = None,
         *,
         on_event: Callable[[TrainingEvent], None] | None = None,
+        on_trainer: Callable[[Any], None] | None = None,
     ) -> PriceEstimator:
         """Fine-tunes on `train`; keeps the weights with the smallest error in dollars on `validation`.
 
         train       Items with prices; or texts, with their prices as second argument (scikit-learn's `fit(X, y)`)
         validation  Items with prices, or None: the last weights are kept
         on_event    called with every logged fastprice.training.callbacks.TrainingEvent
+        on_trainer  called with TRL's trainer when it is ready to train, to add callbacks to it, say
 
         Raises DataError for items without a price, ConfigError, BaseModelError, TrainingError.
         """
@@ -214,6 +162,7 @@ class PriceEstimator(PricePredictor, RegressorMixin, BaseEstimator):  # type: ig
                 ),
                 auxiliary=auxiliary,
                 on_event=on_event,
+                on_trainer=on_trainer,
             )
         except BaseException:
             self._drop_model()  # half-trained: never to be predicted with or saved by mistake
@@ -256,48 +205,52 @@ class PriceEstimator(PricePredictor, RegressorMixin, BaseEstimator):  # type: ig
             saved, head = manifest["calibration"], manifest.get("head")
             estimator.calibration_ = None if saved is None else Calibration.from_dict(saved)
         except (KeyError, TypeError, ValueError, DataError) as error:
-            raise BaseModelError(f"{source / MANIFEST} is damaged ({error}); train again or restore it") from error
+            raise _damaged(source, error) from error
         estimator.set_params(engine=engine, **({} if base is None else {"base": base}))
         estimator._check_params()
-        chosen = estimator._choose_engine()
-        method = check_method(estimator.method)
-        if method == "full":
-            max_tokens = estimator.max_tokens + _WRAPPER_TOKENS
-            loaded = chosen.load_base(str(source / MODEL), method=method, max_tokens=max_tokens)
-            estimator._model = loaded.model
-        else:
-            loaded = estimator._load_base(chosen, method)
-            try:
-                estimator._model = chosen.attach_saved(loaded.model, str(source / ADAPTER))
-            except (OSError, ValueError, KeyError, RuntimeError) as error:
-                said = str(error).strip().splitlines()[0]
-                raise BaseModelError(f"the adapter in {source} cannot be put on {estimator.base!r}: {said}") from error
+        estimator._load_weights(source)
         if head is not None:
-            from fastprice.inference.price_heads import make_head
-
-            try:
-                estimator._head = make_head(width=estimator._width, **head)
-            except (TypeError, ConfigError) as error:
-                raise BaseModelError(f"{source / MANIFEST} is damaged ({error}); train again or restore it") from error
-            estimator._head.restore(source / HEAD)
-            estimator._head.to(estimator._model.device)
-        estimator._engine = chosen
-        estimator._tokenizer = loaded.tokenizer
+            estimator._load_head(source, head)
         estimator.fallback_price_, estimator.ceiling_price_ = fallback_price, ceiling_price
-        chosen.for_prediction(estimator._model)
         estimator._decide_distributions()
         return estimator
 
-    def _choose_engine(self) -> Engine:
-        """The engine; "auto" is peft where Unsloth cannot do what is asked.
+    def _load_weights(self, source: Path) -> None:
+        """Sets engine, tokenizer and model from the saved estimator in `source`."""
+        self._engine = self._choose_engine()
+        if self.method == "full":
+            loaded = self._engine.load_base(str(source / MODEL), method=self.method, max_tokens=self._sequence_tokens)
+            self._model = loaded.model
+        else:
+            loaded = self._load_base(self._engine)
+            try:
+                self._model = self._engine.attach_saved(loaded.model, str(source / ADAPTER))
+            except (OSError, ValueError, KeyError, RuntimeError) as error:
+                reason = str(error).strip().splitlines()[0]
+                raise BaseModelError(f"the adapter in {source} cannot be put on {self.base!r}: {reason}") from error
+        self._tokenizer = loaded.tokenizer
+        self._engine.for_prediction(self._model)
 
-        Unsloth places weights by itself, so it keeps no limit of memory, and it is not known to give the hidden states
-        that heads and number losses train on: ConfigError where it is asked for them all the same.
+    def _load_head(self, source: Path, settings: dict[str, Any]) -> None:
+        from fastprice.inference.price_heads import make_head
+
+        try:
+            self._head = make_head(width=self._width, **settings)
+        except (TypeError, ConfigError) as error:
+            raise _damaged(source, error) from error
+        self._head.restore(source / HEAD)
+        self._head.to(self._model.device)
+
+    def _choose_engine(self) -> Engine:
+        """The engine; "auto" is peft where Unsloth lacks what the settings need.
+
+        Unsloth places weights itself, so `max_memory` has no effect on it, and whether it gives the hidden states that
+        price heads and number losses train on is unknown: ConfigError for engine="unsloth" with one of these.
         """
         reads_states = self.output == "head" or self.text_loss != "ce"
         if reads_states and self.engine == "unsloth":
-            wants = "output='head'" if self.output == "head" else f"text_loss={self.text_loss!r}"
-            raise ConfigError(f"engine: 'unsloth' gives no hidden states to train {wants} on; use engine='peft'")
+            needs = "output='head'" if self.output == "head" else f"text_loss={self.text_loss!r}"
+            raise ConfigError(f"engine: 'unsloth' gives no hidden states to train {needs} on; use engine='peft'")
         needs_peft = reads_states or self.max_memory is not None
         return choose_engine("peft" if self.engine == "auto" and needs_peft else self.engine)
 
@@ -311,12 +264,11 @@ class PriceEstimator(PricePredictor, RegressorMixin, BaseEstimator):  # type: ig
         if hasattr(self, "_model"):
             del self._model
 
-    def _load_base(self, engine: Engine, method: Method) -> LoadedModel:
-        """The base, as a plan for `max_memory` says where that is given; sets `plan_` and `_layer_offload`."""
+    def _load_base(self, engine: Engine) -> LoadedModel:
+        """The base model, within `max_memory` if that is given; sets `plan_` and `_layer_offload`."""
         self._drop_model()
-        max_tokens = self.max_tokens + _WRAPPER_TOKENS
         if self.max_memory is None:
-            return engine.load_base(self.base, method=method, max_tokens=max_tokens)
+            return engine.load_base(self.base, method=self.method, max_tokens=self._sequence_tokens)
         from fastprice.offload.planned_loading import load_planned
         from fastprice.training.step_options import uses_kernels
 
@@ -324,10 +276,10 @@ class PriceEstimator(PricePredictor, RegressorMixin, BaseEstimator):  # type: ig
             self.base,
             self.max_memory,
             engine,
-            method=method,
+            method=self.method,
             rank=self.rank,
             pack_tokens=self.pack_tokens,
-            max_tokens=max_tokens,
+            max_tokens=self._sequence_tokens,
             kernels=uses_kernels(self.kernels),
         )
         self.plan_, self._layer_offload = planned.plan, planned.layer_offload
@@ -344,15 +296,14 @@ class PriceEstimator(PricePredictor, RegressorMixin, BaseEstimator):  # type: ig
 
     def _training_settings(self) -> TrainConfig:
         """The settings of training, with the learning rate and the sizes of the memory plan filled in."""
-        settings = TrainConfig(**{name: getattr(self, name) for name in TrainConfig.model_fields})
-        changes: dict[str, float] = {}
+        settings = TrainConfig(**{each.name: getattr(self, each.name) for each in fields(TrainConfig)})
+        changes: dict[str, Any] = {}
         if settings.learning_rate is None:
-            hidden_size = self._model.config.hidden_size
-            changes["learning_rate"] = suggested_learning_rate(hidden_size, check_method(self.method))
+            changes["learning_rate"] = suggested_learning_rate(self._model.config.hidden_size, self.method)
         if self.plan_ is not None:
             changes["pack_tokens"] = self.plan_.tokens
             changes["gradient_accumulation"] = self.gradient_accumulation * self.plan_.gradient_accumulation
-        return settings.model_copy(update=changes)
+        return replace(settings, **changes)
 
     def _auxiliary_losses(self, items: list[Item]) -> AuxiliaryLosses | None:
         """The losses added to that of the text, if any; makes the price head."""
@@ -371,7 +322,7 @@ class PriceEstimator(PricePredictor, RegressorMixin, BaseEstimator):  # type: ig
         return AuxiliaryLosses(self._head, self.price_head_weight, number, self.text_loss_weight)
 
     def _new_head(self, items: list[Item]) -> PriceHead:
-        """A head started from the prices of the training items, and from what the untrained model makes of some."""
+        """A price head initialized with the training prices and scaled by hidden states of the untrained model."""
         import torch
 
         from fastprice.inference.price_heads import make_head, prompt_hidden_states
@@ -383,13 +334,13 @@ class PriceEstimator(PricePredictor, RegressorMixin, BaseEstimator):  # type: ig
         head = make_head(self.price_head, self._width, low, high).to(self._model.device)
         head.start_from(prices)
         self._engine.for_prediction(self._model)
-        prompts = [prompt.ids for prompt in self.prompts(draw_items(items, STANDARD_ITEMS, self.seed))]
+        prompts = [prompt.ids for prompt in self.prompts(draw_items(items, SCALING_ITEMS, self.seed))]
         batches = prompt_hidden_states(self._model, prompts, batch_size=self.batch_size)
         head.standardize(torch.cat([hidden for _, hidden in batches]))
         return head
 
     def _calibrated(self, items: list[Item]) -> Calibration | None:
-        """How far the intervals of the trained model must be widened, from at most `CALIBRATION_ITEMS` of `items`."""
+        """Split-conformal calibration of the intervals on at most `CALIBRATION_ITEMS` of `items`; None without any."""
         if not items or self._usable_decoder() is None:
             return None
         drawn = draw_items(items, CALIBRATION_ITEMS, self.seed)
@@ -407,47 +358,23 @@ class PriceEstimator(PricePredictor, RegressorMixin, BaseEstimator):  # type: ig
     def _width(self) -> int:
         return int(self._model.config.get_text_config().hidden_size)
 
-    def _alpha(self) -> float:
-        return 2.0 * self.rank if self.alpha is None else self.alpha
+    @property
+    def _sequence_tokens(self) -> int:
+        """Tokens of the longest prompt with its answer."""
+        return self.max_tokens + PROMPT_TOKENS
 
-    def _check_params(self) -> None:
-        """ConfigError naming every impossible setting at once."""
-        wrong = [
-            f"{name} must be {what}, not {getattr(self, name)!r}"
-            for name, what, holds in (
-                ("kernels", "auto, on or off", self.kernels in ("auto", "on", "off")),
-                ("cuda_graphs", "auto, on or off", self.cuda_graphs in ("auto", "on", "off")),
-                ("output", "text, json or head", self.output in ("text", "json", "head")),
-                ("price_head", "histogram or quantile", self.price_head in ("histogram", "quantile")),
-                ("price_head_weight", "above 0", self.price_head_weight > 0),
-                ("text_loss", "one of " + ", ".join(TEXT_LOSSES), self.text_loss in TEXT_LOSSES),
-                ("text_loss_weight", "above 0", self.text_loss_weight > 0),
-                ("rank", "at least 1", self.rank >= 1),
-                ("dropout", "from 0 to below 1", 0 <= self.dropout < 1),
-                ("learning_rate", "above 0", self.learning_rate is None or self.learning_rate > 0),
-                ("epochs", "above 0", self.epochs > 0),
-                ("max_tokens", "at least 8", self.max_tokens >= 8),
-                ("gradient_accumulation", "at least 1", self.gradient_accumulation >= 1),
-                ("warmup_ratio", "from 0 to 1", 0 <= self.warmup_ratio <= 1),
-                ("evaluations", "at least 0", self.evaluations >= 0),
-                ("validation_items", "at least 1", self.validation_items >= 1),
-                ("batch_size", "at least 1", self.batch_size >= 1),
-            )
-            if not holds
-        ]
-        try:
-            check_recompute(self.recompute)
-        except ConfigError as error:
-            wrong.append(str(error))
-        if self.pack_tokens < self.max_tokens + _WRAPPER_TOKENS:
-            wrong.append(
-                f"pack_tokens ({self.pack_tokens}) must hold one text with its question: "
-                f"at least max_tokens + {_WRAPPER_TOKENS} = {self.max_tokens + _WRAPPER_TOKENS}"
-            )
-        if self.max_memory is not None:
-            try:
-                parse_bytes(self.max_memory)
-            except ConfigError as error:
-                wrong.append(f"max_{error}")
-        if wrong:
-            raise ConfigError("; ".join(wrong))
+    def _check_params(self) -> EstimatorConfig:
+        """ConfigError naming every impossible parameter; NumPy's numbers count as Python's."""
+        return check_params(
+            {
+                name: value.item() if isinstance(value, np.generic) else value
+                for name, value in self.get_params().items()
+            }
+        )
+
+
+PriceEstimator.__doc__ = f"{PriceEstimator.__doc__}\n    Parameters:\n\n{describe_parameters()}\n"
+
+
+def _damaged(source: Path, error: Exception) -> BaseModelError:
+    return BaseModelError(f"{source / MANIFEST} is damaged ({error}); train again or restore it")

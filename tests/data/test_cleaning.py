@@ -83,6 +83,9 @@ def test_settings_move_the_bounds() -> None:
     items = [Item("lamp", 5000.0), Item("tv", 50.0)]
     assert [item.text for item in clean_items(items, max_price=1e4, min_chars=1)] == ["lamp", "tv"]
     assert clean_items(items, min_price=60).rejects[-1].text == "tv"
+    assert [item.text for item in clean_items(items, min_price=50, max_price=50, min_chars=1)] == ["tv"]
+    free = clean_items([Item("free lamp", 0.0)], min_price=0)
+    assert (len(free), free.source) == (1, "")
     assert clean_items([Item("lamp", 5.0)] * 2).rejects == [Reject(None, "duplicate of an earlier item", "lamp")]
 
 
@@ -93,6 +96,9 @@ def test_settings_move_the_bounds() -> None:
         ("Bike, 1,800 O.B.O", 1800.0, f"Bike, {MASK} O.B.O"),
         ("now $80, yes $80.00 or 80 dollars", 80.0, f"now {MASK}, yes {MASK} or {MASK}"),
         ("listed at $79.99", 80.0, f"listed at {MASK}"),
+        ("listed at $79.99", 79.99, f"listed at {MASK}"),
+        ("was $49.50", 50.0, f"was {MASK}"),
+        ("paid $200, now $80", 80.0, f"paid $200, now {MASK}"),
         ("about $80", 79.99, f"about {MASK}"),
         ("was $1399.99 all year", 1399.0, f"was {MASK} all year"),
         ("$80 or $81 or $79.20", 80.0, f"{MASK} or $81 or $79.20"),

@@ -32,7 +32,7 @@ def test_empty_files(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"")
     assert error(tmp_path / name) == "FILE: the file is empty"
     if name.endswith(".gz"):
-        (tmp_path / name).write_bytes(gzip.compress(b""))
+        (tmp_path / name).write_bytes(gzip.compress(b"", mtime=0))
         assert error(tmp_path / name) == "FILE: the file is empty"
 
 
@@ -54,13 +54,17 @@ CSV_TEXT = b"name,price\nLamp,5\nChair,6\n"
     ("name", "data", "said"),
     [
         ("a.parquet", CSV_TEXT, "is not Parquet, as its ending says, but text"),
-        ("a.parquet", gzip.compress(CSV_TEXT), "is not Parquet, as its ending says, but gzip"),
+        ("a.parquet", gzip.compress(CSV_TEXT, mtime=0), "is not Parquet, as its ending says, but gzip"),
         ("a.parquet", b"PAR1" + bytes(100) + b"PAR1", "the Parquet data is damaged or cut off"),
         ("a.parquet", b"PAR1", "the Parquet data is damaged or cut off"),
         ("a.csv.gz", CSV_TEXT, "is not gzip, as its ending says"),
-        ("a.csv.gz", gzip.compress(CSV_TEXT * 500)[:-40], "gzip data is damaged or cut off"),
+        ("a.csv.gz", gzip.compress(CSV_TEXT * 500, mtime=0)[:-40], "gzip data is damaged or cut off"),
         ("a.csv.gz", gzip.compress(bytes(range(256)) * 9, mtime=0)[:60] + b"junk" * 9, "damaged or cut off"),
-        ("a.csv", gzip.compress(CSV_TEXT), "is not CSV text, as its ending says, but gzip; end its name in .gz"),
+        (
+            "a.csv",
+            gzip.compress(CSV_TEXT, mtime=0),
+            "is not CSV text, as its ending says, but gzip; end its name in .gz",
+        ),
         ("a.csv", b"PAR1xxxx", "but Parquet; end its name in .parquet"),
         ("a.csv", b"PK\x03\x04xxxx", "but a zip archive or spreadsheet"),
         ("a.csv", bytes(range(256)), "but binary data"),

@@ -148,6 +148,7 @@ def test_prices_are_formatted_for_people() -> None:
     assert format_price(1299.99) == "$1,299.99"
     assert format_price(0.5) == "$0.50"
     assert format_price(-3) == "-$3.00"
+    assert format_price(0) == "$0.00"
     for bad in (math.nan, math.inf):
         with pytest.raises(ValueError, match="finite"):
             format_price(bad)

@@ -115,9 +115,21 @@ def test_terminal_table_fits_80_columns_and_bolds_the_best() -> None:
     assert "tuned model: 4 bits" in text
     best, other = evaluation.result("tuned model").scores.mae, evaluation.result("TF-IDF + LightGBM").scores.mae
     bold = re.findall(r"\x1b\[1m *([^\x1b]*)\x1b", text)
-    assert f"{best:.2f} ({best.low:.1f}–{best.high:.1f})" in bold
-    assert f"{other:.2f} ({other.low:.1f}–{other.high:.1f})" in text
-    assert f"{other:.2f} ({other.low:.1f}–{other.high:.1f})" not in bold
+    assert f"{best:.2f} ({best.low:.2f}–{best.high:.2f})" in bold
+    assert f"{other:.2f} ({other.low:.1f}–{other.high:.0f})" in text
+    assert f"{other:.2f} ({other.low:.1f}–{other.high:.0f})" not in bold
+
+
+def test_no_row_of_a_run_is_wrapped_in_80_columns() -> None:
+    dear = [Item(f"lot {n}", 500.0 + 40 * n) for n in range(60)]
+    factors = {"constant (median)": 0.2, "TF-IDF + LightGBM": 1.3, "base model": 30.0, "tuned, greedy text": 1.2}
+    models = {name: lambda texts, factor=factor: [500.0 * factor + 40 * n for n in range(60)]
+              for name, factor in factors.items()}  # fmt: skip
+    table = re.sub(r"\x1b\[[0-9;]*m", "", rendered(evaluate_models(models, dear)))
+    lines = [line.rstrip() for line in table.splitlines() if line.strip()]
+    assert len(lines) == 3 + len(models), "title, headings, a rule, one line a model"
+    assert all(line.startswith(name) for line, name in zip(lines[3:], models, strict=True))
+    assert "14500 (14500–14500)" in table
 
 
 def test_best_is_the_highest_where_higher_is_better_and_ties_share_it() -> None:

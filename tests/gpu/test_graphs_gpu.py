@@ -72,7 +72,7 @@ def model_and_step(*, nf4: bool, checkpointing: bool) -> tuple[Any, Any]:
     if checkpointing:
         adapted.enable_input_require_grads()
         adapted.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
-    assert not install(adapted, loss_head=True, last_layer=True).kept
+    assert not install(adapted, loss_head=True, last_layer=True).skipped
 
     def step(batch: dict[str, Any]) -> Tensor:
         with torch.autocast("cuda", dtype=torch.bfloat16):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastprice_kernels import dequantize_nf4, nf4_matmul_small
 from fastprice_kernels.ops import nf4_matmul_small as small_module
-from fastprice_kernels.ops._checks import read_state
+from fastprice_kernels.ops.nf4_weight import read_weight
 
 pytestmark = [
     pytest.mark.gpu,
@@ -144,10 +144,9 @@ def test_one_launch() -> None:
 
 def test_opcheck_and_torch_compile() -> None:
     packed, state = quantized((64, 128), torch.bfloat16)
-    s = read_state(packed, state)
-    arguments = (packed, s.code, s.absmax, s.code2, s.absmax2, s.offset, s.blocksize, s.blocksize2)
+    weight, _, _ = read_weight(packed, state)
     out = torch.empty(64, 128, device="cuda", dtype=torch.bfloat16)
-    torch.library.opcheck(torch.ops.fastprice.dequantize_nf4.default, (*arguments, out))
+    torch.library.opcheck(torch.ops.fastprice.dequantize_nf4.default, (*weight, out))
     compiled = torch.compile(lambda packed: dequantize_nf4(packed, state) * 2, fullgraph=True)
     assert torch.equal(compiled(packed), dequantize_nf4(packed, state) * 2)
 

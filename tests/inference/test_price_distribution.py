@@ -104,6 +104,16 @@ def test_the_best_hit_is_in_the_window_with_more_mass() -> None:
     assert 130 < distribution.best_hit() < 140
 
 
+def test_of_equally_good_hits_the_one_nearest_to_the_median_is_taken() -> None:
+    distribution = PriceDistribution(np.array([100.0, 500.0, 900.0]), np.full(3, 0.25))
+    assert distribution.best_hit() == 500.0
+
+
+def test_the_median_is_the_default_estimate() -> None:
+    distribution = PriceDistribution(np.array([1.0, 2.0, 9.0]), np.array([0.2, 0.5, 0.3]))
+    assert distribution.estimate() == distribution.median() == 2.0
+
+
 def test_distributions_cannot_be_changed() -> None:
     prices = np.array([1.0, 2.0])
     distribution = PriceDistribution(prices, np.array([0.5, 0.5]))

@@ -1,8 +1,9 @@
-"""The benchmarks' own workers on a CPU, in this process: the code that a GPU runs, on a model of two small layers."""
+"""The benchmarks' workers on a CPU, in this process: the code that a GPU runs, on a model of two small layers."""
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,15 +13,20 @@ from typing import Any
 import pytest
 import torch
 
-from fastprice.benchmarking.analysis import agreement, summarize_steps
-from fastprice.benchmarking.comparison import Comparison, run_comparison
-from fastprice.benchmarking.models import model_config, random_nf4_model, save_model, seed_adapters
-from fastprice.benchmarking.suite import Plan, run_suite
-from fastprice.benchmarking.worker import MARK, main
+from fastprice.benchmarking.kernel_comparison import Comparison, run_comparison
+from fastprice.benchmarking.offloaded_training import offload_cap, train_offloaded
+from fastprice.benchmarking.random_models import model_config, random_nf4_model, save_model, seed_adapters
+from fastprice.benchmarking.reporting.page import write_report
+from fastprice.benchmarking.reporting.results import find_results, load_result
+from fastprice.benchmarking.reporting.summaries import agreement, summarize_steps
+from fastprice.benchmarking.reporting.tables import markdown, paste_line
+from fastprice.benchmarking.suite import run_suite
+from fastprice.benchmarking.suite_plan import SuitePlan
+from fastprice.benchmarking.worker_process import ROW_MARK, main
 from fastprice.models.peft_engine import settle_four_bit
 
 pytestmark = [
-    pytest.mark.skipif(torch.cuda.is_available(), reason="runs the CPU's side; on a GPU: python -m benchmarks.gpu"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="runs on the CPU; on a GPU: make gpu"),
     # A pre-quantized folder is loaded with the settings that a 16-bit one needs.
     pytest.mark.filterwarnings("ignore:You passed `quantization_config`:UserWarning"),
     # TRL on a CPU, in its own trainer and in pin_memory of torch's loader.
@@ -43,7 +49,7 @@ def work(capsys: pytest.CaptureFixture[str]) -> Work:
     def run(case: dict[str, Any]) -> list[dict[str, Any]]:
         assert main([json.dumps(case)]) == 0
         lines = capsys.readouterr().out.splitlines()
-        return [json.loads(line.removeprefix(MARK)) for line in lines if line.startswith(MARK)]
+        return [json.loads(line.removeprefix(ROW_MARK)) for line in lines if line.startswith(ROW_MARK)]
 
     return run
 
@@ -90,6 +96,8 @@ def test_peers_agree_and_are_counted_alike(folder: str, work: Work) -> None:
     assert rows["trl-packed"]["settings"]["packing"] == "True"
     assert "lora" in rows["peft"]["settings"]["installed"]
     assert "installed" not in rows["peft-off"]["settings"]
+    attention = {peer: row["settings"]["attention"] for peer, row in rows.items()}
+    assert attention == {"trl-packed": "sdpa", "trl-padded": "sdpa", "peft-off": "texts", "peft": "texts"}
     whole = [{"stage": "steps", "case": step(peer, folder), **row} for peer, row in rows.items()]
     entries = {entry["peer"]: entry for entry in summarize_steps(whole, {})}
     assert entries["trl-packed"]["ratio"]["of"] == "peft"
@@ -139,11 +147,11 @@ def test_every_kernel_is_compared_with_its_peers(work: Work) -> None:
     assert all(row["errors"]["fastprice"] == 0 for row in rows if row["family"] == "dequantize")
 
 
-def test_who_is_wrong_gets_no_time_and_no_ratio() -> None:
+def test_a_wrong_function_gets_no_time_and_no_ratio() -> None:
     right, wrong = torch.ones(8), torch.full((8,), 1.1)
 
     def comparison(ours: torch.Tensor, theirs: torch.Tensor) -> dict[str, Any]:
-        functions = {"fastprice": lambda: ours, "peer": lambda: theirs, "dead": lambda: 1 / 0}
+        functions = {"fastprice": lambda: ours, "peer": lambda: theirs, "broken": lambda: 1 / 0}
         made = Comparison("x", "y", functions, lambda: right, 1e-3, 1.0, 1.0)  # type: ignore[arg-type]
         return run_comparison(made, "cpu", LIMITS, 0.01)
 
@@ -153,7 +161,7 @@ def test_who_is_wrong_gets_no_time_and_no_ratio() -> None:
     green = comparison(right, wrong)
     assert green["ratios"] == {}
     assert "wrong: error 1.00e-01" in green["absent"]["peer"]
-    assert "ZeroDivisionError" in green["absent"]["dead"]
+    assert "ZeroDivisionError" in green["absent"]["broken"]
     assert comparison(torch.full((8,), torch.nan), right)["status"] == "wrong"
 
 
@@ -167,104 +175,117 @@ def test_prediction_is_compared_with_generate(folder: str, work: Work) -> None:
 
 
 def test_the_memory_estimate_stands_beside_what_was_measured(work: Work) -> None:
-    measured = {"model": "llama-3.2-1b", "tokens": 4096, "texts": 29, "rank": 16, "labeled": 0.023, "keep": None}
+    measured = {"model": "llama-3.2-1b", "tokens": 4096, "texts": 29, "rank": 16, "labeled": 0.023, "recompute": None}
     sizes = {"peak_reserved": 5 * 2**30, "peak_allocated": 4 * 2**30}
+    unmeasured = {"peak_reserved": None, "peak_allocated": None}
     rows = work(
         {
             "kind": "estimate",
             "steps": [
                 {**measured, **sizes, "peer": "trl-packed"},
                 {**measured, **sizes, "peer": "unsloth-tuned"},
-                {**measured, "peer": "peft", "peak_reserved": None, "peak_allocated": None},
-                {**measured, "peer": "peft", "keep": "4 full, 12 none", "peak_reserved": None, "peak_allocated": None},
+                {**measured, **unmeasured, "peer": "peft"},
+                {**measured, **unmeasured, "peer": "peft", "recompute": "4 full, 12 none"},
             ],
         }
     )
     assert [row["peer"] for row in rows] == ["trl-packed", "peft", "peft"]
-    assert rows[2]["estimated_reserved"] > rows[1]["estimated_reserved"], "what the layers kept counts"
+    assert rows[2]["estimated_reserved"] > rows[1]["estimated_reserved"], "layers that recompute nothing hold more"
     assert rows[0]["error"] == rows[0]["estimated_reserved"] / (5 * 2**30) - 1
     assert "error" not in rows[1]
     assert 2**30 < rows[1]["estimated_reserved"] < 20 * 2**30
 
 
 def test_training_through_the_estimator_is_measured(folder: str) -> None:
-    from fastprice.benchmarking.memory import streamed
-
-    row = streamed(folder, cap_bytes=0, tokens=600, steps=2, max_tokens=200)
+    row = train_offloaded(folder, cap_bytes=0, tokens=600, steps=2, max_tokens=200)
     assert row["steps"] == 2
     assert row["mean_tokens_per_second"] > 0
-    assert row["streamed_layers"] == 0
+    assert row["offloaded_layers"] == 0
 
 
-def test_streaming_is_measured_beside_resident_training(tmp_path: Path) -> None:
-    from fastprice.benchmarking.memory import streamed, streaming_cap
-    from fastprice.benchmarking.report import markdown
-
+def test_offloaded_training_is_measured_beside_training_on_the_device(tmp_path: Path) -> None:
     folder = str(save_model(random_nf4_model(model_config("nano"), "cpu", torch.float32), tmp_path / "model"))
-    cap = streaming_cap("nano", tokens=512, rank=16, kernels=False)
-    capped = streamed(folder, cap_bytes=cap, tokens=512, steps=2, max_tokens=200)
-    assert 1 <= capped["streamed_layers"] <= capped["layers"] == 6
-    assert capped["boundary"] == "SimulatedTransfers"
-    assert capped["micro_batch"] * capped["accumulation"] == 512
-    case = {"kind": "stream", "model": "nano"}
-    rows = [{"stage": "stream", "status": "ok", "case": case, **capped, "cap_bytes": size} for size in (0, cap)]
+    cap = offload_cap("nano", tokens=512, rank=16, kernels=False)
+    capped = train_offloaded(folder, cap_bytes=cap, tokens=512, steps=2, max_tokens=200)
+    assert 1 <= capped["offloaded_layers"] <= capped["layers"] == 6
+    assert capped["transfers"] == "SimulatedTransfers"
+    assert capped["micro_batch"] * capped["gradient_accumulation"] == 512
+    case = {"kind": "offload", "model": "nano"}
+    rows = [{"stage": "offload", "status": "ok", "case": case, **capped, "cap_bytes": size} for size in (0, cap)]
     about = {"kind": "cpu", "device": "c", "time": "", "commit": ""}
-    told = markdown({"environment": about, "limits": {}, "rows": rows})
-    assert f"| nano, 512 tokens, pretend device | {capped['streamed_layers']} of 6 |" in told
-    assert "| 100% | - |" in told
+    text = markdown({"environment": about, "limits": {}, "rows": rows})
+    assert f"| nano, 512 tokens, simulated device | {capped['offloaded_layers']} of 6 |" in text
+    assert "| 100% | - |" in text
 
 
-def test_a_case_that_cannot_be_is_one_row(work: Work) -> None:
+def test_an_impossible_case_is_one_row(work: Work) -> None:
     (row,) = work({**step("no-such-peer", "nowhere")})
     assert row["status"] == "failed"
-    assert row["reason"].startswith("OSError") or "no-such-peer" in row["reason"]
+    assert row["reason"].startswith("ConfigError: peer: 'no-such-peer' is not one of")
 
 
 def test_a_run_leaves_a_whole_result_that_says_cpu(tmp_path: Path) -> None:
-    from fastprice.benchmarking import write_report
-    from fastprice.benchmarking.report import load_result, paste_line
-
-    path = run_suite(tmp_path, minutes=3.0, plan=Plan.for_cpu(), stages=("tests", "memory"), quiet=True)
+    path = run_suite(tmp_path, minutes=3.0, plan=SuitePlan.for_cpu(), stages=("memory",), quiet=True)
     result = load_result(path)
     assert path.name.startswith("cpu-")
     assert result["environment"]["kind"] == "cpu"
     assert result["limits"]["copy_bytes_per_second"] > 0
-    assert [row["status"] for row in result["rows"] if row["stage"] in ("tests", "memory")] == ["skipped", "skipped"]
+    assert [row["status"] for row in result["rows"] if row["stage"] == "memory"] == ["skipped"]
     assert "CPU, no GPU figure" in paste_line(result)
-    assert "no GPU figure" in write_report(tmp_path)
-    assert (tmp_path / "report.html").is_file()
+    text, page = write_report(tmp_path)
+    assert "no GPU figure" in text
+    assert page == tmp_path / "report.html"
+    assert page.is_file()
 
 
-BARE = """
-import importlib.machinery, json, sys
+# As sitecustomize.py it serves the front end and its workers.
+HIDING = """
+import importlib.machinery
 
-blocked = {"typer", "rich", "pydantic", "polars", "lightgbm", "bm25s"}
+hidden = {"typer", "rich", "polars", "lightgbm", "bm25s", "datasketch", "pint"}
 find = importlib.machinery.PathFinder.find_spec.__func__
 
 
 def find_spec(cls, name, path=None, target=None):
-    return None if name.partition(".")[0] in blocked else find(cls, name, path, target)
+    return None if name.partition(".")[0] in hidden else find(cls, name, path, target)
 
 
 importlib.machinery.PathFinder.find_spec = classmethod(find_spec)
-sys.path[:0] = json.loads(sys.argv[2])
-from fastprice.benchmarking.worker import main
-
-raise SystemExit(main([sys.argv[1]]))
 """
 
 
-def test_streaming_is_measured_where_only_the_listed_packages_are(tmp_path: Path) -> None:
-    from fastprice.benchmarking.memory import streaming_cap
+@pytest.fixture
+def bare(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs Python with these arguments where only what training needs is installed."""
+    (tmp_path / "sitecustomize.py").write_text(HIDING)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, sys.path)])}
 
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-W", "ignore", *arguments]
+        return subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+
+    return run
+
+
+def test_the_front_end_runs_where_only_what_training_needs_is_installed(bare: Any, tmp_path: Path) -> None:
+    assert "No module named 'typer'" in bare("-c", "import typer").stderr
+    done = bare("-m", "fastprice.benchmarking", "--cpu", "--stages", "memory", "--minutes", "2")
+    assert done.returncode == 0, done.stderr
+    (path,) = find_results(tmp_path / "benchmarks" / "results")
+    assert load_result(path)["limits"]["matmul_flops"] > 0
+    assert done.stdout.endswith(f"results: {path.relative_to(tmp_path)}\n")
+    wrong = bare("-m", "fastprice.benchmarking", "--stages", "memery")
+    assert wrong.returncode == 2
+    assert wrong.stderr.startswith("error: stage: 'memery' is not one of kernels")
+    assert wrong.stderr.count("\n") == 1
+
+
+def test_offloaded_training_is_measured_where_only_what_training_needs_is_installed(bare: Any, tmp_path: Path) -> None:
     folder = str(save_model(random_nf4_model(model_config("nano"), "cpu", torch.float32), tmp_path / "model"))
-    cap = streaming_cap("nano", tokens=512, rank=16, kernels=False)
-    case = {"kind": "stream", "model": "nano", "folder": folder, "tokens": 512, "rank": 16, "cap_bytes": cap}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", BARE, json.dumps(case), json.dumps(sys.path)],
-        capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
-    line = next(line for line in done.stdout.splitlines() if line.startswith(MARK))
-    row = json.loads(line.removeprefix(MARK))
+    cap = offload_cap("nano", tokens=512, rank=16, kernels=False)
+    case = {"kind": "offload", "model": "nano", "folder": folder, "tokens": 512, "rank": 16, "cap_bytes": cap}
+    done = bare("-m", "fastprice.benchmarking.worker_process", json.dumps(case))
+    line = next(line for line in done.stdout.splitlines() if line.startswith(ROW_MARK))
+    row = json.loads(line.removeprefix(ROW_MARK))
     assert row["status"] == "ok", row
-    assert row["streamed_layers"] >= 1
+    assert row["offloaded_layers"] >= 1

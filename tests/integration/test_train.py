@@ -39,7 +39,7 @@ def trained(products: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from rich.console import Console
 
     from fastprice.config import read_config
-    from fastprice.run import run
+    from fastprice.run import train_and_evaluate
 
     out = tmp_path_factory.mktemp("runs") / "first"
     config = read_config(
@@ -50,7 +50,7 @@ def trained(products: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             "model.max_tokens": 96,
         },
     )  # fmt: skip
-    run(config, Console(quiet=True))
+    train_and_evaluate(config, Console(quiet=True))
     return out
 
 
@@ -60,7 +60,7 @@ def test_a_run_leaves_its_files_whole(trained: Path) -> None:
     ]  # fmt: skip
     results = json.loads((trained / "results.json").read_text())
     names = [model["name"] for model in results["evaluation"]["models"]]
-    assert {"nano, untrained", "nano, tuned", "nano, tuned, greedy text"} <= set(names)
+    assert {"base model", "tuned model", "tuned, greedy text"} <= set(names)
     assert len(names) == 6
     counts = results["counts"]
     used = counts["train"] + counts["validation"] + counts["test"]
@@ -79,7 +79,7 @@ def test_no_row_vanishes(trained: Path) -> None:
 
 def test_the_report_holds_the_table_and_the_plots(trained: Path) -> None:
     page = (trained / "report.html").read_text(encoding="utf-8")
-    for part in ("nano, tuned", "nano, untrained", "MAE", "worst"):
+    for part in ("tuned model", "base model", "MAE", "worst"):
         assert part in page
     assert "http://" not in page.replace("http://www.w3.org", "")
     assert "https://" not in page
@@ -153,7 +153,7 @@ def test_inspect_shows_what_carries_loss(fastprice: Run, trained: Path) -> None:
 def test_the_demo_is_the_same_job_on_the_catalogue(fastprice: Run, tmp_path: Path) -> None:
     status, said, told = fastprice("demo", "--items", 120, "--out", tmp_path / "demo")
     assert status == 0, told
-    assert "nano, tuned" in said
+    assert "tuned model" in said
     assert (tmp_path / "demo" / "report.html").is_file()
 
 

@@ -1,4 +1,4 @@
-"""The memory estimate: its parts, its errors, and its distance from a simulation with the real model code."""
+"""The memory estimate: its parts, their order, and its errors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from fastprice.errors import BaseModelError, ConfigError
 from fastprice.memory import estimate_memory
-from fastprice.memory.tape import Peak, Tape
+from fastprice.memory.recompute_levels import RECOMPUTE_LEVELS
 from fastprice.models.shapes import read_shape, settings_of, shipped_names
 
 # Published totals, in billions.
@@ -51,7 +51,7 @@ def test_shipped_configurations_have_the_published_number_of_parameters(name: st
 
 def test_nf4_sizes_of_a_70b_model() -> None:
     shape = read_shape("Llama-3.1-70B")
-    parts = estimate_memory(shape, recompute="all").breakdown
+    parts = estimate_memory(shape, recompute="full").breakdown
     total = parts["base weights (nf4)"] + parts["quantization statistics"]
     assert total == pytest.approx(35.3e9, rel=0.002)
     assert total / shape.layers == pytest.approx(441e6, rel=0.002)
@@ -79,8 +79,8 @@ def test_a_shape_comes_from_a_folder_and_from_a_transformers_configuration(tmp_p
 
 def test_an_estimate_imports_no_torch() -> None:
     code = (
-        "import sys; from fastprice.memory import estimate_memory, make_plan; estimate_memory('Llama-3.2-1B'); "
-        "make_plan('Llama-3.2-1B', '24GiB'); sys.exit('torch' in sys.modules)"
+        "import sys; from fastprice.memory import estimate_memory, plan_memory; estimate_memory('Llama-3.2-1B'); "
+        "plan_memory('Llama-3.2-1B', '24GiB'); sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
@@ -91,7 +91,7 @@ def test_an_estimate_imports_no_torch() -> None:
     method=st.sampled_from(["qlora", "lora", "full"]),
     tokens=st.integers(1, 4096),
     texts=st.integers(1, 8),
-    recompute=st.sampled_from(["all", "none", 3]),
+    recompute=st.sampled_from(["full", "none", 3]),
     head=st.sampled_from(["full", "completion"]),
     engine=st.sampled_from(["peft", "unsloth", "fastprice"]),
     phase=st.sampled_from(["train", "eval"]),
@@ -109,14 +109,14 @@ def test_the_breakdown_adds_up_and_no_part_is_negative(
     assert estimate.tensor_bytes > 0.5 * read_shape(base).parameters
 
 
-def test_what_costs_more_is_estimated_higher() -> None:
+def test_estimates_are_ordered_as_their_causes() -> None:
     def peak(**options: Any) -> int:
         return estimate_memory("Llama-3.1-8B", **{"tokens": 2048, "loss_head": "completion", **options}).peak_bytes
 
     by_layers = [peak(recompute=count) for count in range(33)]
     assert by_layers == sorted(by_layers, reverse=True)
     assert by_layers[0] == peak(recompute="none")
-    assert by_layers[32] == peak(recompute="all")
+    assert by_layers[32] == peak(recompute="full")
     assert peak(loss_head="full") > peak()
     assert peak(tokens=4096) > peak()
     assert peak(rank=64) > peak()
@@ -127,33 +127,33 @@ def test_what_costs_more_is_estimated_higher() -> None:
     assert peak(loss_head="full", labeled=0.1) == peak(loss_head="full")
 
 
-def test_levels_are_priced_layer_by_layer() -> None:
+def test_levels_are_estimated_layer_by_layer() -> None:
     def estimate(recompute: Any, **options: Any) -> Any:
         settings = {"tokens": 4096, "loss_head": "completion", "labeled": 0.02, **options}
         return estimate_memory("Llama-3.1-8B", recompute=recompute, **settings)
 
-    assert estimate(["input"] * 32) == estimate("all") == estimate(32)
-    assert estimate(["all"] * 32) == estimate("none") == estimate(0)
-    assert estimate(["input"] * 5 + ["all"] * 27) == estimate(5)
+    assert estimate(["full"] * 32) == estimate("full") == estimate(32)
+    assert estimate(["none"] * 32) == estimate("none") == estimate(0)
+    assert estimate(["full"] * 5 + ["none"] * 27) == estimate(5)
     for engine in ("peft", "fastprice"):
-        by_level = [estimate([level] * 32, engine=engine).peak_bytes for level in ("all", "costly", "input", "host")]
+        by_level = [estimate(level, engine=engine).peak_bytes for level in RECOMPUTE_LEVELS]
         assert by_level == sorted(by_level, reverse=True)
         assert len(set(by_level)) == 4
         # Recomputing the first layers costs less memory than recomputing the last ones.
-        first, last = ["input"] * 16 + ["all"] * 16, ["all"] * 16 + ["input"] * 16
+        first, last = ["full"] * 16 + ["none"] * 16, ["none"] * 16 + ["full"] * 16
         assert estimate(first, engine=engine).peak_bytes < estimate(last, engine=engine).peak_bytes
-    stream = 2 * 4096 * 4096
-    assert estimate(["host"] * 32).host_bytes == 32 * stream
+    residual = 2 * 4096 * 4096
+    assert estimate(["offload"] * 32).host_bytes == 32 * residual
     embedding = 2 * 128256 * 4096
-    streamed = estimate(["host"] * 32, streaming=10)
-    assert streamed.host_bytes == pytest.approx(32 * stream + 10 * 112.5e6 + embedding, rel=0.01)
-    assert estimate("all").host_bytes == 0
-    assert estimate(["host"] * 32, phase="eval").host_bytes == 0
+    offloaded = estimate(["offload"] * 32, offloaded_layers=10)
+    assert offloaded.host_bytes == pytest.approx(32 * residual + 10 * 112.5e6 + embedding, rel=0.01)
+    assert estimate("full").host_bytes == 0
+    assert estimate(["offload"] * 32, phase="eval").host_bytes == 0
 
 
-def test_streaming_keeps_two_layers_of_those_streamed() -> None:
-    def base(streaming: int) -> int:
-        parts = estimate_memory("Llama-3.1-8B", streaming=streaming).breakdown
+def test_two_offloaded_layers_are_on_the_device() -> None:
+    def base(offloaded_layers: int) -> int:
+        parts = estimate_memory("Llama-3.1-8B", offloaded_layers=offloaded_layers).breakdown
         return parts["base weights (nf4)"] + parts["quantization statistics"]
 
     layer = base(0) / 32
@@ -163,7 +163,7 @@ def test_streaming_keeps_two_layers_of_those_streamed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"tokens": 0}, "tokens: 0 is not a whole number at least 1"),
         ({"tokens": 4.5}, "tokens: 4.5"),
@@ -171,29 +171,30 @@ def test_streaming_keeps_two_layers_of_those_streamed() -> None:
         ({"rank": 5000}, "rank: 5000 is not a whole number from 1 to 4,096"),
         ({"sequences": 9, "tokens": 8}, "sequences: 9"),
         ({"recompute": 33}, "recompute: 33 is not a whole number from 0 to 32"),
-        ({"recompute": ["all"] * 31}, "recompute: 31 levels for a model of 32 layers"),
-        ({"recompute": ["cheap"] * 32}, "recompute: 'cheap' is not one of all, costly, input, host"),
-        ({"recompute": ["input"] * 32, "engine": "unsloth"}, "recomputes every layer itself"),
-        ({"recompute": "some"}, "recompute: 'some' is not 'all', 'none' or a number"),
+        ({"recompute": ["none"] * 31}, "recompute: 31 levels given for a model of 32 layers"),
+        ({"recompute": ["cheap"] * 32}, "recompute: 'cheap' is not one of none, selective, full, offload"),
+        ({"recompute": ["full"] * 32, "engine": "unsloth"}, "recomputes every layer itself"),
+        ({"recompute": "selective", "engine": "unsloth"}, "recomputes every layer itself"),
+        ({"recompute": "some"}, "recompute: 'some' is neither one of none, selective, full, offload"),
         ({"optimizer": "adamw_tarch"}, "did you mean 'adamw_torch'?"),
         ({"method": "qlorra"}, "did you mean 'qlora'?"),
         ({"engine": "unslot"}, "did you mean 'unsloth'?"),
         ({"loss_head": "half"}, "loss_head: 'half'"),
         ({"phase": "predict"}, "phase: 'predict'"),
         ({"labeled": 2}, "labeled: 2 is not a share"),
-        ({"streaming": 40}, "streaming: 40"),
-        ({"streaming": 4, "method": "lora"}, "only a frozen 4-bit base is streamed"),
+        ({"offloaded_layers": 40}, "offloaded_layers: 40"),
+        ({"offloaded_layers": 4, "method": "lora"}, "only a frozen 4-bit base can be"),
     ],
 )
-def test_impossible_settings_are_told_in_one_line(options: dict[str, Any], said: str) -> None:
+def test_impossible_settings_are_one_line(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as error:
         estimate_memory("Llama-3.1-8B", **options)
-    assert said in str(error.value)
+    assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("base", "said"),
+    ("base", "message"),
     [
         ("Llama-3.1-9B", "did you mean"),
         ("nobody/llama-3.1-8bb", "did you mean"),
@@ -203,154 +204,14 @@ def test_impossible_settings_are_told_in_one_line(options: dict[str, Any], said:
         (object(), "object is no model"),
     ],
 )
-def test_an_unknown_base_is_told_in_one_line(base: Any, said: str) -> None:
+def test_an_unknown_base_is_one_line(base: Any, message: str) -> None:
     with pytest.raises(BaseModelError) as error:
         estimate_memory(base)
-    assert said in str(error.value)
+    assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 
-def test_a_broken_config_is_told_in_one_line(tmp_path: Path) -> None:
+def test_a_broken_config_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(BaseModelError, match=r"config\.json cannot be read as JSON"):
         estimate_memory(tmp_path)
-
-
-class TestTape:
-    """Peaks worked out by hand."""
-
-    def test_saved_tensors_outlive_their_names(self) -> None:
-        tape = Tape()
-        x = tape.source(100)
-        y = tape.apply(100, [x], saves_output=True)
-        z = tape.apply(10, [y])
-        tape.drop(y, z)
-        assert tape.total == 100
-        tape.peak = Peak()
-        tape.backward(z)
-        # z's gradient and y's; then y's and x's; y itself until its operation's backward is done
-        assert tape.peak.total == 300
-        assert tape.total == 0
-
-    def test_nothing_is_kept_without_a_gradient_or_without_recording(self) -> None:
-        for tape, wanted in ((Tape(), False), (Tape(record=False), True)):
-            x = tape.source(100, gradient=wanted)
-            y = tape.apply(100, [x], saves_output=True)
-            tape.drop(y)
-            assert tape.total == 0
-
-    def test_a_second_gradient_is_added_in_place_unless_the_first_is_shared(self) -> None:
-        tape = Tape()
-        x = tape.source(100)
-        a, b = tape.apply(100, [x]), tape.apply(100, [x])
-        total = tape.apply(100, [a, b], passes=True)
-        tape.drop(a, b, total)
-        tape.peak = Peak()
-        tape.backward(total)
-        # the shared incoming gradient, b's result, a's result added to it in place
-        assert tape.peak.total == 300
-
-    def test_scratch_counts_only_while_its_operation_runs(self) -> None:
-        tape = Tape()
-        x = tape.source(10)
-        y = tape.apply(10, [x], scratch=1000, scratch_backward=500, scratch_kind="dequantized")
-        assert (tape.peak.total, tape.total) == (1010, 10)
-        tape.peak = Peak()
-        tape.backward(y)
-        assert tape.peak.total == 10 + 10 + 500 + 10
-        assert tape.peak.parts["dequantized"] == 500
-
-
-CASES: list[dict[str, Any]] = [
-    {"base": "Llama-3.2-1B", "method": "qlora", "tokens": 1024, "recompute": "none", "loss_head": "completion"},
-    {"base": "Llama-3.2-1B", "method": "lora", "tokens": 4096, "recompute": "all", "loss_head": "completion",
-     "labeled": 0.02},
-    {"base": "Llama-3.2-1B", "method": "qlora", "tokens": 512, "recompute": "all", "loss_head": "full"},
-    {"base": "Qwen2.5-0.5B", "method": "qlora", "tokens": 8192, "recompute": "all", "loss_head": "completion",
-     "labeled": 0.02},
-    {"base": "Qwen2.5-0.5B", "method": "lora", "tokens": 2048, "recompute": 1, "loss_head": "completion"},
-    {"base": "Qwen3-0.6B", "method": "lora", "tokens": 2048, "recompute": "none", "loss_head": "full"},
-    {"base": "gemma-2-2b", "method": "qlora", "tokens": 2048, "recompute": "none", "loss_head": "full", "sequences": 2},
-    {"base": "gemma-2-2b", "method": "lora", "tokens": 2048, "recompute": "all", "loss_head": "completion"},
-    {"base": "Qwen2.5-0.5B", "method": "qlora", "tokens": 2048, "recompute": "all", "loss_head": "full",
-     "sequences": 4, "phase": "eval"},
-    {"base": "Llama-3.2-1B", "method": "full", "tokens": 512, "recompute": "all", "loss_head": "completion"},
-]  # fmt: skip
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(str(part) for part in case.values()))
-def test_the_estimate_agrees_with_the_real_model_code(case: dict[str, Any]) -> None:
-    from fastprice.memory.simulate import Case, simulate
-
-    step = Case(**case, layers=2)
-    assert step.estimate().tensor_bytes == pytest.approx(simulate(step), rel=0.015)
-
-
-LEVELLED = [
-    ("Llama-3.1-8B", "lora", ("host", "input", "costly", "all")), ("gemma-2-2b", "qlora", ("costly",) * 4),
-    ("Llama-3.1-8B", "qlora", ("host",) * 4), ("Qwen3-8B", "lora", ("all", "costly", "host", "input")),
-]  # fmt: skip
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("base", "method", "levels"), LEVELLED, ids=str)
-def test_levels_agree_with_the_real_model_code(base: str, method: str, levels: tuple[str, ...]) -> None:
-    """With so small a vocabulary the peak falls into a layer, and not into the loss."""
-    from fastprice.memory.simulate import Case, simulate
-
-    step = Case(base, method, 4096, levels, "completion", sequences=4, labeled=0.02, layers=4, vocabulary=256)
-    assert step.estimate().moment != "loss head"
-    assert step.estimate().tensor_bytes == pytest.approx(simulate(step), rel=0.015)
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(
-    ("base", "method"), [("Llama-3.2-1B", "qlora"), ("Qwen3-0.6B", "lora"), ("gemma-2-2b", "lora")]
-)
-def test_a_layer_keeps_what_is_said_to_the_byte(base: str, method: str) -> None:
-    """What one more layer adds to the bytes alive after the forward pass: the real model, autograd and our hooks."""
-    from fastprice.memory.simulate import Case
-    from fastprice.memory.simulate import kept_bytes as simulated_kept_bytes
-
-    from fastprice.memory.estimate import kept_bytes
-
-    def kept(levels: tuple[str, ...]) -> int:
-        step = Case(base, method, 1024, levels, "completion", sequences=2, labeled=0.02, layers=len(levels),
-                    vocabulary=256)  # fmt: skip
-        return simulated_kept_bytes(step) - _weights(step)
-
-    for level in ("all", "costly", "input", "host"):
-        estimate = kept_bytes(base, level, method=method, tokens=1024, sequences=2)
-        assert kept((level,) * 3) - kept((level,) * 2) == estimate
-
-
-def _weights(step: Any) -> int:
-    """Bytes of the model alone."""
-    from fastprice.memory.simulate import build
-
-    model = build(step)
-    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_the_simulation_counts_storages_not_tensors() -> None:
-    import torch
-    from fastprice.memory.stand_ins import Live
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    with FakeTensorMode(), Live() as live:
-        x = torch.empty(1000, requires_grad=True)
-        y = x.exp()
-        view = y.view(10, 100)
-        assert live.bytes == 8000
-        del y
-        assert live.bytes == 8000  # the view holds it
-        z = view + 1
-        del view
-        assert live.bytes == 12000  # autograd holds it
-        z.sum().backward()
-        del z
-        assert live.bytes == 8000  # x and its gradient
-        assert x.grad is not None
-    assert live.peak > 12000

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, OPTConfig
 
-from fastprice.inference.scorers.merged_decoder import DenseDecoder
+from fastprice.inference.scorers.merged_decoder import MergedDecoder
 from fastprice.models.families import FAMILIES, LLAMA_LINEARS, Family, family_of, lora_targets
 from fastprice.models.shapes import read_shape
 
@@ -91,7 +91,7 @@ def test_merged_decoder_computes_the_families_and_ropes_of_the_table(family: Fam
     if rope == "llama3":
         parameters |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
     model = small_model(family, rope_parameters=parameters, max_position_embeddings=64).eval()
-    computed = DenseDecoder.of(model) is not None  # compares its logits with the model's; warnings are errors here
+    computed = MergedDecoder.of(model) is not None  # compares its logits with the model's; warnings are errors here
     assert computed is (family.merged_decoder is not None and rope in family.merged_ropes)
 
 

@@ -11,15 +11,15 @@ import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from fastprice.benchmarking.models import model_config, random_nf4_model
+from fastprice.benchmarking.random_models import model_config, random_nf4_model
 from fastprice.errors import ConfigError
-from fastprice.inference.scorers.merged_decoder import DenseDecoder, _dense
+from fastprice.inference.scorers.merged_decoder import MergedDecoder, _merged
 from fastprice.models.base_models import resolve_base
 from fastprice.models.peft_engine import PeftEngine
 from fastprice.offload.device_transfers import SimulatedTransfers
 from fastprice.offload.nf4_loading import load_nf4
 from fastprice.offload.quantize import quantize
-from fastprice_kernels.reference.nf4 import nf4_reference
+from fastprice_kernels import reference
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the engine would load onto the CUDA device")
 
@@ -98,19 +98,19 @@ def test_the_dense_copy_has_the_exact_weights(cpu_kind: str, columns: int, stora
         "cpu"
     )
     state = linear.weight.quant_state
-    exact = nf4_reference(
+    exact = reference.dequantize_nf4(
         linear.weight.data.view(torch.uint8), state.code, state.absmax, state.state2.code, state.state2.absmax,
         state.offset, 64, 256, (96, columns), torch.float32,
     )  # fmt: skip
-    assert torch.equal(_dense(linear).weight, exact)
+    assert torch.equal(_merged(linear).weight, exact)
 
 
 @torch.inference_mode()
 def test_no_dense_copy_is_made_of_repacked_weights(cpu_kind: str) -> None:
     model = random_nf4_model(model_config("nano", 1), "cpu", torch.float32).eval()
-    assert DenseDecoder.of(model) is not None
+    assert MergedDecoder.of(model) is not None
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = cpu_kind == "avx512_bf16"
     model(input_ids=torch.arange(8)[None])
-    assert (DenseDecoder.of(model) is None) == (cpu_kind == "avx512_bf16")
+    assert (MergedDecoder.of(model) is None) == (cpu_kind == "avx512_bf16")

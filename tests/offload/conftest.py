@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, Qwen2Config
 
-from fastprice.benchmarking.models import random_nf4_model, seed_adapters
+from fastprice.benchmarking.random_models import random_nf4_model, seed_adapters
 from fastprice.models.peft_engine import PeftEngine
 
 SIZES: dict[str, Any] = {
@@ -29,7 +29,7 @@ CONFIGS = {
 
 @pytest.fixture
 def make_model() -> Callable[..., Any]:
-    """(family, layers) -> a PEFT model on an NF4 base, equal at every call, its adapters away from zero."""
+    """(family, layers) -> a PEFT model on an NF4 base, equal at every call, with adapters that are not zero."""
 
     def make(family: str = "llama", layers: int = 5, *, adapters: bool = True) -> Any:
         torch.manual_seed(0)
@@ -44,7 +44,7 @@ def make_model() -> Callable[..., Any]:
 
 @pytest.fixture
 def step() -> Callable[..., tuple[list[float], dict[str, torch.Tensor]]]:
-    """One step of so many micro-batches: their losses, and every gradient by name."""
+    """Runs micro-batches without an optimizer step: their losses, and every gradient by name."""
 
     def run(model: Any, micro_batches: int = 1, seed: int = 0) -> tuple[list[float], dict[str, torch.Tensor]]:
         draw = torch.Generator().manual_seed(seed)

@@ -16,19 +16,19 @@ LAYERS = 12
 LOADER = """
 import ctypes, gc, json, sys, torch
 import bitsandbytes, safetensors.torch, transformers.models.llama.modeling_llama
-from fastprice.offload.transfers import PretendBoundary
+from fastprice.offload.device_transfers import SimulatedTransfers
 from fastprice.offload.nf4_loading import load_nf4
 
 def resident(which):
     line = next(line for line in open("/proc/self/status") if line.startswith(which))
     return int(line.split()[1]) << 10
 
-load_nf4(sys.argv[1], dtype=torch.bfloat16, boundary=PretendBoundary())  # imports, and what libraries keep
+load_nf4(sys.argv[1], dtype=torch.bfloat16, transfers=SimulatedTransfers())  # imports, and what libraries keep
 gc.collect()
 ctypes.CDLL(None).malloc_trim(0)
 open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew
 before = resident("VmRSS")
-model, hosts = load_nf4(sys.argv[2], dtype=torch.bfloat16, boundary=PretendBoundary(), streamed=int(sys.argv[3]))
+model, hosts = load_nf4(sys.argv[2], dtype=torch.bfloat16, transfers=SimulatedTransfers(), offload=int(sys.argv[3]))
 peak = resident("VmHWM") - before
 held = {tensor.data_ptr(): tensor.nbytes for tensor in model.state_dict().values()}
 print(json.dumps({"peak": peak, "model": sum(held.values()), "after": resident("VmRSS") - before,

@@ -1,4 +1,4 @@
-"""`PriceEstimator(max_memory=...)`: planned, streamed, and the same estimator as the resident one."""
+"""`PriceEstimator(max_memory=...)`: planned, offloaded, and equal to the resident estimator."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fastprice.offload.transfers import PretendBoundary
 
 from fastprice import PriceEstimator, split_items
 from fastprice.data.synthetic import make_catalogue
 from fastprice.errors import ConfigError, TrainingError
 from fastprice.memory.planner import find_plan
 from fastprice.models.base_models import load_config
-from fastprice.training.cuda_graphs import hindrance
+from fastprice.offload.device_transfers import SimulatedTransfers
+from fastprice.training.cuda_graphs import unsupported_reason
 
 SETTINGS: dict[str, Any] = {
     "rank": 4,
@@ -31,12 +31,12 @@ SETTINGS: dict[str, Any] = {
 
 
 def smallest_budget(engine: str) -> int:
-    """Bytes in which the nano model fits only with all of its layers streamed, by the planner's arithmetic."""
+    """Bytes in which the nano model fits only with all of its layers offloaded, by the planner's arithmetic."""
     config = load_config("nano")
     low, high = 1 << 28, 1 << 30
     while high - low > 1 << 12:
         middle = (low + high) // 2
-        fits = find_plan(config, middle, tokens=400, rank=4, engine=engine, streaming=True)
+        fits = find_plan(config, middle, tokens=400, rank=4, engine=engine, layer_offload=True)
         low, high = (low, middle) if fits else (middle, high)
     return high
 
@@ -47,86 +47,86 @@ def split():
 
 
 @pytest.fixture
-def boundaries(monkeypatch) -> list[PretendBoundary]:
-    """Every pretend boundary that loading makes."""
-    made: list[PretendBoundary] = []
+def transfers(monkeypatch) -> list[SimulatedTransfers]:
+    """The simulated transfers of every loading."""
+    made: list[SimulatedTransfers] = []
 
-    def make(_: torch.device) -> PretendBoundary:
-        made.append(PretendBoundary())
+    def make(_: torch.device) -> SimulatedTransfers:
+        made.append(SimulatedTransfers())
         return made[-1]
 
-    monkeypatch.setattr("fastprice.offload.nf4_loading.boundary_for", make)
+    monkeypatch.setattr("fastprice.offload.nf4_loading.transfers_for", make)
     return made
 
 
 @pytest.mark.parametrize("kernels", ["off", "on"])
-def test_a_streamed_estimator_is_the_resident_one(split, boundaries, tmp_path, kernels):
+def test_an_offloaded_estimator_equals_the_resident_one(split, transfers, tmp_path, kernels):
     texts = [item.text for item in split.test][:4]
     resident = PriceEstimator(kernels=kernels, **SETTINGS).fit(split.train, split.validation)
     budget = smallest_budget("fastprice" if kernels == "on" else "peft")
-    streamed = PriceEstimator(kernels=kernels, max_memory=budget, **SETTINGS).fit(split.train, split.validation)
-    assert streamed.plan_.streamed == 4
-    assert streamed.plan_.tokens * streamed.plan_.accumulation == 400
-    (boundary,) = boundaries
-    assert len(boundary.slots) == 2
-    assert len(boundary.copies) > 30
+    offloaded = PriceEstimator(kernels=kernels, max_memory=budget, **SETTINGS).fit(split.train, split.validation)
+    assert offloaded.plan_.offloaded_layers == 4
+    assert offloaded.plan_.tokens * offloaded.plan_.gradient_accumulation == 400
+    (simulated,) = transfers
+    assert len(simulated.device_buffers) == 2
+    assert len(simulated.copied_bytes) > 30
 
-    def told(estimator):
+    def events(estimator):
         return [(event.step, event.loss, event.eval_mae) for event in estimator.training_.events]
 
-    assert told(streamed) == told(resident)
-    assert streamed.training_.best_mae == resident.training_.best_mae
+    assert events(offloaded) == events(resident)
+    assert offloaded.training_.best_mae == resident.training_.best_mae
     weights, others = (
-        {name: p for name, p in each._model.named_parameters() if p.requires_grad} for each in (streamed, resident)
+        {name: p for name, p in each._model.named_parameters() if p.requires_grad} for each in (offloaded, resident)
     )
     assert weights.keys() == others.keys()
     assert all(torch.equal(weights[name], others[name]) for name in weights)
-    want = resident.predict(texts)
-    assert np.array_equal(streamed.predict(texts), want)
+    expected = resident.predict(texts)
+    assert np.array_equal(offloaded.predict(texts), expected)
     if kernels == "on":
         return
-    assert np.array_equal(streamed.predict_interval(texts, 0.8), resident.predict_interval(texts, 0.8))
-    assert np.array_equal(streamed.predict_greedy(texts), resident.predict_greedy(texts), equal_nan=True)
+    assert np.array_equal(offloaded.predict_interval(texts, 0.8), resident.predict_interval(texts, 0.8))
+    assert np.array_equal(offloaded.predict_greedy(texts), resident.predict_greedy(texts), equal_nan=True)
 
-    loaded = PriceEstimator.load(streamed.save(tmp_path / "saved"))
-    assert loaded.plan_.streamed == 4
-    assert np.array_equal(loaded.predict(texts), want)
-    assert len(boundaries) == 2
-    del loaded, streamed
+    loaded = PriceEstimator.load(offloaded.save(tmp_path / "saved"))
+    assert loaded.plan_.offloaded_layers == 4
+    assert np.array_equal(loaded.predict(texts), expected)
+    assert len(transfers) == 2
+    del loaded, offloaded
     gc.collect()
-    assert not any(each.slots for each in boundaries)
+    assert not any(each.device_buffers for each in transfers)
 
 
-def test_with_room_nothing_is_streamed(split, boundaries):
+def test_nothing_is_offloaded_if_the_model_fits(split, transfers):
     estimator = PriceEstimator(max_memory="24GiB", **SETTINGS).prepare()
-    assert estimator.plan_.streamed == 0
-    assert not boundaries
+    assert estimator.plan_.offloaded_layers == 0
+    assert not transfers
     assert estimator.predict([split.test[0].text]).shape == (1,)
 
 
-def test_a_failed_training_frees_the_slots(split, boundaries):
+def test_a_failed_training_frees_the_device_buffers(split, transfers):
     estimator = PriceEstimator(max_memory=smallest_budget("peft"), **{**SETTINGS, "learning_rate": 1e30})
     with pytest.raises(TrainingError):
         estimator.fit(split.train)
     gc.collect()
-    assert [len(each.slots) for each in boundaries] == [0]
+    assert [len(each.device_buffers) for each in transfers] == [0]
 
 
-def test_fitting_again_loads_again(split, boundaries):
+def test_fitting_again_loads_again(split, transfers):
     estimator = PriceEstimator(max_memory=smallest_budget("peft"), **{**SETTINGS, "epochs": 0.2})
     first = estimator.fit(split.train).predict(split.test[:4])
     assert np.array_equal(estimator.fit(split.train).predict(split.test[:4]), first)
     gc.collect()
-    assert [len(each.slots) for each in boundaries] == [0, 2]
+    assert [len(each.device_buffers) for each in transfers] == [0, 2]
 
 
-def test_a_streamed_model_is_captured_in_no_graph(monkeypatch):
+def test_a_model_with_offloaded_layers_is_not_captured_in_a_graph(monkeypatch):
     estimator = PriceEstimator(max_memory=smallest_budget("peft"), **SETTINGS).prepare()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert "streamed" in hindrance(estimator._model, "peft", kernels=True, dtype=torch.bfloat16, processes=1)
+    assert "offloaded" in unsupported_reason(estimator._model, "peft", kernels=True, dtype=torch.bfloat16, processes=1)
 
 
-def test_what_cannot_be():
+def test_impossible_settings():
     with pytest.raises(ConfigError, match=r"does not fit in 0\.3 GiB"):
         PriceEstimator(max_memory="300MiB", **SETTINGS).prepare()
     with pytest.raises(ConfigError, match="max_memory: 'much' is not a size"):
@@ -141,14 +141,14 @@ def test_what_cannot_be():
         load_planned("nano", "24GiB", Unsloth(), method="qlora", rank=4, pack_tokens=400, max_tokens=128, kernels=False)
 
 
-def test_the_command_line_takes_it(fastprice, tmp_path):
-    status, said, _ = fastprice(
+def test_max_memory_on_the_command_line(fastprice, tmp_path):
+    status, output, _ = fastprice(
         "train", "--set", "data.synthetic=60", f"model.max_memory={smallest_budget('peft')}", "model.rank=4",
         "model.max_tokens=64", "train.pack_tokens=400", "train.epochs=0.2", "train.evaluations=1",
         "train.validation_items=4", "--out", tmp_path / "run",
     )  # fmt: skip
-    assert status == 0, said
+    assert status == 0, output
     assert "max_memory: " in (tmp_path / "run" / "config.yaml").read_text()
-    status, said, _ = fastprice("predict", "--model", tmp_path / "run", "--item", "Used road bike")
+    status, output, _ = fastprice("predict", "--model", tmp_path / "run", "--item", "Used road bike")
     assert status == 0
-    assert "$" in said
+    assert "$" in output

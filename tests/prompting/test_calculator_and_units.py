@@ -124,7 +124,7 @@ def test_every_unit_has_the_size_of_its_kind() -> None:
 
 def test_pint_is_imported_by_the_first_unit_only() -> None:
     program = (
-        "import sys; from fastprice.prompting.conversion import convert; convert('5 eur to usd')\n"
+        "import sys; from fastprice.prompting.unit_conversion import convert; convert('5 eur to usd')\n"
         "assert 'pint' not in sys.modules; convert('1 in to cm'); assert 'pint' in sys.modules"
     )
     subprocess.run([sys.executable, "-c", program], check=True)

@@ -23,7 +23,7 @@ from fastprice.prompting import choose_strategy
 from fastprice.prompting.compare import Comparison, Entry, compare_strategies
 from fastprice.prompting.few_shot import FewShot
 from fastprice.prompting.retrieval import Retrieval
-from fastprice.run import prepare_items, run
+from fastprice.run import prepare_items, train_and_evaluate
 
 Run = Callable[..., tuple[int, str, str]]
 COLUMNS = ("--text", "text", "--price", "price", "--group", "sku")
@@ -149,7 +149,7 @@ def trained(products: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "data.file": str(products), "data.group": "sku", "model.method": "lora", "train.epochs": 0.3,
         "train.evaluations": 0, "seed": 3, "out": str(out),
     }  # fmt: skip
-    run(read_config(None, settings), Console(quiet=True))
+    train_and_evaluate(read_config(None, settings), Console(quiet=True))
     return out
 
 

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from fastprice.data.items import Item
 from fastprice.errors import ConfigError, DataError
 from fastprice.models.base_models import load_tokenizer
-from fastprice.prompts.template import FORMS, HEAD, IGNORE, JSON, TAIL, answer_text, encode_prompt, encode_row
+from fastprice.prompts.template import FORMS, HEAD, IGNORE, JSON, TAIL, TEXT, answer_text, encode_prompt, encode_row
 
 TOKENIZER = load_tokenizer("nano")
 
@@ -86,6 +86,14 @@ def test_a_json_row_ends_with_a_bracket_that_carries_loss() -> None:
 )  # fmt: skip
 def test_json_is_read_by_its_schema_alone(answer: str, price: float | None) -> None:
     assert JSON.read(answer) == price
+
+
+@pytest.mark.parametrize(
+    ("answer", "price"),
+    [("130", 130.0), ("5 dollars", 5.0), ("1 299\n", 1299.0), ("1\n$12", 1.0), (" 5", None), ("$5", None), ("", None)],
+)
+def test_text_is_read_from_its_first_character_to_the_end_of_the_line(answer: str, price: float | None) -> None:
+    assert TEXT.read(answer) == price
 
 
 @given(st.text(max_size=30))

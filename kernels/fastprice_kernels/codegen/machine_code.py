@@ -1,11 +1,11 @@
-"""Kernels turned into machine code on a machine without a GPU, and what can be read off it.
+"""Compiles a kernel to machine code on a machine without a GPU, and reads registers, spills and instructions from it.
 
-Each kernel module lists its kernels in `compile_cases() -> list[CompileCase]`: one case is one specialisation (types,
-constexprs, launch options) together with the bars that its machine code must clear. `compile_case` builds one case for
-one target with Triton's own ptxas and disassembles the result with the cuobjdump that Triton carries;
-`missed_bars` says which bars that code misses. `python -m fastprice_kernels.codegen` does so for all of them.
+Each module of `fastprice_kernels.ops` lists its kernels in `compile_cases() -> list[CompileCase]`: a case is one
+specialization (types, constexprs, launch options) with the requirements on its machine code. `compile_case` builds it
+for one target with Triton's own ptxas and disassembles it with the cuobjdump of the Triton package;
+`unmet_requirements` compares. `python -m fastprice_kernels.codegen` does both for every case.
 
-It needs a process in which TRITON_INTERPRET is not set: the interpreter replaces the compiler from the import on.
+TRITON_INTERPRET must not be set when triton is imported: the interpreter replaces the compiler.
 """
 
 from __future__ import annotations
@@ -23,7 +23,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-__all__ = ["SHARED_LIMIT", "TARGETS", "Bars", "CompileCase", "MachineCode", "compile_case", "missed_bars"]
+__all__ = [
+    "SHARED_LIMIT",
+    "TARGETS",
+    "CompileCase",
+    "MachineCode",
+    "Requirements",
+    "compile_case",
+    "unmet_requirements",
+]
 
 # Bytes of shared memory that one block may use, by compute capability (CUDA C++ programming guide, table of compute
 # capabilities): Turing, A100, Ampere consumer, Ada, Hopper, Blackwell data centre, Blackwell consumer.
@@ -45,16 +53,16 @@ _USAGE = re.compile(r"REG:(\d+) STACK:(\d+)")
 
 
 @dataclass(frozen=True)
-class Bars:
-    """What the machine code of a case must clear. Spills and too much shared memory are barred in every case.
+class Requirements:
+    """What the machine code of a case must satisfy. In every case: no spills, and no more shared memory than there is.
 
     Attributes:
-        store_bits: every store to global memory is at least this wide.
-        shared_stores: most instructions that store to shared memory, which is where a change of layout goes.
-        fma: False bars every fp32 fused multiply-add, where bit-equality needs two roundings.
-        tensor_cores: True asks for at least one tensor-core instruction.
-        instructions_per_element: most machine instructions for one output element, by compute capability.
-        exception: why that is more than its kind is held to elsewhere; the report prints it.
+        store_bits: the least width of a store to global memory.
+        shared_stores: the most instructions that store to shared memory, through which layouts are converted.
+        fma: False forbids fp32 fused multiply-adds, where bit-equality needs two roundings.
+        tensor_cores: True requires at least one tensor-core instruction.
+        instructions_per_element: the most machine instructions for one output element, by compute capability.
+        exception: why a requirement is weaker than for similar cases; the report prints it.
     """
 
     store_bits: int | None = None
@@ -67,7 +75,7 @@ class Bars:
 
 @dataclass(frozen=True)
 class CompileCase:
-    """One specialisation of a kernel.
+    """One specialization of a kernel.
 
     Attributes:
         name: shown in the report, unique; the public function first, such as "dequantize_nf4/bf16/nested".
@@ -78,7 +86,7 @@ class CompileCase:
         num_warps, num_stages, enable_fp_fusion, maxnreg: launch options, as the launcher passes them.
         elements: output elements that one program writes; None where a loop makes the count meaningless.
         targets: compute capabilities to build for.
-        bars: what the code must clear.
+        requirements: what the machine code must satisfy.
     """
 
     name: str
@@ -92,17 +100,17 @@ class CompileCase:
     maxnreg: int | None = None
     elements: int | None = None
     targets: tuple[int, ...] = TARGETS
-    bars: Bars = field(default_factory=Bars)
+    requirements: Requirements = field(default_factory=Requirements)
 
 
 @dataclass(frozen=True)
 class MachineCode:
-    """What the machine code of one case says for one target.
+    """Figures of the machine code of one case for one target.
 
-    `spills` counts instructions that touch thread-local memory (LDL, STL), `store_bits` is the narrowest store to
-    global memory (None where there is none), `shared_bytes` is static and dynamic shared memory of one block,
-    `shared_stores` the instructions that write it, `layout_changes` the `convert_layout`s left in Triton's IR,
-    `fma` the FFMA instructions, `tensor_cores` the matrix instructions by name, `instructions` all of them but padding.
+    `spills` counts instructions that access thread-local memory (LDL, STL), `store_bits` is the width of the narrowest
+    store to global memory (None where there is none), `shared_bytes` the shared memory of one block, `shared_stores`
+    the instructions that write it, `layout_changes` the `convert_layout`s left in Triton's IR, `fma` the FFMA
+    instructions, `tensor_cores` the matrix instructions by name, `instructions` all instructions except padding.
     """
 
     case: str
@@ -128,7 +136,9 @@ def compile_case(case: CompileCase, target: int) -> MachineCode:
         RuntimeError: TRITON_INTERPRET is set, or the code cannot be built or disassembled.
     """
     if not isinstance(case.fn, triton.runtime.JITFunction):
-        raise RuntimeError(f"{case.name}: {case.fn!r} is no compiled kernel; unset TRITON_INTERPRET before the import")
+        raise RuntimeError(
+            f"{case.name}: {case.fn!r} is not a compiled kernel; unset TRITON_INTERPRET before the import"
+        )
     names = case.fn.arg_names
     unknown = [name for name in (*case.signature, *case.constexprs, *case.aligned) if name not in names]
     missing = [name for name in names if name not in case.signature and name not in case.constexprs]
@@ -149,30 +159,30 @@ def compile_case(case: CompileCase, target: int) -> MachineCode:
         options["maxnreg"] = case.maxnreg
     try:
         built = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
-    except Exception as error:  # Triton raises many kinds; the report needs to know whose code failed.
+    except Exception as error:  # Triton raises many types; the report needs the name of the case.
         raise RuntimeError(f"{case.name} does not build for sm_{target}: {error}") from error
     return _read(case, target, _disassemble(built.asm["cubin"]), built.asm["ttgir"], built.metadata.shared)
 
 
-def missed_bars(case: CompileCase, code: MachineCode) -> list[str]:
-    """The bars of `case` that `code` misses, in words with both figures; empty when it clears them all."""
-    bars, missed = case.bars, []
+def unmet_requirements(case: CompileCase, code: MachineCode) -> list[str]:
+    """The requirements of `case` that `code` does not meet, each in words with both figures."""
+    limits, unmet = case.requirements, []
     if code.spills or code.stack_bytes:
-        missed.append(f"{code.spills} accesses to local memory and {code.stack_bytes} bytes of stack, 0 allowed")
+        unmet.append(f"{code.spills} accesses to local memory and {code.stack_bytes} bytes of stack, 0 allowed")
     if code.shared_bytes > SHARED_LIMIT[code.target]:
-        missed.append(f"{code.shared_bytes} bytes of shared memory, {SHARED_LIMIT[code.target]} there are")
-    if bars.store_bits is not None and (code.store_bits is None or code.store_bits < bars.store_bits):
-        missed.append(f"narrowest global store {code.store_bits} bits, {bars.store_bits} asked")
-    if bars.shared_stores is not None and code.shared_stores > bars.shared_stores:
-        missed.append(f"{code.shared_stores} stores to shared memory, at most {bars.shared_stores} asked")
-    if not bars.fma and code.fma:
-        missed.append(f"{code.fma} fused multiply-adds, 0 allowed")
-    if bars.tensor_cores and not code.tensor_cores:
-        missed.append("no tensor-core instruction")
-    limit = bars.instructions_per_element.get(code.target)
+        unmet.append(f"{code.shared_bytes} bytes of shared memory, at most {SHARED_LIMIT[code.target]} allowed")
+    if limits.store_bits is not None and (code.store_bits is None or code.store_bits < limits.store_bits):
+        unmet.append(f"narrowest global store {code.store_bits} bits, at least {limits.store_bits} required")
+    if limits.shared_stores is not None and code.shared_stores > limits.shared_stores:
+        unmet.append(f"{code.shared_stores} stores to shared memory, at most {limits.shared_stores} allowed")
+    if not limits.fma and code.fma:
+        unmet.append(f"{code.fma} fused multiply-adds, 0 allowed")
+    if limits.tensor_cores and not code.tensor_cores:
+        unmet.append("no tensor-core instruction")
+    limit = limits.instructions_per_element.get(code.target)
     if limit is not None and (code.instructions_per_element is None or code.instructions_per_element > limit):
-        missed.append(f"{code.instructions_per_element} instructions an output element, at most {limit} asked")
-    return [f"{code.case} on sm_{code.target}: {what}" for what in missed]
+        unmet.append(f"{code.instructions_per_element} instructions an output element, at most {limit} allowed")
+    return [f"{code.case} on sm_{code.target}: {what}" for what in unmet]
 
 
 def _disassemble(cubin: bytes) -> str:
@@ -197,7 +207,7 @@ def _read(case: CompileCase, target: int, printed: str, ttgir: str, dynamic_shar
             continue
         address, opcode, rest = found.groups()
         base = opcode.split(".")[0]
-        # The code is padded with NOPs and ends in a branch to itself; neither is ever issued.
+        # The code is padded with NOPs and ends in a branch to itself; neither is executed.
         if base == "NOP" or (base == "BRA" and rest.split("`")[-1].strip() == f"0x{address.lstrip('0')}"):
             continue
         opcodes[base] += 1

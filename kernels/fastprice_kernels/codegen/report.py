@@ -1,12 +1,11 @@
-"""Builds every kernel for every GPU generation, on any machine, and prints what its machine code says.
+"""Builds every kernel for every GPU generation, on any machine, and prints figures of its machine code.
 
     python -m fastprice_kernels.codegen [--check] [--json FILE] [--only TEXT] [--targets 80,90]
 
-One row for each kernel and target: registers a thread, spills (instructions that touch thread-local memory), bytes of
-shared memory a block, width in bits of the narrowest store to global memory, tensor-core instructions, instructions
-for one output element; below, which kernels have a wider bar than their kind, and why. `--check` exits with 1 when a
-bar is missed and names it; a kernel that does not build always does. Every module of `fastprice_kernels.ops` that
-defines `compile_cases()` is reported.
+One row for each kernel and target: registers of a thread, spills (instructions that access thread-local memory), bytes
+of shared memory of a block, width in bits of the narrowest store to global memory, tensor-core instructions,
+instructions for one output element; then the exceptions from the requirements, with their reasons. With `--check` the
+exit status is 1 when a requirement is not met; it is always 1 when a kernel does not build.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from pkgutil import iter_modules
 
-from fastprice_kernels.codegen.machine_code import TARGETS, CompileCase, MachineCode, compile_case, missed_bars
+from fastprice_kernels.codegen.machine_code import TARGETS, CompileCase, MachineCode, compile_case, unmet_requirements
 
 __all__ = ["main"]
 
@@ -32,7 +31,7 @@ _ROW = "{:<44} {:>4} {:>5} {:>6} {:>7} {:>6} {:>12} {:>7}"
 
 
 def find_cases(only: str = "") -> dict[tuple[str, str], CompileCase]:
-    """Every case whose name contains `only`, by its module and name.
+    """The cases whose name contains `only`, from every module of `ops` with `compile_cases`, by module and name.
 
     Raises:
         RuntimeError: two cases of a module share a name.
@@ -50,16 +49,16 @@ def find_cases(only: str = "") -> dict[tuple[str, str], CompileCase]:
 
 
 def build(module: str, name: str, target: int) -> tuple[MachineCode | str, list[str]]:
-    """The machine code of one case and the bars that it misses; what went wrong, twice, where it does not build.
+    """The machine code of one case and its unmet requirements; the error in place of both where it does not build.
 
-    Runs in a worker process: a kernel cannot be pickled, so it is found again by name.
+    Runs in a worker process, and imports the kernel there: kernels cannot be pickled.
     """
     cases = {case.name: case for case in import_module(f"fastprice_kernels.ops.{module}").compile_cases()}
     try:
         code = compile_case(cases[name], target)
     except RuntimeError as error:
         return str(error), [str(error)]
-    return code, missed_bars(cases[name], code)
+    return code, unmet_requirements(cases[name], code)
 
 
 def build_all(
@@ -82,43 +81,39 @@ def format_row(code: MachineCode) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Prints the report; the exit status."""
+    """Prints the report and returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m fastprice_kernels.codegen", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--check", action="store_true", help="exit with 1 when a bar is missed")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure there as well")
+    parser.add_argument("--check", action="store_true", help="exit with 1 when a requirement is not met")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure to a JSON file as well")
     parser.add_argument("--only", default="", metavar="TEXT", help="kernels whose name contains TEXT")
     parser.add_argument("--targets", default=",".join(map(str, TARGETS)), help="compute capabilities, comma-separated")
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
-        parser.error("TRITON_INTERPRET is set, which replaces the compiler; unset it")
+        parser.error("TRITON_INTERPRET is set, which replaces the compiler by an interpreter; unset it")
     targets = [int(text) for text in options.targets.split(",") if text.isdecimal()]
     if not targets or not set(targets) <= set(TARGETS):
-        parser.error(f"--targets {options.targets}: there are {', '.join(map(str, TARGETS))}")
+        parser.error(f"--targets {options.targets}: choose from {', '.join(map(str, TARGETS))}")
     cases = find_cases(options.only)
     if not cases:
-        parser.error(f"--only {options.only}: no kernel has this in its name")
+        parser.error(f"--only {options.only}: no kernel name contains it")
 
     print(_ROW.format("kernel", "sm", "regs", "spills", "shared", "store", "tensor cores", "instr"))
-    rows, missed, broken = [], [], False
-    for code, complaints in build_all(cases, targets):
-        missed += complaints
+    rows, unmet, broken = [], [], False
+    for code, messages in build_all(cases, targets):
+        unmet += messages
         if isinstance(code, str):
             broken = True
             print(code, flush=True)
         else:
             print(format_row(code), flush=True)
-            rows.append({**asdict(code), "missed": complaints})
+            rows.append({**asdict(code), "unmet": messages})
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    for reason in dict.fromkeys(case.bars.exception for case in cases.values() if case.bars.exception):
-        names = [case.name for case in cases.values() if case.bars.exception == reason]
+    for reason in dict.fromkeys(case.requirements.exception for case in cases.values() if case.requirements.exception):
+        names = [case.name for case in cases.values() if case.requirements.exception == reason]
         print(f"exception: {reason} ({', '.join(names)})")
-    for complaint in missed:
-        print(f"missed: {complaint}", file=sys.stderr)
-    print(f"{len(cases)} kernels, {len(rows)} builds, {len(missed)} bars missed")
-    return 1 if broken or (options.check and missed) else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    for message in unmet:
+        print(f"not met: {message}", file=sys.stderr)
+    print(f"{len(cases)} kernels, {len(rows)} builds, {len(unmet)} requirements not met")
+    return 1 if broken or (options.check and unmet) else 0

@@ -1,27 +1,19 @@
-"""Gated activations of an MLP, forward and backward: `h = act(e) * g`.
+"""The gated activations of an MLP, forward and backward: `h = act(e) * g`.
 
-T tokens, I intermediate width; `e` is the gate projection's output, `g` the up projection's.
+SwiGLU (Shazeer, "GLU Variants Improve Transformer", 2020) takes act = silu; GeGLU takes gelu, exact ("gelu") or with
+tanh ("gelu_tanh", Hendrycks and Gimpel, 2016). From dh the backward computes three results, each written over one of
+its inputs (h over dh, de over e, dg over g), so that it allocates nothing, as Unsloth and Liger do:
 
-SwiGLU (Shazeer, "GLU Variants Improve Transformer", 2020) takes act = silu, GeGLU takes gelu, exact ("gelu") or by tanh
-("gelu_tanh", Hendrycks and Gimpel, 2016):
+    silu(e)      = e * sigma(e)                           dg = dh * act(e)
+    gelu(e)      = e * (1 + erf(e / sqrt 2)) / 2          de = dh * g * act'(e)
+    gelu_tanh(e) = e * sigma(2 u)                         h  = act(e) * g, an input of the next gradient
+                   u = sqrt(2 / pi) * (e + 0.044715 e^3)
 
-    silu(e)      = e * sigma(e)
-    gelu(e)      = e * (1 + erf(e / sqrt 2)) / 2
-    gelu_tanh(e) = e * sigma(2 u),   u = sqrt(2 / pi) * (e + 0.044715 e^3)
+Elements to move, for T x I: forward 2 read and 1 written, backward 3 read and 3 written. Arithmetic is in fp32 for
+every dtype. The tensors' version counters increase, so that a second backward through the same graph raises an error
+instead of reading overwritten values.
 
-and the backward needs, from dh,
-
-    dg = dh * act(e),   de = dh * g * act'(e),   and h again, for the gradient of what h is multiplied by.
-
-All three results of the backward go where their inputs lay (h over dh, de over e, dg over g), so it allocates nothing.
-The in-place trick is Unsloth's and Liger's. The tensors' version counters move, so that a second backward through the
-same graph raises instead of reading overwritten values.
-
-Floor, in elements of T x I moved: forward 2 read + 1 written, backward 3 read + 3 written; at 16 bits and 4.3 TB/s a
-4,096 x 14,336 MLP costs 82 us and 164 us. Arithmetic is in fp32 whatever the dtype.
-
-The ops are defined straight on the dispatcher: `torch.library.custom_op` costs 30 to 60 us a call in Python (measured,
-one core), this way 4, and a 1B model has two of these calls in each layer.
+Shapes: T tokens, I the MLP's width; `e` is the output of the gate projection, `g` that of the up projection.
 """
 
 from __future__ import annotations
@@ -33,7 +25,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastprice_kernels.codegen.machine_code import Bars, CompileCase
+from fastprice_kernels.codegen.machine_code import CompileCase, Requirements
+from fastprice_kernels.ops._library import define_op
 
 __all__ = ["ACTIVATIONS", "glu_backward_", "glu_forward"]
 
@@ -54,9 +47,9 @@ def _value_and_slope(e: tl.tensor, KIND: tl.constexpr) -> Any:
         value = e * gate
         slope = gate * (1.0 + e * (1.0 - gate))
     elif KIND == "gelu":
-        below = 0.5 * (1.0 + tl.erf(e * _SQRT_HALF))
-        value = e * below
-        slope = below + e * _INV_SQRT_2PI * tl.exp(-0.5 * e * e)
+        share = 0.5 * (1.0 + tl.erf(e * _SQRT_HALF))
+        value = e * share
+        slope = share + e * _INV_SQRT_2PI * tl.exp(-0.5 * e * e)
     else:
         gate = tl.sigmoid(2.0 * _SQRT_2_OVER_PI * (e + _CUBIC * e * e * e))
         value = e * gate
@@ -65,21 +58,20 @@ def _value_and_slope(e: tl.tensor, KIND: tl.constexpr) -> Any:
 
 
 @triton.jit
-def _glu_forward_kernel(
-    e_ptr: tl.tensor,
-    g_ptr: tl.tensor,
-    h_ptr: tl.tensor,
-    width: tl.tensor,
-    stride_e: tl.tensor,
-    stride_g: tl.tensor,
-    stride_h: tl.tensor,
-    KIND: tl.constexpr,
-    BLOCK: tl.constexpr,
-) -> None:
-    """One program writes BLOCK columns of one row; `width` is I."""
-    row = tl.program_id(0).to(tl.int64)
+def _tile(width: tl.tensor, BLOCK: tl.constexpr) -> Any:
+    """The row of a program, its BLOCK columns, and which of them are inside the `width`."""
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = columns < width
+    return tl.program_id(0).to(tl.int64), columns, columns < width
+
+
+@triton.jit
+def _glu_forward_kernel(
+    e_ptr: tl.tensor, g_ptr: tl.tensor, h_ptr: tl.tensor,
+    width: tl.tensor, stride_e: tl.tensor, stride_g: tl.tensor, stride_h: tl.tensor,
+    KIND: tl.constexpr, BLOCK: tl.constexpr,
+) -> None:  # fmt: skip
+    """One program writes BLOCK columns of one row; `width` is I."""
+    row, columns, inside = _tile(width, BLOCK)
     e = tl.load(e_ptr + row * stride_e + columns, mask=inside, other=0.0).to(tl.float32)
     g = tl.load(g_ptr + row * stride_g + columns, mask=inside, other=0.0).to(tl.float32)
     value, _ = _value_and_slope(e, KIND)
@@ -88,20 +80,12 @@ def _glu_forward_kernel(
 
 @triton.jit
 def _glu_backward_kernel(
-    dh_ptr: tl.tensor,
-    e_ptr: tl.tensor,
-    g_ptr: tl.tensor,
-    width: tl.tensor,
-    stride_d: tl.tensor,
-    stride_e: tl.tensor,
-    stride_g: tl.tensor,
-    KIND: tl.constexpr,
-    BLOCK: tl.constexpr,
-) -> None:
+    dh_ptr: tl.tensor, e_ptr: tl.tensor, g_ptr: tl.tensor,
+    width: tl.tensor, stride_d: tl.tensor, stride_e: tl.tensor, stride_g: tl.tensor,
+    KIND: tl.constexpr, BLOCK: tl.constexpr,
+) -> None:  # fmt: skip
     """One program overwrites BLOCK columns of one row of dh, e and g with h, de and dg."""
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = columns < width
+    row, columns, inside = _tile(width, BLOCK)
     at_d = dh_ptr + row * stride_d + columns
     at_e = e_ptr + row * stride_e + columns
     at_g = g_ptr + row * stride_g + columns
@@ -129,13 +113,13 @@ def _launch_backward(dh: Tensor, e: Tensor, g: Tensor, kind: str) -> None:
 
 
 def _torch_value_and_slope(e: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    """act(e) and act'(e) in the dtype of `e`, as the kernel has them."""
+    """act(e) and act'(e) in the dtype of `e`, by the formulas of the kernel."""
     if kind == "silu":
         gate = torch.sigmoid(e)
         return e * gate, gate * (1 + e * (1 - gate))
     if kind == "gelu":
-        below = 0.5 * (1 + torch.erf(e * _SQRT_HALF.value))
-        return e * below, below + e * _INV_SQRT_2PI.value * torch.exp(-0.5 * e * e)
+        share = 0.5 * (1 + torch.erf(e * _SQRT_HALF.value))
+        return e * share, share + e * _INV_SQRT_2PI.value * torch.exp(-0.5 * e * e)
     gate = torch.sigmoid(2 * _SQRT_2_OVER_PI.value * (e + _CUBIC.value * e**3))
     value = e * gate
     return value, gate + 2 * value * (1 - gate) * _SQRT_2_OVER_PI.value * (1 + 3 * _CUBIC.value * e * e)
@@ -169,28 +153,27 @@ def _backward_cpu(dh: Tensor, e: Tensor, g: Tensor, kind: str) -> None:
     g.copy_(dg)
 
 
-_LIBRARY = torch.library.Library("fastprice", "FRAGMENT")
-_LIBRARY.define("glu_forward(Tensor e, Tensor g, Tensor(a!) out, str kind) -> ()")
-_LIBRARY.define("glu_backward(Tensor(a!) dh, Tensor(b!) e, Tensor(c!) g, str kind) -> ()")
-_LIBRARY.impl("glu_forward", _forward_cpu, "CPU")
-_LIBRARY.impl("glu_forward", _forward_cuda, "CUDA")
-_LIBRARY.impl("glu_backward", _backward_cpu, "CPU")
-_LIBRARY.impl("glu_backward", _backward_cuda, "CUDA")
+def _fake(*arguments: Any) -> None:
+    """Both write into their arguments and return nothing."""
 
 
-@torch.library.register_fake("fastprice::glu_forward", lib=_LIBRARY)
-def _(e: Tensor, g: Tensor, out: Tensor, kind: str) -> None:
-    return None
-
-
-@torch.library.register_fake("fastprice::glu_backward", lib=_LIBRARY)
-def _(dh: Tensor, e: Tensor, g: Tensor, kind: str) -> None:
-    return None
+_forward_op = define_op(
+    "glu_forward(Tensor e, Tensor g, Tensor(a!) out, str kind) -> ()",
+    cpu=_forward_cpu,
+    cuda=_forward_cuda,
+    fake=_fake,
+)
+_backward_op = define_op(
+    "glu_backward(Tensor(a!) dh, Tensor(b!) e, Tensor(c!) g, str kind) -> ()",
+    cpu=_backward_cpu,
+    cuda=_backward_cuda,
+    fake=_fake,
+)
 
 
 def _check(kind: str, **tensors: Tensor) -> None:
     if kind not in ACTIVATIONS:
-        raise ValueError(f"activation {kind!r} is none of {', '.join(ACTIVATIONS)}")
+        raise ValueError(f"activation {kind!r} is not one of {', '.join(ACTIVATIONS)}")
     (first, e), *rest = tensors.items()
     for name, x in rest:
         if x.shape != e.shape or x.dtype != e.dtype or x.device != e.device:
@@ -209,19 +192,22 @@ def glu_forward(e: Tensor, g: Tensor, kind: str, *, out: Tensor | None = None) -
     Args:
         e, g: (T, I), one dtype and device, rows of stride 1.
         kind: "silu", "gelu" or "gelu_tanh".
-        out: where to write, (T, I) with rows of any stride, such as the first I columns of a wider buffer.
+        out: (T, I) to write into, or None; its rows may be apart, as the first I columns of a wider buffer are.
+
+    Returns:
+        `out`, or a new contiguous tensor.
 
     Raises:
         ValueError: an unknown activation, or tensors that differ in shape, dtype or device.
     """
     out = torch.empty_like(e, memory_format=torch.contiguous_format) if out is None else out
     _check(kind, e=e, g=g, out=out)
-    torch.ops.fastprice.glu_forward(e, g, out, kind)
+    _forward_op(e, g, out, kind)
     return out
 
 
 def glu_backward_(dh: Tensor, e: Tensor, g: Tensor, kind: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Overwrites dh with h, e with de and g with dg (see the module's docstring); returns the three as (h, de, dg).
+    """Overwrites dh with h, e with de and g with dg, and returns the three as (h, de, dg).
 
     Args:
         dh, e, g: (T, I), one dtype and device, rows of stride 1; none may overlap another.
@@ -230,12 +216,12 @@ def glu_backward_(dh: Tensor, e: Tensor, g: Tensor, kind: str) -> tuple[Tensor, 
         ValueError: an unknown activation, or tensors that differ in shape, dtype or device.
     """
     _check(kind, e=e, g=g, dh=dh)
-    torch.ops.fastprice.glu_backward(dh, e, g, kind)
+    _backward_op(dh, e, g, kind)
     return dh, e, g
 
 
 def compile_cases() -> list[CompileCase]:
-    """Every activation in both directions; 128-bit stores, no trip through shared memory."""
+    """Every activation in both directions: 128-bit stores, no stores to shared memory."""
     cases = []
     for dtype in ("bf16", "fp16", "fp32"):
         for kind in ACTIVATIONS:
@@ -253,7 +239,7 @@ def compile_cases() -> list[CompileCase]:
                         constexprs={"KIND": kind, "BLOCK": _BLOCK},
                         aligned=(*pointers, *sizes),
                         elements=_BLOCK,
-                        bars=Bars(store_bits=128, shared_stores=False),
+                        requirements=Requirements(store_bits=128, shared_stores=False),
                     )
                 )
     return cases

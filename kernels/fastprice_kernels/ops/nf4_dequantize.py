@@ -1,38 +1,18 @@
-"""NF4 dequantisation in one launch, the nested form too.
+"""NF4 weights dequantized in one launch, plain and nested scales.
 
     q         = packed[i // 2] >> 4 if i is even else packed[i // 2] & 15          for each flat element i
-    scale[b]  = code2[absmax[b]] * absmax2[b // 256] + offset      nested, two roundings;   absmax[b] if plain
+    scale[b]  = code2[absmax[b]] * absmax2[b // 256] + offset      nested, rounded twice;   absmax[b] if plain
     w[i]      = round_to(dtype, code[q] * scale[i // blocksize])   one multiplication in fp32, one rounding
 
-which is bit for bit what bitsandbytes computes, as long as no multiply-add is fused (`enable_fp_fusion=False`).
+That is bit for bit what bitsandbytes computes on a GPU, as long as no multiply-add is fused (`enable_fp_fusion=False`).
 
-Floor. An element moves 0.5 bytes of codes, 1/64 byte of absmax and 4/16384 bytes of second absmax in, and its own size
-out: 2.516 bytes in 16 bits. A 4096x4096 weight is 42.2 MB, 9.8 us at an H200's measured 4.3 TB/s. At that pace an SM
-finishes 7.4 elements a cycle, so issue (4 x 32 lanes) would become the limit at about 17 to 19 instructions an
-element; this kernel has 6.4 on sm_90 (5.6 for plain scales), of which 4.5 are the work itself: shift, mask, look-up,
-multiply, half a pack. None of these times has been measured yet: see tests/gpu and benchmarks for that.
+Bytes to move: 0.516 read for an element (half a byte of codes, 1/64 of absmax, 4/16384 of second absmax) and its own
+size written: 2.516 in 16 bits, 42.2 MB for a 4096 x 4096 weight. `_dequantize_words` issues 6.4 instructions for an
+element on sm_90. Why it is written as it is, and what was tried: docs/explanation/kernels.md.
 
-Why it is written this way:
-
-- One thread turns one 32-bit word, eight neighbours, into one 128-bit store, and neighbouring threads take
-  neighbouring words: loads and stores are both coalesced and no register changes its thread. Triton would rather load
-  four words a thread and carry them across through shared memory; the `max_contiguous(..., 1)` talks it out of that.
-- The sixteen values sit in shared memory, in sixteen banks: 32 lanes that look up at random never collide, one cycle
-  for 32 elements. A table of 256 pairs takes half the look-ups and about six cycles for each 64 elements, since
-  sixteen lanes fall at random on sixteen bank pairs (the fullest holds 3.1 of them on average, two half-warps): slower
-  where look-ups, not instructions, are what the SM runs out of.
-- One thread takes its eight words at stride 128, and every offset within a program is a 32-bit constant plus the
-  lane's: addresses fold into the instructions. Block numbers are spelt as a broadcast, not as a division, because the
-  compiler does not see through the division and computes eight addresses.
-- `_dequantize_elements` is the same formula an element at a time, for whatever does not divide: odd counts, rows that
-  start in the middle of a byte, unaligned views. No layer of a language model needs it.
-
-Row-strided output (`out=` a view of a wider buffer): a word's row follows from one multiply-high by a reciprocal,
-exact for the ranges that `_fits_words` admits.
+Shapes: N rows and K columns of a weight; W words of a program, E elements of a word, WE = W * E.
 """
 
-# mypy: disable-error-code="no-untyped-def"
-# (a @triton.jit function's arguments are Triton's, not Python's)
 from __future__ import annotations
 
 from typing import Any
@@ -42,9 +22,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastprice_kernels.codegen.machine_code import Bars, CompileCase
-from fastprice_kernels.ops._checks import DTYPES, check_out, read_state
-from fastprice_kernels.reference.nf4 import nf4_reference
+from fastprice_kernels.codegen.machine_code import CompileCase, Requirements
+from fastprice_kernels.ops._library import define_op
+from fastprice_kernels.ops.nf4_weight import DTYPES, SCHEMA, NF4Weight, check_out, read_weight
+from fastprice_kernels.reference import nf4 as reference
 
 __all__ = ["compile_cases", "dequantize_nf4"]
 
@@ -53,8 +34,15 @@ ELEMENTS = 1024  # elements of one program of `_dequantize_elements`
 
 
 @triton.jit
-def _scales(code2, absmax2, offset, absmax_W, block2, NESTED: tl.constexpr):
-    """The fp32 scales of loaded absmax values; `block2` is their block, or blocks, of second absmax."""
+def nf4_scales(
+    code2: tl.tensor,
+    absmax2: tl.tensor,
+    offset: tl.tensor,
+    absmax_W: tl.tensor,
+    block2: tl.tensor,
+    NESTED: tl.constexpr,
+) -> tl.tensor:
+    """The fp32 scales of loaded absmax values; `block2` is the index, or indices, of their second absmax."""
     scale_W = absmax_W
     if NESTED:
         scale_W = tl.load(code2 + absmax_W.to(tl.uint32)) * tl.load(absmax2 + block2) + tl.load(offset)
@@ -62,8 +50,10 @@ def _scales(code2, absmax2, offset, absmax_W, block2, NESTED: tl.constexpr):
 
 
 @triton.jit
-def _weights(table, word_W, scale_W, WORDS: tl.constexpr, E: tl.constexpr):
-    """The fp32 weights (WORDS, E) of words of E nibbles: every step keeps a word's elements in the thread it is in."""
+def unpack_words(
+    table: tl.tensor, word_W: tl.tensor, scale_W: tl.tensor, WORDS: tl.constexpr, E: tl.constexpr
+) -> tl.tensor:
+    """The fp32 weights (WORDS, E) of words of E nibbles, each word's elements in the thread that loaded it."""
     q = tl.join(word_W, word_W >> 8)
     if E == 8:
         q = tl.join(word_W, word_W >> 16)
@@ -75,35 +65,25 @@ def _weights(table, word_W, scale_W, WORDS: tl.constexpr, E: tl.constexpr):
 
 @triton.jit(do_not_specialize=["n_words", "row_words", "row_reciprocal", "row_gap"])
 def _dequantize_words(
-    packed,
-    code,
-    absmax,
-    code2,
-    absmax2,
-    offset,
-    out,
-    n_words,
-    row_words,
-    row_reciprocal,
-    row_stride,
-    row_gap,
-    BLOCK: tl.constexpr,
-    BLOCK2: tl.constexpr,
-    WORDS: tl.constexpr,
-    E: tl.constexpr,
-    NESTED: tl.constexpr,
-    EVEN: tl.constexpr,
-    CONTIGUOUS: tl.constexpr,
-):
-    """W = WORDS words of E = 8 (16 bits) or 4 (fp32) elements a program: word W, element E, flat element WE.
+    packed: tl.tensor, code: tl.tensor, absmax: tl.tensor, code2: tl.tensor, absmax2: tl.tensor, offset: tl.tensor,
+    out: tl.tensor, n_words: tl.tensor, row_words: tl.tensor, row_reciprocal: tl.tensor, row_stride: tl.tensor,
+    row_gap: tl.tensor,
+    BLOCK: tl.constexpr, BLOCK2: tl.constexpr, WORDS: tl.constexpr, E: tl.constexpr, NESTED: tl.constexpr,
+    EVEN: tl.constexpr, CONTIGUOUS: tl.constexpr,
+) -> None:  # fmt: skip
+    """One program writes WORDS words of E = 8 (16 bits) or 4 (fp32) elements.
 
     Rows are `row_words` words long and `row_stride` elements apart in `out`, which leaves a gap of `row_gap` words.
     """
     BLOCKS: tl.constexpr = WORDS * E // BLOCK
     program = tl.program_id(0).to(tl.int64)
     first = program * WORDS
+    # Triton would load four words a thread and move them between threads through shared memory;
+    # `max_contiguous(..., 1)` makes a thread load one word and store its elements in one instruction.
     word_W = tl.max_contiguous(tl.arange(0, WORDS), 1)
     element_WE = tl.arange(0, WORDS * E)
+    # A broadcast where a division would say the same: the compiler does not simplify the division, and computes eight
+    # addresses in place of one.
     block_W = tl.reshape(tl.broadcast_to(tl.arange(0, BLOCKS)[:, None], (BLOCKS, BLOCK // E)), WORDS)
     if EVEN:
         mask_W = None
@@ -116,9 +96,9 @@ def _dequantize_words(
     words = packed.to(tl.pointer_type(tl.uint32 if E == 8 else tl.uint16), bitcast=True)
     word = tl.load(words + first + word_W, mask=mask_W).to(tl.uint32)
     absmax_W = tl.load(absmax + program * BLOCKS + block_W, mask=mask_W)
-    scale_W = _scales(code2, absmax2, offset, absmax_W, program * BLOCKS // BLOCK2, NESTED)
+    scale_W = nf4_scales(code2, absmax2, offset, absmax_W, program * BLOCKS // BLOCK2, NESTED)
     table = tl.load(code + tl.arange(0, 16))
-    w_WE = tl.reshape(_weights(table, word, scale_W, WORDS, E), WORDS * E).to(out.dtype.element_ty)
+    w_WE = tl.reshape(unpack_words(table, word, scale_W, WORDS, E), WORDS * E).to(out.dtype.element_ty)
 
     if CONTIGUOUS:
         tl.store(out + first * E + element_WE, w_WE, mask=mask_WE)
@@ -136,31 +116,23 @@ def _dequantize_words(
 
 @triton.jit
 def _dequantize_elements(
-    packed,
-    code,
-    absmax,
-    code2,
-    absmax2,
-    offset,
-    out,
-    columns,
-    chunks,
-    row_stride,
-    BLOCK: tl.constexpr,
-    BLOCK2: tl.constexpr,
-    ELEMENTS: tl.constexpr,
-    NESTED: tl.constexpr,
-):
-    """Up to ELEMENTS elements of one row a program, `chunks` programs a row, whatever the sizes and alignment."""
+    packed: tl.tensor, code: tl.tensor, absmax: tl.tensor, code2: tl.tensor, absmax2: tl.tensor, offset: tl.tensor,
+    out: tl.tensor, columns: tl.tensor, chunks: tl.tensor, row_stride: tl.tensor,
+    BLOCK: tl.constexpr, BLOCK2: tl.constexpr, ELEMENTS: tl.constexpr, NESTED: tl.constexpr,
+) -> None:  # fmt: skip
+    """One program writes up to ELEMENTS elements of one row, `chunks` programs a row, for any sizes and alignment.
+
+    No layer of a language model needs it: odd counts, rows that start in the middle of a byte, unaligned views.
+    """
     row = (tl.program_id(0) // chunks).to(tl.int64)
     column = (tl.program_id(0) % chunks).to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
     mask = column < columns
-    # Unsigned, so that the divisions below are shifts; masked-off elements would look behind the ends.
+    # Unsigned, so that the divisions below are shifts; masked elements would read past the ends.
     element = tl.where(mask, row * columns + column, 0).to(tl.uint64)
     byte = tl.load(packed + element // 2).to(tl.int32)
     q = tl.where(element % 2 == 0, byte >> 4, byte & 15)
     block = element // BLOCK
-    scale = _scales(code2, absmax2, offset, tl.load(absmax + block), block // BLOCK2, NESTED)
+    scale = nf4_scales(code2, absmax2, offset, tl.load(absmax + block), block // BLOCK2, NESTED)
     w = (tl.load(code + q) * scale).to(out.dtype.element_ty)
     tl.store(out + row * row_stride + column, w, mask=mask)
 
@@ -170,8 +142,9 @@ def _fits_words(
 ) -> bool:
     """Whether `_dequantize_words` can write a weight (rows, columns) with rows `row_stride` elements apart.
 
-    A word must not straddle the end, nor two rows that are apart; one second absmax (of `nested_span` elements, None
-    for plain scales) must serve a program; words are read aligned; and the 32-bit arithmetic on rows must be exact.
+    No word may cross the end, nor the end of a row that is followed by a gap; one second absmax (of `nested_span`
+    elements, None for plain scales) must serve a whole program; words are read aligned; and the 32-bit arithmetic on
+    rows must be exact.
     """
     per_program = WORDS * per_word
     if rows * columns % per_word or packed_address % 4 or (nested_span is not None and nested_span % per_program):
@@ -186,37 +159,28 @@ def _fits_words(
     return 4 <= row_words < 2**15 and rows * row_words < 2**31 and farthest * per_word < 2**31
 
 
-def _launch(
-    packed: Tensor,
-    code: Tensor,
-    absmax: Tensor,
-    code2: Tensor | None,
-    absmax2: Tensor | None,
-    offset: Tensor | None,
-    blocksize: int,
-    blocksize2: int,
-    out: Tensor,
-) -> None:
-    """Fills `out` (N, K), rows contiguous, from checked arguments, with the faster kernel that fits."""
+def _launch(weight: NF4Weight, out: Tensor) -> None:
+    """Fills `out` (N, K), its rows contiguous, from checked arguments, with the faster kernel that fits."""
+    *tensors, blocksize, blocksize2 = weight
     rows, columns = out.shape
     elements = rows * columns
     if elements == 0:
         return
-    tensors = (packed, code, absmax, code2, absmax2, offset, out)
-    nested = code2 is not None
+    nested = weight.code2 is not None
     row_stride = out.stride(0) if rows > 1 else columns
     per_word = 4 if out.dtype == torch.float32 else 8
     common = {"BLOCK": blocksize, "BLOCK2": blocksize2, "NESTED": nested, "num_warps": 4, "enable_fp_fusion": False}
     span = blocksize * blocksize2 if nested else None
-    if _fits_words(rows, columns, row_stride, per_word, span, packed.data_ptr()):
+    if _fits_words(rows, columns, row_stride, per_word, span, weight.packed.data_ptr()):
         words, row_words, contiguous = elements // per_word, columns // per_word, row_stride == columns
-        rows_apart = (0, 0, 0, 0)
+        layout = (0, 0, 0, 0)
         if not contiguous:
-            rows_apart = (row_words, -(-(2**32) // row_words), row_stride, (row_stride - columns) // per_word)
+            layout = (row_words, -(-(2**32) // row_words), row_stride, (row_stride - columns) // per_word)
         _dequantize_words[(-(-words // WORDS),)](
             *tensors,
+            out,
             words,
-            *rows_apart,
+            *layout,
             WORDS=WORDS,
             E=per_word,
             EVEN=words % WORDS == 0,
@@ -225,56 +189,37 @@ def _launch(
         )
     else:
         chunks = -(-columns // ELEMENTS)
-        _dequantize_elements[(rows * chunks,)](*tensors, columns, chunks, row_stride, ELEMENTS=ELEMENTS, **common)
+        _dequantize_elements[(rows * chunks,)](*tensors, out, columns, chunks, row_stride, ELEMENTS=ELEMENTS, **common)
 
 
-# A `torch.library.custom_op` costs 96 us a call here, a plain definition 7: small models are bound by such costs.
-_library = torch.library.Library("fastprice", "FRAGMENT")
-_library.define(
-    "dequantize_nf4(Tensor packed, Tensor code, Tensor absmax, Tensor? code2, Tensor? absmax2, Tensor? offset, "
-    "int blocksize, int blocksize2, Tensor(a!) out) -> ()"
-)
+def _on_cuda(*arguments: Any) -> None:
+    *weight, out = arguments
+    _launch(NF4Weight(*weight), out)
 
 
-@torch.library.impl(_library, "dequantize_nf4", "CUDA")
-def _on_cuda(packed: Tensor, *arguments: Any) -> None:
-    with torch.cuda.device(packed.device):  # Triton launches on the current device
-        _launch(packed, *arguments)
+def _on_cpu(*arguments: Any) -> None:
+    *weight, out = arguments
+    out.copy_(reference.dequantize_nf4(*NF4Weight(*weight), (out.shape[0], out.shape[1]), out.dtype))
 
 
-@torch.library.impl(_library, "dequantize_nf4", "CPU")
-def _on_cpu(
-    packed: Tensor,
-    code: Tensor,
-    absmax: Tensor,
-    code2: Tensor | None,
-    absmax2: Tensor | None,
-    offset: Tensor | None,
-    blocksize: int,
-    blocksize2: int,
-    out: Tensor,
-) -> None:
-    shape = (out.shape[0], out.shape[1])
-    w_NK = nf4_reference(packed, code, absmax, code2, absmax2, offset, blocksize, blocksize2, shape, out.dtype)
-    out.copy_(w_NK)
-
-
-@torch.library.register_fake("fastprice::dequantize_nf4", lib=_library)
 def _fake(*arguments: Any) -> None:
-    """Writes into `out` and returns nothing: there is no shape to work out."""
+    """Nothing is returned, so there is no shape to compute."""
+
+
+_dequantize_op = define_op(f"dequantize_nf4({SCHEMA}, Tensor(a!) out) -> ()", cpu=_on_cpu, cuda=_on_cuda, fake=_fake)
 
 
 def dequantize_nf4(
     packed: Tensor, quant_state: Any, *, out: Tensor | None = None, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """The weight (N, K) of an NF4 tensor of bitsandbytes, bit for bit as bitsandbytes gives it.
+    """The weight (N, K) of a bitsandbytes NF4 tensor: NF4[q] * scale in fp32, rounded once.
 
     Args:
-        packed: uint8, ceil(N * K / 2) bytes in bitsandbytes' order, whatever their shape, on CUDA (one Triton launch)
-            or on the CPU (plain PyTorch).
-        quant_state: bitsandbytes' `QuantState`, or anything with its attributes; plain or nested.
-        out: (N, K) to write into, rows contiguous; it may be a view of a buffer with more columns.
-        dtype: fp32, fp16 or bf16; by default that of `out`, else that of the quant state.
+        packed: uint8, ceil(N * K / 2) bytes in bitsandbytes' order, of any shape, on CUDA (one Triton launch) or on
+            the CPU (plain PyTorch).
+        quant_state: bitsandbytes' `QuantState`, or an object with its attributes; plain or nested.
+        out: (N, K) to write into, its rows contiguous; it may be a view of a buffer with more columns.
+        dtype: fp32, fp16 or bf16; by default that of `out`, or else that of the quant state.
 
     Returns:
         `out`, or a new contiguous tensor.
@@ -282,30 +227,20 @@ def dequantize_nf4(
     Raises:
         ValueError: the state is not NF4, or packed, state, out and dtype do not fit together.
     """
-    state = read_state(packed, quant_state)
+    weight, shape, state_dtype = read_weight(packed, quant_state)
     if dtype is None:
-        dtype = state.dtype if out is None else out.dtype
+        dtype = state_dtype if out is None else out.dtype
     if dtype not in DTYPES:
-        raise ValueError(f"a weight in {dtype} is asked for, this kernel writes {', '.join(map(str, DTYPES))}")
+        raise ValueError(f"a weight in {dtype} is requested, this kernel writes {', '.join(map(str, DTYPES))}")
     if out is None:
-        out = torch.empty((state.n, state.k), dtype=dtype, device=packed.device)
+        out = torch.empty(shape, dtype=dtype, device=packed.device)
     else:
-        check_out(out, (state.n, state.k), dtype, packed.device)
-    torch.ops.fastprice.dequantize_nf4.default(
-        packed.contiguous(),
-        state.code,
-        state.absmax,
-        state.code2,
-        state.absmax2,
-        state.offset,
-        state.blocksize,
-        state.blocksize2,
-        out,
-    )
+        check_out(out, shape, dtype, packed.device)
+    _dequantize_op(*weight, out)
     return out
 
 
-# A word of fp32 holds four elements, so addresses and masks weigh twice as much as in 16 bits.
+# A word of fp32 holds four elements, so addresses and masks cost twice as much for each as in 16 bits.
 _FP32_EXCEPTION = (
     "at most 12 instructions an element in place of 8: fp32 moves 4.5 bytes an element, at an H200's 4.3 TB/s 4.1 "
     "elements a cycle and SM, so memory stays the limit up to 31"
@@ -313,10 +248,10 @@ _FP32_EXCEPTION = (
 
 
 def compile_cases() -> list[CompileCase]:
-    """Every way the two kernels are launched, with the bars of the word kernel.
+    """Every form in which the two kernels are launched, with the requirements on the word kernel.
 
-    8 instructions an output element on sm_90 hold in 16 bits in every form and in fp32 in whole programs of 4,096
-    elements. fp32 with a masked tail or with rows apart is an exception, see `_FP32_EXCEPTION`.
+    At most 8 instructions an output element on sm_90 in 16 bits, in every form, and in fp32 where programs are whole
+    (4,096 elements). fp32 with a masked tail or with gaps between rows is an exception, see `_FP32_EXCEPTION`.
     """
     cases = []
     for type_, per_word in (("bf16", 8), ("fp16", 8), ("fp32", 4)):
@@ -345,7 +280,7 @@ def compile_cases() -> list[CompileCase]:
                         aligned=("packed", "out") if by_words else (),
                         enable_fp_fusion=False,
                         elements=WORDS * per_word if by_words else ELEMENTS,
-                        bars=Bars(
+                        requirements=Requirements(
                             store_bits=128 if by_words else None,
                             shared_stores=1 if by_words else 0,  # the table of sixteen values
                             fma=False,

@@ -1,15 +1,19 @@
-"""The softmax of rows of logits at a label each: loss, correctness and entropy, with the gradient over the logits.
+"""The softmax of rows of logits, each with a label: loss, correctness and entropy, and the gradient over the logits.
 
-C rows, V columns. With z = softcap * tanh(scale * x / softcap), or scale * x without a cap, for a row x and its label:
+With z = softcap * tanh(scale * x / softcap), or scale * x without a cap, for a row x and its label:
 
     loss = logsumexp(z) - z[label]    entropy = logsumexp(z) - sum softmax(z) z
     dx   = (softmax(z) - onehot(label)) * dz/dx
 
-A row whose label is `ignore_index` gives zeros. The kernel reads a row twice (once for the maximum and the sums, once
-for the gradient, where it is wanted) and writes the gradient over it: with gradients 3 C V values move, else C V.
+Values to move: the kernel reads a row once for the maximum and the sums, and where the gradient is wanted once more to
+write it over the row: 3 C V, or C V without gradient.
+
+Shapes: C rows, V columns (the vocabulary).
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -18,31 +22,31 @@ from torch import Tensor
 
 from fastprice_kernels.codegen.machine_code import CompileCase
 
-__all__ = ["compile_cases", "softmax_rows", "softmax_rows_cpu"]
+__all__ = ["SoftmaxOptions", "compile_cases", "softmax_rows"]
 
 _BLOCK = 4096
 _WARPS = 8
 
 
+class SoftmaxOptions(NamedTuple):
+    """A row with the label `ignore_index` counts for nothing; `gradient`: whether it is wanted."""
+
+    ignore_index: int = -100
+    softcap: float | None = None
+    scale: float = 1.0
+    gradient: bool = True
+
+
 @triton.jit
 def _softmax_rows_kernel(
-    logits_ptr: tl.tensor,
-    labels_ptr: tl.tensor,
-    statistics_ptr: tl.tensor,
-    vocabulary: tl.tensor,
-    row_stride: tl.tensor,
-    ignore_index: tl.tensor,
-    scale: tl.tensor,
-    softcap: tl.tensor,
-    CAPPED: tl.constexpr,
-    GRADIENT: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCKS: tl.constexpr,
-) -> None:
-    """One program takes one row: statistics (loss, correct, entropy), and the gradient over the logits if GRADIENT.
+    logits_ptr: tl.tensor, labels_ptr: tl.tensor, statistics_ptr: tl.tensor, vocabulary: tl.tensor,
+    row_stride: tl.tensor, ignore_index: tl.tensor, scale: tl.tensor, softcap: tl.tensor,
+    CAPPED: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+) -> None:  # fmt: skip
+    """One program computes one row: statistics (loss, correct, entropy), and the gradient over the logits if GRADIENT.
 
-    BLOCKS, of BLOCK columns, is a constant because the interpreter takes no other bound of a loop under numpy 2.4 and
-    later; a model has one vocabulary.
+    BLOCKS, of BLOCK columns, is a constant because Triton's interpreter takes no other bound of a loop under numpy 2.4
+    and later; a model has one vocabulary.
     """
     row = tl.program_id(0).to(tl.int64)
     at_row = logits_ptr + row * row_stride
@@ -74,7 +78,7 @@ def _softmax_rows_kernel(
     denominator = tl.sum(total, axis=0)
     lse = top + tl.log(denominator)
 
-    # A label outside the vocabulary would read another row: its loss is NaN instead.
+    # A label outside the vocabulary would read from another row: its loss is NaN instead.
     known = valid & (label >= 0) & (label < vocabulary)
     z_label = tl.load(at_row + label, mask=known, other=float("nan")).to(tl.float32) * scale
     if CAPPED:
@@ -91,83 +95,76 @@ def _softmax_rows_kernel(
             z = tl.load(at_row + columns, mask=columns < vocabulary, other=0.0).to(tl.float32) * scale
             slope = scale
             if CAPPED:
-                bent = 2.0 * tl.sigmoid(2.0 * z / softcap) - 1.0
-                slope = scale * (1.0 - bent * bent)
-                z = softcap * bent
+                capped = 2.0 * tl.sigmoid(2.0 * z / softcap) - 1.0
+                slope = scale * (1.0 - capped * capped)
+                z = softcap * capped
             g = (tl.exp(z - lse) - tl.where(columns == label, 1.0, 0.0)) * slope
             g = tl.where(valid, g, 0.0)
             tl.store(at_row + columns, g.to(logits_ptr.dtype.element_ty), mask=columns < vocabulary)
 
 
-def softmax_rows(
-    logits: Tensor,
-    labels: Tensor,
-    statistics: Tensor,
-    ignore_index: int,
-    softcap: float | None,
-    scale: float,
-    gradient: bool,
-) -> None:
-    """Fills `statistics` (C, 3: loss, correct, entropy) for the rows of `logits` (C, V), on CUDA or in the interpreter.
-
-    With `gradient` the logits hold afterwards d loss / d logits of each row; labels are int64 (C,). A label outside the
-    vocabulary makes its row's loss NaN.
-    """
-    if logits.shape[0]:
-        _softmax_rows_kernel[(logits.shape[0],)](
-            logits,
-            labels,
-            statistics,
-            logits.shape[1],
-            logits.stride(0),
-            ignore_index,
-            float(scale),
-            1.0 if softcap is None else float(softcap),
-            CAPPED=softcap is not None,
-            GRADIENT=gradient,
-            BLOCK=_BLOCK,
-            BLOCKS=triton.cdiv(logits.shape[1], _BLOCK),
-            num_warps=_WARPS,
-        )
+def _launch(logits_CV: Tensor, labels_C: Tensor, statistics: Tensor, options: SoftmaxOptions) -> None:
+    if not logits_CV.shape[0]:
+        return
+    _softmax_rows_kernel[(logits_CV.shape[0],)](
+        logits_CV,
+        labels_C,
+        statistics,
+        logits_CV.shape[1],
+        logits_CV.stride(0),
+        options.ignore_index,
+        float(options.scale),
+        1.0 if options.softcap is None else float(options.softcap),
+        CAPPED=options.softcap is not None,
+        GRADIENT=options.gradient,
+        BLOCK=_BLOCK,
+        BLOCKS=triton.cdiv(logits_CV.shape[1], _BLOCK),
+        num_warps=_WARPS,
+    )
 
 
-def softmax_rows_cpu(
-    logits: Tensor,
-    labels: Tensor,
-    statistics: Tensor,
-    ignore_index: int,
-    softcap: float | None,
-    scale: float,
-    gradient: bool,
-) -> None:
-    """What `softmax_rows` does, by PyTorch. Beside the logits: 4 bytes each for 16-bit ones, and 4 with a cap."""
-    z = logits if logits.dtype == torch.float64 else logits.float()
-    z.mul_(scale)
+def _on_cpu(logits_CV: Tensor, labels_C: Tensor, statistics: Tensor, options: SoftmaxOptions) -> None:
+    """The same by PyTorch. It allocates, for each logit, 4 bytes where they are of 16 bits, and 4 with a cap."""
+    z = logits_CV if logits_CV.dtype == torch.float64 else logits_CV.float()
+    z.mul_(options.scale)
     slope = None
-    if softcap is not None:
-        z.div_(softcap).tanh_()
-        slope = z.square().neg_().add_(1) if gradient else None
-        z.mul_(softcap)
-    valid = labels != ignore_index
-    column = labels.where(valid, 0)[:, None]
+    if options.softcap is not None:
+        z.div_(options.softcap).tanh_()
+        slope = z.square().neg_().add_(1) if options.gradient else None
+        z.mul_(options.softcap)
+    valid = labels_C != options.ignore_index
+    column = labels_C.where(valid, 0)[:, None]
     top, best = z.max(1)
     z.sub_(top[:, None])
     at_label = z.gather(1, column)[:, 0]
     total = z.exp_().sum(1)
     z.div_(total[:, None])
     statistics[:, 0] = total.log() - at_label
-    statistics[:, 1] = best == labels
+    statistics[:, 1] = best == labels_C
     statistics[:, 2] = 0
-    for block in z.split(-(-z.shape[1] // 16), 1):  # entr makes a tensor of its input's size
+    for block in z.split(-(-z.shape[1] // 16), 1):  # entr allocates a tensor of its input's size
         statistics[:, 2] += torch.special.entr(block).sum(1)
     statistics.masked_fill_(~valid[:, None], 0)
-    if gradient:
+    if options.gradient:
         z.scatter_add_(1, column, z.new_full((), -1.0).expand_as(column))
         if slope is not None:
             z.mul_(slope)
-        z.mul_(scale).masked_fill_(~valid[:, None], 0)
-        if z is not logits:
-            logits.copy_(z)
+        z.mul_(options.scale).masked_fill_(~valid[:, None], 0)
+        if z is not logits_CV:
+            logits_CV.copy_(z)
+
+
+def softmax_rows(logits_CV: Tensor, labels_C: Tensor, statistics: Tensor, options: SoftmaxOptions) -> None:
+    """Fills `statistics` (C, 3: loss in nats, 1.0 where correct, entropy in nats), and the logits with their gradient.
+
+    Args:
+        logits_CV: floating, rows of stride 1. With `options.gradient` they hold d loss / d logits of each row
+            afterwards; without it their contents are lost on a CPU.
+        labels_C: int64. A label outside the vocabulary makes its row's loss NaN on CUDA.
+        statistics: fp32, or fp64 for fp64 logits.
+    """
+    run = _launch if logits_CV.is_cuda else _on_cpu
+    run(logits_CV, labels_C, statistics, options)
 
 
 def compile_cases() -> list[CompileCase]:

@@ -1,26 +1,17 @@
-"""Puts the kernels under a model, and takes them out again.
+"""Puts the kernels under a model, and removes them.
 
-What is replaced is the `forward` of single modules, on the instance, so that names, parameters, state dicts and classes
-stay what they were, and `uninstall` only has to delete it:
+`install` replaces the `forward` of single modules, on the instance: names, parameters, state dicts and classes do not
+change, and `uninstall` deletes the attribute. Replaced are: q, k and v of an attention layer, which share one product
+with x; gated MLPs; every other LoRA layer on a `Linear` or an NF4 `Linear4bit`, and every such `Linear4bit` without an
+adapter; optionally the loss (causal_loss.py) and the last layer (last_layer.py). On an Unsloth model its fused
+functions are replaced instead (unsloth_functions.py); layers that it did not fuse (with a bias, as in Qwen2) are
+treated as any others, and its last layer is left alone.
 
-- q, k and v of an attention layer: whichever is called first computes all three with one pass over x for their
-  down-projections, the other two pick up their results. The rest of the attention layer runs as it was written.
-- an MLP whose code is `down(act(gate(x)) * up(x))` with silu or gelu (found out by running it, see layers.py):
-  `lora_mlp`.
-- every other LoRA layer on a `Linear` or an NF4 `Linear4bit`, and every such `Linear4bit` without an adapter.
-- on request the loss of the causal language model (`loss_head`) and the last layer's work at unlabelled positions
-  (`last_layer`); see last_layer.py.
+What a layer computes is read at each call; what the kernels cannot compute exactly runs on the stock path, with one
+warning. So do up to 16 rows without gradient on a 4-bit layer (generation), for which bitsandbytes has a kernel.
 
-On a model of Unsloth's the fused functions that it hung on attention layers and MLPs give way to the same kernels, and
-for the whole process its dequantisation and, with `loss_head`, its fused loss (unsloth_functions.py). Layers that it
-did not fuse (with a bias, as Qwen2's) are treated as any others. Its last layer stays: its code is Unsloth's.
-
-What a layer computes is read at each call, because adapters come, go, merge and change their dropout while a model
-lives; whatever the kernels cannot do exactly goes to the stock path, with one warning that says why. Up to 16 rows
-without gradient on a 4-bit layer (generation) go there too: bitsandbytes has a kernel of its own for them.
-
-Precision. Products run in the dtype in which bitsandbytes runs its own (`compute_dtype`; for 16-bit weights and under
-autocast as `torch.nn.Linear`), the adapter's with it; PEFT alone runs a float32 adapter's products in float32.
+Products run in the dtype in which bitsandbytes runs its own (`compute_dtype`; for 16-bit weights and under autocast as
+`torch.nn.Linear`), those of the adapter too; PEFT alone would run the products of a float32 adapter in float32.
 """
 
 from __future__ import annotations
@@ -35,25 +26,25 @@ from typing import Any
 from torch import nn
 
 from fastprice_kernels.patching import cpu_faults, unsloth_functions
-from fastprice_kernels.patching import last_layer as heads
-from fastprice_kernels.patching.forwards import (
-    Installation,
-    InstallReport,
-    Options,
-    Patch,
-    linear_forward,
-    mlp_forward,
-    shared_forward,
+from fastprice_kernels.patching.causal_loss import LossPatch, loss_forward, output_class, unsupported_loss
+from fastprice_kernels.patching.forwards import linear_forward, mlp_forward, shared_forward
+from fastprice_kernels.patching.installation import PATCH, Installation, InstallReport, Options, Patch
+from fastprice_kernels.patching.last_layer import layer_forward
+from fastprice_kernels.patching.linear_layers import Layer, compatible, has_hooks, is_candidate, read_layer
+from fastprice_kernels.patching.structure import (
+    MLP,
+    QKV,
+    activation_of,
+    is_gated_mlp,
+    last_decoder_layer,
+    logit_transform,
+    unsupported_last_layer,
 )
-from fastprice_kernels.patching.last_layer import PATCH
-from fastprice_kernels.patching.layers import Layer, activation_of, hooked, is_candidate, is_gated, read, together
 
 __all__ = ["InstallReport", "install", "installed", "uninstall"]
 
 _INSTALLATION = "_fastprice_installation"
-_ACCELERATE = "_original_forward"  # where accelerate keeps the forward that it wraps
-_QKV = ("q_proj", "k_proj", "v_proj")
-_MLP = ("gate_proj", "up_proj", "down_proj")
+_ACCELERATE = "_original_forward"  # the attribute with the forward that accelerate wraps
 
 
 def install(
@@ -68,24 +59,24 @@ def install(
 
     Args:
         loss_head: with labels, compute the loss by `completion_cross_entropy`; the output's `logits` are then None, and
-            it carries `num_valid_tokens`, `num_correct_tokens` and `entropy_sum`.
-        last_layer: and run the last layer's output projection and MLP at labelled positions alone.
-        keep_dense: under gradient checkpointing keep a layer's dequantised weights from its recomputation to its
-            backward: two dequantisations a step in place of three, for one layer's weights in memory.
-        augmented: the augmented form of the LoRA products (see lora.py).
+            it has `num_valid_tokens`, `num_correct_tokens` and `entropy_sum`.
+        last_layer: run the last layer's output projection and MLP at labeled positions alone.
+        keep_dense: under activation checkpointing save a layer's dequantized weights from its recomputation to its
+            backward: a step dequantizes twice instead of three times, for the memory of one layer's weights.
+        augmented: the augmented form of the LoRA products (see ops/lora_products.py).
 
-    Installing again changes nothing, or the options. Layers that stay stock are in the report, and in one warning.
+    Installing again changes nothing, or the options. Layers that stay stock are in the report and in one warning.
 
-    While the kernels are in, no 4-bit layer, stock or not, is repacked by bitsandbytes for inference on a CPU. Layers
-    that an evaluation has repacked before are unpacked, with a warning: their scales stay rounded to bf16.
+    While the kernels are installed, bitsandbytes repacks no 4-bit layer for inference on a CPU. Layers that an
+    evaluation repacked before are unpacked, with a warning: their scales remain rounded to bf16.
 
     Raises:
         ValueError: `last_layer` without `loss_head`.
-        RuntimeError: repacked 4-bit layers whose layout is another than that of bitsandbytes 0.50.2.
-        RuntimeError: an Unsloth whose functions have another shape than the ones this was written for.
+        RuntimeError: repacked 4-bit layers in another layout than that of bitsandbytes 0.50.2, or an Unsloth with other
+            functions than the one this was written for.
     """
     if last_layer and not loss_head:
-        raise ValueError("last_layer=True drops positions that only a loss can do without: it needs loss_head=True")
+        raise ValueError("last_layer=True computes nothing at positions without a label: it needs loss_head=True")
     options = Options(loss_head, last_layer, keep_dense, augmented)
     before: Installation | None = model.__dict__.get(_INSTALLATION)
     if before is not None:
@@ -97,26 +88,26 @@ def install(
         cpu_faults.unpack(layer)
     if repacked:
         warnings.warn(cpu_faults.unpacked_warning(len(repacked)), stacklevel=2)
-    made = Installation(options, spared=cpu_faults.spare(model))
+    made = Installation(options, repackable=cpu_faults.prevent_repacking(model))
     done: set[nn.Module] = set()
     if unsloth_functions.is_unsloth(model):
         _install_unsloth(model, made, done)
     _install_layers(model, made, done)
     if loss_head:
-        _install_head(model, made)
+        _install_loss(model, made)
     model.__dict__[_INSTALLATION] = made
-    stock = Counter(made.report.kept.values())
-    if stock:
-        said = "; ".join(f"{count} x {reason}" for reason, count in stock.items())
-        warnings.warn(f"fastprice_kernels leaves these on the stock path: {said}", stacklevel=2)
+    reasons = Counter(made.report.skipped.values())
+    if reasons:
+        listed = "; ".join(f"{count} x {reason}" for reason, count in reasons.items())
+        warnings.warn(f"fastprice_kernels leaves these on the stock path: {listed}", stacklevel=2)
     return made.report
 
 
 def uninstall(model: nn.Module) -> None:
-    """Brings back what `install` replaced; a model without kernels is left alone.
+    """Restores what `install` replaced; does nothing to a model without kernels.
 
     Raises:
-        RuntimeError: something else replaced a forward after `install`; take that out first.
+        RuntimeError: something else replaced a forward after `install`; remove that first.
     """
     made: Installation | None = model.__dict__.get(_INSTALLATION)
     if made is None:
@@ -125,13 +116,13 @@ def uninstall(model: nn.Module) -> None:
         if ours not in (module.__dict__.get(name), module.__dict__.get(_ACCELERATE)):
             raise RuntimeError(f"the {name} of a {type(module).__name__} was replaced after install: undo that first")
     for module, name, previous, ours in made.attributes:
-        module.__dict__.pop(PATCH, None)  # an attention layer of Unsloth's has two attributes and one patch
+        module.__dict__.pop(PATCH, None)  # an attention layer of Unsloth has two attributes and one patch
         # Accelerate wraps a model's forward for good; its wrapper then finds no patch and runs the stock forward.
         slot = name if module.__dict__[name] == ours else _ACCELERATE
         del module.__dict__[slot]
         if previous is not None or slot == _ACCELERATE:
             module.__dict__[slot] = previous or MethodType(type(module).forward, module)
-    for module in made.spared:
+    for module in made.repackable:
         module.support_avx512bf16_for_cpu = True  # type: ignore[assignment]
     unsloth_functions.unpatch(made.unsloth)
     del model.__dict__[_INSTALLATION]
@@ -139,7 +130,7 @@ def uninstall(model: nn.Module) -> None:
 
 @contextmanager
 def installed(model: nn.Module, **options: bool) -> Iterator[InstallReport]:
-    """`install` on entry, what was there before on exit."""
+    """`install` on entry; on exit the state of before."""
     before: Installation | None = model.__dict__.get(_INSTALLATION)
     try:
         yield install(model, **options)
@@ -151,21 +142,22 @@ def installed(model: nn.Module, **options: bool) -> Iterator[InstallReport]:
 
 
 def _install_unsloth(model: nn.Module, made: Installation, done: set[nn.Module]) -> None:
-    """Unsloth's functions for the process, and what it hung on this model; `done`: the layers that are taken."""
+    """Unsloth's functions, in its modules and on this model; adds the layers they run to `done`."""
     places = unsloth_functions.patch(unsloth_functions.CORE)
     made.unsloth = unsloth_functions.CORE
     made.report.replaced.update((place, f"Unsloth's {place.rpartition('.')[2]}") for place in places)
     for name, module in model.named_modules():
-        found = unsloth_functions.find_fused(module)
-        patch = Patch(made, _around(model, name))
-        for attribute, ours, parts, kernel in found:
-            _replace(made, [f"{name}.{part}" for part in parts], module, attribute, ours, patch, kernel)
-            done.update(part for layer in parts for part in module.get_submodule(layer).modules())
-        done.update([module] if any(attribute == "forward" for attribute, *_ in found) else [])
+        patch = Patch(made, _recomputed_around(model, name))
+        for fused in unsloth_functions.find_fused(module):
+            layers = [f"{name}.{layer}" for layer in fused.layers]
+            _replace(made, layers, module, fused.attribute, fused.ours, patch, fused.kernel)
+            done.update(part for layer in fused.layers for part in module.get_submodule(layer).modules())
+            if fused.attribute == "forward":
+                done.add(module)
 
 
 def _install_layers(model: nn.Module, made: Installation, done: set[nn.Module]) -> None:
-    """Every layer but those that are `done`."""
+    """Every layer that is not in `done`."""
     named = [(name, module, dict(module.named_children())) for name, module in model.named_modules()]
 
     def take(names: Sequence[str], modules: Sequence[nn.Module], forward: Any, patch: Patch, kernel: str) -> None:
@@ -176,31 +168,27 @@ def _install_layers(model: nn.Module, made: Installation, done: set[nn.Module]) 
     for name, module, children in named:
         if module in done or any(child in done for child in children.values()):
             continue
-        patch = Patch(made, _around(model, name))
-        if all(part in children for part in _MLP):
+        patch = Patch(made, _recomputed_around(model, name))
+        if all(part in children for part in MLP):
             patch.activation = activation_of(module) or ""
-            if patch.activation and _is_lora_mlp(module, [children[part] for part in _MLP]):
+            if patch.activation and _is_lora_mlp(module, [children[part] for part in MLP]):
                 take([name], [module], mlp_forward, patch, "lora_mlp")
-        elif all(part in children for part in _QKV):
-            parts = patch.siblings = tuple(children[part] for part in _QKV)
-            if (
-                any(map(is_candidate, parts))
-                and together([read(p) for p in parts])
-                and not any(map(_is_replaced, parts))
-            ):
-                take([f"{name}.{part}" for part in _QKV], parts, shared_forward, patch, "lora_qkv")
+        elif all(part in children for part in QKV):
+            patch.siblings = tuple(children[part] for part in QKV)
+            if _can_share(patch.siblings):
+                take([f"{name}.{part}" for part in QKV], patch.siblings, shared_forward, patch, "lora_qkv")
     for name, module, _ in named:
         if module in done or not is_candidate(module):
             continue
-        found = read(module)
+        found = read_layer(module)
         if _is_replaced(module):
-            made.report.kept[name] = "a forward that something else replaced"
+            made.report.skipped[name] = "a forward that something else replaced"
         elif isinstance(found, Layer):
-            take([name], [module], linear_forward, Patch(made, _around(model, name)), "lora_linear")
+            take([name], [module], linear_forward, Patch(made, _recomputed_around(model, name)), "lora_linear")
         else:
-            reason = found or "an adapter that is merged or switched off"
-            made.report.kept[name] = reason + _stock_fault(module)
-        done.update(module.modules())  # a base layer is no candidate of its own
+            reason = found or "an adapter that is merged or disabled"
+            made.report.skipped[name] = reason + _stock_fault(module)
+        done.update(module.modules())  # a base layer is not a candidate of its own
 
 
 def _is_replaced(module: nn.Module) -> bool:
@@ -208,7 +196,7 @@ def _is_replaced(module: nn.Module) -> bool:
 
 
 def _stock_fault(module: nn.Module) -> str:
-    """What is wrong with the stock path of a layer that stays on it, to be added to the reason."""
+    """The fault of the stock path of a layer that stays on it, to be added to the reason."""
     weight: Any = getattr(getattr(module, "base_layer", module), "weight", None)
     state = getattr(weight, "quant_state", None)
     if state is None or weight.device.type != "cpu" or cpu_faults.stock_is_exact(state.shape[-1], state.blocksize):
@@ -216,17 +204,19 @@ def _stock_fault(module: nn.Module) -> str:
     return f" (and bitsandbytes computes rows of {state.shape[-1]} 4-bit weights with wrong scales on this CPU)"
 
 
-def _is_lora_mlp(module: nn.Module, parts: Sequence[nn.Module]) -> bool:
+def _can_share(layers: Sequence[nn.Module]) -> bool:
     return (
-        any(map(is_candidate, parts))
-        and not any(map(_is_replaced, [module, *parts]))
-        and together([read(part) for part in parts]) is not None
-        and not hooked(*parts)
-        and is_gated(type(module))
+        any(map(is_candidate, layers))
+        and not any(map(_is_replaced, layers))
+        and compatible([read_layer(layer) for layer in layers]) is not None
     )
 
 
-def _around(model: nn.Module, name: str) -> nn.Module | None:
+def _is_lora_mlp(module: nn.Module, layers: Sequence[nn.Module]) -> bool:
+    return _can_share(layers) and not _is_replaced(module) and not has_hooks(*layers) and is_gated_mlp(type(module))
+
+
+def _recomputed_around(model: nn.Module, name: str) -> nn.Module | None:
     """The nearest module around `name` that transformers may recompute in the backward."""
     while name:
         name = name.rpartition(".")[0]
@@ -239,42 +229,42 @@ def _around(model: nn.Module, name: str) -> nn.Module | None:
 def _replace(
     made: Installation, names: Sequence[str], module: nn.Module, attribute: str, ours: Any, patch: Any, kernel: str
 ) -> None:
-    """Puts `ours` on the module; `names`: of the layers that `kernel` then runs."""
+    """Sets the attribute to `ours`; `names`: of the layers that `kernel` then runs."""
     made.attributes.append((module, attribute, module.__dict__.get(attribute), ours))
     module.__dict__[attribute], module.__dict__[PATCH] = ours, patch
     made.report.replaced.update(dict.fromkeys(names, kernel))
 
 
-def _install_head(model: nn.Module, made: Installation) -> None:
+def _install_loss(model: nn.Module, made: Installation) -> None:
     get_base = getattr(model, "get_base_model", None)
     causal: Any = get_base() if get_base is not None else model
     names = {module: name for name, module in model.named_modules()}
     name = names[causal] or type(causal).__name__
     if made.unsloth:
-        reason = unsloth_functions.loss_trouble(causal)
+        reason = unsloth_functions.unsupported_loss(causal)
         if reason is None:
             places = unsloth_functions.patch([unsloth_functions.LOSS])
             made.unsloth = (*made.unsloth, unsloth_functions.LOSS)
             made.report.replaced.update(dict.fromkeys(places, "completion_cross_entropy"))
         else:
-            made.report.kept[name] = reason
+            made.report.skipped[name] = reason
         if made.options.last_layer:
-            made.report.kept[f"{name}, last layer"] = "the last layer of an Unsloth model, whose code is Unsloth's"
+            made.report.skipped[f"{name}, last layer"] = "the last layer of an Unsloth model, whose code is Unsloth's"
         return
-    trouble = heads.head_trouble(causal)
-    if trouble is not None:
-        made.report.kept[name] = f"head and loss: {trouble}"
+    reason = unsupported_loss(causal)
+    if reason is not None:
+        made.report.skipped[name] = f"output layer and loss: {reason}"
         return
     rows = False
     if made.options.last_layer:
-        layer = heads.last_decoder_layer(causal)
-        trouble = heads.layer_trouble(layer)
-        if layer is not None and trouble is None:
-            ours = MethodType(heads.layer_forward, layer)
-            _replace(made, [names[layer]], layer, "forward", ours, None, "last layer at labelled positions")
+        layer = last_decoder_layer(causal)
+        reason = unsupported_last_layer(layer)
+        if layer is not None and reason is None:
+            ours = MethodType(layer_forward, layer)
+            _replace(made, [names[layer]], layer, "forward", ours, None, "last layer at labeled positions")
             rows = True
         else:
-            made.report.kept[f"{name}, last layer"] = f"the last layer: {trouble}"
-    head = heads.Head(causal.__dict__.get("forward"), rows, *heads.logit_transform(causal), heads.output_class())
-    ours = MethodType(heads.head_forward(type(causal)), causal)
-    _replace(made, [name], causal, "forward", ours, head, "completion_cross_entropy")
+            made.report.skipped[f"{name}, last layer"] = f"the last layer: {reason}"
+    patch = LossPatch(causal.__dict__.get("forward"), rows, *logit_transform(causal), output_class())
+    ours = MethodType(loss_forward(type(causal)), causal)
+    _replace(made, [name], causal, "forward", ours, patch, "completion_cross_entropy")

@@ -1,14 +1,14 @@
-"""Puts the kernels in the place of Unsloth's functions, in every module that imported them by name and on the model.
+"""Replaces Unsloth's functions by ours, in every module that imported them by name and on the layers of a model.
 
-Written against Unsloth 2026.10.7. `fast_dequantize` and the loss are looked up in the importing modules at each call.
-The fused LoRA functions are hung on attention layers and MLPs when a model gets its adapters, and later found again by
-comparing them with the names in the modules (for FSDP): so the same function of ours goes to both places. It finds out
-from the layer it is called on whether the kernels are under that model, and runs Unsloth's own function if they are
-not, or if they cannot run the layer as it is now. `matmul_lora` stays: its products are lora.py's separate form, and it
-calls the dequantisation that is replaced.
+Written for Unsloth 2026.10.7. `fast_dequantize` and the fused loss are looked up in the importing modules at each call.
+The fused LoRA functions are attached to attention layers and MLPs when a model gets its adapters, and are later found
+again by comparison with the names in the modules (for FSDP): so one function of ours goes to both places. It reads from
+the layer it is called on whether the kernels are installed there, and otherwise, or where they do not support the
+layer, runs Unsloth's own. `matmul_lora` is not replaced: it computes the separate form of lora_products.py with the
+dequantization that is replaced.
 
-Replaced for the whole process, from the first model that wants it to the last that lets go. Unsloth is never imported
-here, only found where it is loaded.
+The replacement holds for the whole process, from the first model that uses it to the last one. Unsloth is never
+imported here, only found among the loaded modules.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from types import MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -27,10 +27,11 @@ from fastprice_kernels.ops.completion_cross_entropy import completion_cross_entr
 from fastprice_kernels.ops.lora import lora_projections
 from fastprice_kernels.ops.nf4_dequantize import dequantize_nf4
 from fastprice_kernels.patching.forwards import layers_for, mlp, run
-from fastprice_kernels.patching.last_layer import PATCH
-from fastprice_kernels.patching.layers import read
+from fastprice_kernels.patching.installation import PATCH
+from fastprice_kernels.patching.linear_layers import read_layer
+from fastprice_kernels.patching.structure import MLP, OUTPUT, QKV
 
-__all__ = ["CORE", "LOSS", "find_fused", "is_unsloth", "loss_trouble", "patch", "unpatch"]
+__all__ = ["CORE", "LOSS", "Fused", "find_fused", "is_unsloth", "patch", "unpatch", "unsupported_loss"]
 
 _UTILS, _LORA, _LOSSES = "unsloth.kernels.utils", "unsloth.kernels.fast_lora", "unsloth_zoo.loss_utils"
 LOSS = "unsloth_fused_ce_loss"
@@ -38,7 +39,16 @@ LOSS = "unsloth_fused_ce_loss"
 
 @dataclass
 class _Function:
-    """A function of Unsloth's: where it is made, its parameters, what makes ours from it, and where ours is now."""
+    """A function of Unsloth.
+
+    Attributes:
+        home: the module that defines it.
+        parameters: their names.
+        replace: makes our function from Unsloth's.
+        users: models with kernels, while which it is replaced.
+        stock, ours: Unsloth's function and ours, while it is replaced.
+        modules: those whose name was replaced.
+    """
 
     home: str
     parameters: tuple[str, ...]
@@ -49,8 +59,17 @@ class _Function:
     modules: list[Any] = field(default_factory=list)
 
 
+class Fused(NamedTuple):
+    """One of Unsloth's functions on a module: the attribute, its new value, and the layers that `kernel` then runs."""
+
+    attribute: str
+    ours: Any
+    layers: Sequence[str]
+    kernel: str
+
+
 def is_unsloth(model: Any) -> bool:
-    """Whether Unsloth's fused layers are in the model: it hangs them on attention layers and MLPs."""
+    """Whether Unsloth's fused functions are attached to attention layers or MLPs of the model."""
     return any(
         "apply_qkv" in module.__dict__
         or getattr(module.__dict__.get("forward"), "__module__", "").startswith("unsloth.")
@@ -59,15 +78,15 @@ def is_unsloth(model: Any) -> bool:
 
 
 def patch(names: Sequence[str]) -> list[str]:
-    """Replaces these functions for the whole process, all or none, and names where; `unpatch` takes one call back.
+    """Replaces these functions for the whole process, all or none, and returns where; `unpatch` undoes one call.
 
     Raises:
-        RuntimeError: Unsloth is not loaded, or a function is gone or has other parameters.
+        RuntimeError: Unsloth is not loaded, or a function is missing or has other parameters.
     """
-    trouble = [each for each in (_trouble(name) for name in names if not _FUNCTIONS[name].users) if each]
-    if trouble:
+    reasons = [each for each in (_mismatch(name) for name in names if not _FUNCTIONS[name].users) if each]
+    if reasons:
         version = getattr(sys.modules.get("unsloth"), "__version__", "of unknown version")
-        raise RuntimeError(f"Unsloth {version}: {'; '.join(trouble)}; Unsloth's own kernels stay")
+        raise RuntimeError(f"Unsloth {version}: {'; '.join(reasons)}; nothing was replaced")
     for name in names:
         function = _FUNCTIONS[name]
         if not function.users:
@@ -82,7 +101,7 @@ def patch(names: Sequence[str]) -> list[str]:
 
 
 def unpatch(names: Sequence[str]) -> None:
-    """Takes one `patch` back; the last one restores Unsloth's function everywhere, also in modules loaded since."""
+    """Undoes one `patch`; the last one restores Unsloth's function everywhere, also in modules loaded since."""
     for name in names:
         function = _FUNCTIONS[name]
         function.users = max(function.users - 1, 0)  # a deep copy of a model may be uninstalled as well
@@ -94,36 +113,34 @@ def unpatch(names: Sequence[str]) -> None:
             function.modules.clear()
 
 
-def find_fused(module: nn.Module) -> list[tuple[str, Any, list[str], str]]:
-    """What of Unsloth's `patch`ed functions hangs on `module`: attribute, what to put there, the layers it runs, and
-    the kernel's name."""
-    found: list[tuple[str, Any, list[str], str]] = []
-    for attribute, name, parts, kernel in (
-        ("apply_qkv", "apply_lora_qkv", ["q_proj", "k_proj", "v_proj"], "lora_qkv"),
-        ("apply_o", "apply_lora_o", ["o_proj"], "lora_linear"),
+def find_fused(module: nn.Module) -> list[Fused]:
+    """Unsloth's `patch`ed functions that are attached to `module`."""
+    found = []
+    for attribute, name, layers, kernel in (
+        ("apply_qkv", "apply_lora_qkv", QKV, "lora_qkv"),
+        ("apply_o", "apply_lora_o", (OUTPUT,), "lora_linear"),
     ):
         function = _FUNCTIONS[name]
         if function.users and module.__dict__.get(attribute) in (function.stock, function.ours):
-            found.append((attribute, function.ours, parts, kernel))
-    # A tiled MLP keeps the fused function under another name.
+            found.append(Fused(attribute, function.ours, layers, kernel))
+    # A tiled MLP has the fused function under another name.
     for attribute in ("forward", "_unsloth_forward"):
         bound = getattr(module.__dict__.get(attribute), "__func__", None)
         for name in _ACTIVATIONS:
             function = _FUNCTIONS[name]
             if function.users and getattr(bound, "func", bound) in (function.stock, function.ours):
                 ours = function.ours if not isinstance(bound, partial) else partial(function.ours, **bound.keywords)
-                parts = ["gate_proj", "up_proj", "down_proj"]
-                found.append((attribute, MethodType(ours, module), parts, "lora_mlp"))
+                found.append(Fused(attribute, MethodType(ours, module), MLP, "lora_mlp"))
     return found
 
 
-def loss_trouble(causal: nn.Module) -> str | None:
-    """Why the loss of an Unsloth model cannot be ours, if it cannot: its forward must call Unsloth's fused loss."""
+def unsupported_loss(causal: nn.Module) -> str | None:
+    """The reason why the loss of an Unsloth model cannot be replaced: its forward must call Unsloth's fused loss."""
     forward: Any = inspect.unwrap(type(causal).forward)
     if LOSS not in getattr(forward, "__globals__", {}):
         return f"the loss of an Unsloth model whose forward does not call {LOSS}"
-    trouble = None if _FUNCTIONS[LOSS].users else _trouble(LOSS)
-    return None if trouble is None else f"the loss of an Unsloth model: {trouble}"
+    reason = None if _FUNCTIONS[LOSS].users else _mismatch(LOSS)
+    return None if reason is None else f"the loss of an Unsloth model: {reason}"
 
 
 def _is_theirs(module: Any) -> bool:
@@ -131,14 +148,15 @@ def _is_theirs(module: Any) -> bool:
     return getattr(module, "__name__", "").startswith("unsloth") and hasattr(module, "__dict__")
 
 
-def _trouble(name: str) -> str | None:
+def _mismatch(name: str) -> str | None:
+    """How the loaded Unsloth differs from the one this was written for, in the function `name`; None if it does not."""
     function = _FUNCTIONS[name]
     home = sys.modules.get(function.home)
     if home is None:
         return f"{function.home} is not loaded; import unsloth before the model is made"
     stock = getattr(home, name, None)
     if not callable(stock):
-        return f"{function.home}.{name} is gone"
+        return f"{function.home}.{name} does not exist"
     found = inspect.signature(stock).parameters
     wanted = list(function.parameters)
     if any(each.kind is inspect.Parameter.VAR_KEYWORD for each in found.values()):
@@ -146,9 +164,6 @@ def _trouble(name: str) -> str | None:
     else:
         fits = list(found) == wanted
     return None if fits else f"{function.home}.{name} takes {list(found)}, {wanted} was expected"
-
-
-# What stands in their place
 
 
 def _dequantize(stock: Any) -> Any:
@@ -160,7 +175,7 @@ def _dequantize(stock: Any) -> Any:
             result: Tensor = stock(W, quant_state, out=out, use_global_buffer=use_global_buffer)
             return result
         dense = dequantize_nf4(W, quant_state, dtype=quant_state.dtype)
-        # A packed weight is one column; its transpose, one row, asks for the transpose of the weight.
+        # A packed weight is one column; for its transpose, one row, the transpose of the weight is returned.
         return dense.t() if W.shape[0] == 1 else dense
 
     return fast_dequantize
@@ -168,7 +183,7 @@ def _dequantize(stock: Any) -> Any:
 
 def _qkv(stock: Any) -> Any:
     def apply_lora_qkv(self: Any, X: Tensor, inplace: bool = True) -> Any:
-        results = _try(self, X, ("q_proj", "k_proj", "v_proj"), lora_projections)
+        results = _try(self, X, QKV, lora_projections)
         return stock(self, X, inplace) if results is None else results
 
     return apply_lora_qkv
@@ -176,7 +191,7 @@ def _qkv(stock: Any) -> Any:
 
 def _output(stock: Any) -> Any:
     def apply_lora_o(self: Any, X: Tensor) -> Any:
-        results = _try(self, X, ("o_proj",), lora_projections)
+        results = _try(self, X, (OUTPUT,), lora_projections)
         return stock(self, X) if results is None else results[0]
 
     return apply_lora_o
@@ -185,7 +200,7 @@ def _output(stock: Any) -> Any:
 def _mlp(activation: str) -> Callable[[Any], Any]:
     def replace(stock: Any) -> Any:
         def apply_lora_mlp(self: Any, X: Tensor, *inplace: Any, **named: Any) -> Any:
-            results = _try(self, X, ("gate_proj", "up_proj", "down_proj"), mlp, activation=activation)
+            results = _try(self, X, MLP, mlp, activation=activation)
             return stock(self, X, *inplace, **named) if results is None else results[0]
 
         return apply_lora_mlp
@@ -193,11 +208,11 @@ def _mlp(activation: str) -> Callable[[Any], Any]:
     return replace
 
 
-def _try(self: Any, x: Tensor, parts: Sequence[str], function: Any, **options: Any) -> tuple[Tensor, ...] | None:
-    """The kernels' results on these layers of `self`, or None where Unsloth's own function is to run."""
-    beside = self.__dict__.get(PATCH)
-    layers = None if beside is None else layers_for(beside, x, [read(getattr(self, part)) for part in parts])
-    return None if layers is None else run(function, x, layers, **options, **beside.arguments)
+def _try(self: Any, x: Tensor, names: Sequence[str], function: Any, **options: Any) -> tuple[Tensor, ...] | None:
+    """The kernels' results on these layers of `self`, or None where Unsloth's own function has to run."""
+    patch = self.__dict__.get(PATCH)
+    layers = None if patch is None else layers_for(patch, x, [read_layer(getattr(self, name)) for name in names])
+    return None if layers is None else run(function, x, layers, **options, **patch.arguments)
 
 
 def _loss(stock: Any) -> Any:
@@ -214,16 +229,16 @@ def _loss(stock: Any) -> Any:
         torch_compile: bool = True,
         **options: Any,
     ) -> Tensor:
-        told = {name: options.pop(name, None) for name in _LOSS_OPTIONS}
+        given = {name: options.pop(name, None) for name in _LOSS_OPTIONS}
         if mask is not None or options:
             result: Tensor = stock(
                 trainer, hidden_states, lm_head_weight, lm_head_bias, labels, mask=mask, n_items=n_items,
                 scaling=scaling, target_gb=target_gb, torch_compile=torch_compile,
-                **options, **{name: value for name, value in told.items() if value is not None},
+                **options, **{name: value for name, value in given.items() if value is not None},
             )  # fmt: skip
             return result
-        # 0 and None both mean that there is no such thing.
-        softcap, multiply, divide, shift = told.values()
+        # 0 and None both mean that it is not used.
+        softcap, multiply, divide, shift = given.values()
         return completion_cross_entropy(
             hidden_states.to(lm_head_weight.dtype),
             lm_head_weight,

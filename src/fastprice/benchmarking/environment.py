@@ -1,4 +1,4 @@
-"""Where a figure was measured: the machine, its versions, and what it can do at most, taken in the same run."""
+"""Where a figure was measured: the machine, its versions, and the highest rates it reached in the same run."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from fastprice import __version__
+import fastprice
 from fastprice.benchmarking.timing import interleave, spread_of
 
-__all__ = ["environment", "gpu_state", "measure_limits", "settings_that_spoil"]
+__all__ = ["doctor_warnings", "environment", "gpu_memory_bytes", "gpu_state", "measure_limits"]
 
 _PACKAGES = (
     "torch", "triton", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "datasets", "unsloth",
@@ -37,7 +37,10 @@ def environment(commit: str | None = None) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cores": os.cpu_count(),
-        "versions": {"fastprice": __version__, **{name: found for name in _PACKAGES if (found := _version(name))}},
+        "versions": {
+            "fastprice": fastprice.__version__,
+            **{name: found for name in _PACKAGES if (found := _version(name))},
+        },
     }
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
@@ -56,7 +59,7 @@ def environment(commit: str | None = None) -> dict[str, Any]:
 
 
 def gpu_state() -> dict[str, str]:
-    """What nvidia-smi says of the first GPU now: driver, power limit, clocks, temperature; empty where it is silent."""
+    """Driver, power limit, clocks, temperature of the first GPU now, by nvidia-smi; empty where that is missing."""
     if shutil.which("nvidia-smi") is None:
         return {}
     command = ["nvidia-smi", f"--query-gpu={','.join(_QUERY)}", "--format=csv,noheader", "--id=0"]
@@ -67,19 +70,21 @@ def gpu_state() -> dict[str, str]:
     return dict(zip(_QUERY, (field.strip() for field in answer.stdout.strip().split(",")), strict=False))
 
 
-def settings_that_spoil() -> list[str]:
-    """What `fastprice doctor` warns of, in words: a lowered power limit, memory in use, missing packages."""
+def gpu_memory_bytes() -> int:
+    """Bytes of the first GPU, by nvidia-smi, so that this process takes no part of it; 0 where that does not say."""
+    size = gpu_state().get("memory.total", "0 MiB").split()[0]
+    return int(size) * 2**20 if size.isdigit() else 0
+
+
+def doctor_warnings() -> list[str]:
+    """What `fastprice doctor` warns of, a line each: a lowered power limit, memory in use, missing packages."""
     from fastprice.doctor import examine
 
-    try:
-        findings = examine()
-    except PackageNotFoundError as error:  # a checkout on PYTHONPATH has no package metadata
-        return [f"fastprice doctor could not look: {error}"]
-    return [f"{finding.what} ({finding.remedy})" for finding in findings if finding.level != "ok"]
+    return [f"{finding.what} ({finding.remedy})" for finding in examine() if finding.level != "ok"]
 
 
 def measure_limits(device: torch.device | str, seconds: float = 2.0) -> dict[str, Any]:
-    """What the machine reaches at most: bytes/s of a copy (read + written), FLOP/s of a matrix product.
+    """The rates that bound every figure: bytes/s of a copy (read + written), FLOP/s of a matrix product.
 
     On CUDA a copy of 1 GiB and products of 8,192 cubed in bf16 on random data (zeros run faster than data does); on a
     CPU 64 MiB and 768 cubed in fp32.
@@ -99,7 +104,7 @@ def measure_limits(device: torch.device | str, seconds: float = 2.0) -> dict[str
         {"copy": lambda: target.copy_(source), "matmul": lambda: torch.matmul(left, right, out=product)},
         device,
         seconds=seconds,
-        most=100,
+        max_rounds=100,
     )
     copy, matmul = spread_of(samples["copy"]), spread_of(samples["matmul"])
     return {
@@ -113,21 +118,27 @@ def measure_limits(device: torch.device | str, seconds: float = 2.0) -> dict[str
 
 
 def _commit() -> str:
-    """The commit of the checkout this package lies in, with "+changes" where files differ from it."""
-    root = Path(__file__).resolve().parents[3]
-    if not (root / ".git").exists() or shutil.which("git") is None:
+    """The commit of the checkout that this package is part of, with "+changes" where source files differ from it.
+
+    "unknown" for an installed package, also where it lies inside the checkout of another project: only a folder whose
+    files git tracks counts.
+    """
+    package = Path(fastprice.__file__).parent
+    if shutil.which("git") is None:
         return "unknown"
     try:
-        head, changed = (
-            subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, timeout=20, check=True).stdout
-            for words in (
-                ("rev-parse", "--short=10", "HEAD"),
-                ("status", "--porcelain", "--untracked-files=no", "src", "kernels"),
-            )
-        )
+        _git(package, "ls-files", "--error-unmatch", "__init__.py")
+        head = _git(package, "rev-parse", "--short=10", "HEAD")
+        changed = _git(package, "status", "--porcelain", "--untracked-files=no", "--", ":/src", ":/kernels")
     except (OSError, subprocess.SubprocessError):
         return "unknown"
-    return head.strip() + ("+changes" if changed.strip() else "")
+    return head + ("+changes" if changed else "")
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    command = ["git", *arguments]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=20, check=True)
+    return done.stdout.strip()
 
 
 def _version(name: str) -> str | None:

@@ -1,76 +1,82 @@
-"""The kernels' work beside that of their peers, on the shapes of real models.
+"""The kernels beside their peers, on the shapes of real models; LoRA layers are in lora_kernel_cases.py.
 
-Every kernel is fetched when its case is made: one that is not there is a row that says so. Peers that patch others when
-imported (Unsloth) come in a process of their own: `cases(..., unsloth=True)` compares with Unsloth alone.
+Peers that patch others when they are imported (Unsloth) run in a process of their own: with `unsloth=True` the cases
+compare with Unsloth alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from importlib import import_module
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastprice.benchmarking.cases import DEQUANTIZE_SHAPES, NF4_BYTES, shape_of
-from fastprice.benchmarking.comparison import OURS, Comparison
-from fastprice.benchmarking.kernel_parts import BANDS, dtype_name, generator_on, ours, with_unsloth
-from fastprice.benchmarking.lora_cases import lora_cases, mlp_cases
-from fastprice.benchmarking.models import random_nf4_weight
+from fastprice.benchmarking.kernel_comparison import (
+    OURS,
+    ROUNDING,
+    Comparison,
+    KernelSettings,
+    dtype_name,
+    seeded_generator,
+)
+from fastprice.benchmarking.lora_kernel_cases import linear_cases, mlp_cases
+from fastprice.benchmarking.peer_kernels import liger_loss, trl_chunked_loss, unsloth_kernel
+from fastprice.benchmarking.random_models import random_nf4_weight
+from fastprice.benchmarking.workload import NF4_BYTES, dequantize_shapes, linear_shapes, shape_of
 from fastprice.prompts.template import IGNORE
+from fastprice_kernels.ops.completion_cross_entropy import completion_cross_entropy
+from fastprice_kernels.ops.nf4_dequantize import dequantize_nf4
+from fastprice_kernels.ops.nf4_matmul_small import nf4_matmul_small
 
-__all__ = ["FAMILIES", "cases"]
+__all__ = ["kernel_cases"]
 
-FAMILIES = ("dequantize", "lora_linear", "lora_mlp", "loss_head", "small_matmul")
-_ROWS = (1, 4, 16)  # of nf4_matmul_small
+_SMALL_ROWS = (1, 4, 16)  # of x, for nf4_matmul_small
+
+Makers = Iterator[Callable[[], Comparison]]
 
 
-def cases(
-    families: Sequence[str], model: str, tokens: int, device: torch.device, dtype: torch.dtype, *, unsloth: bool
-) -> Iterator[Callable[[], Comparison]]:
-    """Makers of the comparisons, in order of importance; each allocates only when it is called.
-
-    model: whose layers the LoRA, head and small products are taken from; "nano" takes small dequantizations too.
-    tokens: rows of x in the LoRA and head cases.
-    """
-    makers = {
+def kernel_cases(families: Sequence[str], settings: KernelSettings) -> Makers:
+    """Makers of the comparisons of `families`, in order; each allocates its tensors only when it is called."""
+    makers: dict[str, Callable[[KernelSettings], Makers]] = {
         "dequantize": _dequantize_cases,
-        "lora_linear": lora_cases,
+        "lora_linear": linear_cases,
         "lora_mlp": mlp_cases,
-        "loss_head": _head_cases,
+        "loss_head": _loss_cases,
         "small_matmul": _small_cases,
     }
     for family in families:
-        yield from makers[family](model, tokens, device, dtype, unsloth)
+        yield from makers[family](settings)
 
 
-def _dequantize_cases(
-    model: str, tokens: int, device: torch.device, dtype: torch.dtype, unsloth: bool
-) -> Iterator[Callable[[], Comparison]]:
-    if device.type == "cpu":
+def _dequantize_cases(settings: KernelSettings) -> Makers:
+    shapes: Sequence[tuple[tuple[int, int], str]]
+    if settings.device.type == "cpu":
         shapes = [((256, 512), "float32"), ((384, 128), "float32")]
-    elif model == "nano":
-        shapes = DEQUANTIZE_SHAPES[:3]
+    elif settings.model == "nano":
+        shapes = dequantize_shapes()[:3]
     else:
-        shapes = DEQUANTIZE_SHAPES
+        shapes = dequantize_shapes()
     for shape, name in shapes:
-        kind = getattr(torch, name)
-        if kind == torch.bfloat16 and dtype != torch.bfloat16 and device.type == "cuda":
-            kind = torch.float16  # a card that does not compute in bf16
-        yield lambda shape=shape, kind=kind: _dequantize(shape, kind, device, unsloth)  # type: ignore[misc]
+        dtype = getattr(torch, name)
+        if dtype == torch.bfloat16 and settings.dtype != torch.bfloat16 and settings.device.type == "cuda":
+            dtype = torch.float16  # a card that does not compute in bf16
+        yield lambda shape=shape, dtype=dtype: _dequantize(shape, dtype, settings)  # type: ignore[misc]
 
 
-def _dequantize(shape: tuple[int, int], dtype: torch.dtype, device: torch.device, unsloth: bool) -> Comparison:
+def _dequantize(shape: tuple[int, int], dtype: torch.dtype, settings: KernelSettings) -> Comparison:
     import bitsandbytes.functional as functional
 
-    packed, state = random_nf4_weight(shape, dtype, device, generator_on(device))
-    kernel = ours("ops.nf4_dequantize", "dequantize_nf4")
-    functions: dict[str, Callable[[], Any]] = {OURS: lambda: kernel(packed, state)}
+    packed, state = random_nf4_weight(shape, dtype, settings.device, seeded_generator(settings.device))
+    functions: dict[str, Callable[[], Any]] = {OURS: lambda: dequantize_nf4(packed, state)}
     absent: dict[str, str] = {}
-    if unsloth:
-        with_unsloth(functions, absent, "fast_dequantize", lambda fast: lambda: fast(packed, state))
+    if settings.unsloth:
+        try:
+            fast_dequantize = unsloth_kernel("fast_dequantize")
+            functions["unsloth"] = lambda: fast_dequantize(packed, state)
+        except ImportError as error:
+            absent["unsloth"] = str(error)
     else:
         functions["bitsandbytes"] = lambda: functional.dequantize_4bit(packed, state)
     elements = shape[0] * shape[1]
@@ -86,25 +92,22 @@ def _dequantize(shape: tuple[int, int], dtype: torch.dtype, device: torch.device
     )
 
 
-def _head_cases(
-    model: str, tokens: int, device: torch.device, dtype: torch.dtype, unsloth: bool
-) -> Iterator[Callable[[], Comparison]]:
-    if not unsloth:
+def _loss_cases(settings: KernelSettings) -> Makers:
+    if not settings.unsloth:
         for share in (0.02, 1.0):
-            yield lambda share=share: _loss_head(model, tokens, share, device, dtype)  # type: ignore[misc]
+            yield lambda share=share: _loss_head(share, settings)  # type: ignore[misc]
 
 
-def _loss_head(model: str, tokens: int, share: float, device: torch.device, dtype: torch.dtype) -> Comparison:
-    """Loss and the gradient of the hidden states, from `share` of the positions labeled."""
-    shape = shape_of(model)
-    generator = generator_on(device)
-    hidden = torch.randn(1, tokens, shape.hidden, device=device, dtype=dtype, generator=generator, requires_grad=True)
-    weight = torch.randn(shape.vocabulary, shape.hidden, device=device, dtype=dtype, generator=generator) * 0.02
+def _loss_head(share: float, settings: KernelSettings) -> Comparison:
+    """Loss and the gradient of the hidden states, with labels at `share` of the positions."""
+    shape, device, dtype, tokens = shape_of(settings.model), settings.device, settings.dtype, settings.tokens
+    generator = seeded_generator(device)
+    hidden = torch.randn(1, tokens, shape.width, device=device, dtype=dtype, generator=generator, requires_grad=True)
+    weight = torch.randn(shape.vocabulary, shape.width, device=device, dtype=dtype, generator=generator) * 0.02
     labels = torch.randint(0, shape.vocabulary, (1, tokens), device=device, generator=generator)
     # Position 0 is never predicted; at least one other carries a label.
     kept = torch.randperm(tokens - 1, device=device, generator=generator)[: max(1, round(share * tokens))] + 1
     labels = torch.full_like(labels, IGNORE).index_copy_(1, kept, labels[:, kept])
-    kernel = ours("ops.completion_cross_entropy", "completion_cross_entropy")
     shifted = F.pad(labels[:, 1:], (0, 1), value=IGNORE)[0]
 
     def run(loss: Callable[[Tensor], Tensor]) -> Callable[[], tuple[Tensor, Tensor]]:
@@ -114,48 +117,43 @@ def _loss_head(model: str, tokens: int, share: float, device: torch.device, dtyp
 
         return both
 
-    def full(hidden: Tensor) -> Tensor:
+    def full_logits(hidden: Tensor) -> Tensor:
         return F.cross_entropy(F.linear(hidden[0], weight).float(), shifted, ignore_index=IGNORE)
 
     functions: dict[str, Callable[[], Any]] = {
-        OURS: run(lambda hidden: kernel(hidden, weight, labels)),
-        "full logits": run(full),
+        OURS: run(lambda hidden: completion_cross_entropy(hidden, weight, labels)),
+        "full logits": run(full_logits),
     }
     absent: dict[str, str] = {}
     try:
-        from trl.trainer.sft_trainer import _chunked_cross_entropy_loss
-
-        functions["trl chunked"] = run(
-            lambda hidden: _chunked_cross_entropy_loss(hidden, weight, 256, labels=labels)[0]
-        )
+        chunked = trl_chunked_loss()
+        functions["trl chunked"] = run(lambda hidden: chunked(hidden, weight, 256, labels=labels)[0])
     except ImportError as error:
         absent["trl chunked"] = str(error)
     if device.type == "cuda":
         try:
-            liger_module = import_module("liger_kernel.transformers.fused_linear_cross_entropy")
-            liger = liger_module.LigerFusedLinearCrossEntropyLoss(ignore_index=IGNORE)
+            liger = liger_loss(IGNORE)
             functions["liger"] = run(lambda hidden: liger(weight, hidden[0], shifted))
         except ImportError as error:
             absent["liger"] = str(error)
-        compiled = torch.compile(full)
-        functions["torch.compile, full logits"] = run(compiled)
+        functions["torch.compile, full logits"] = run(torch.compile(full_logits))
     else:
         absent["liger"] = "needs a CUDA device"
-        absent["torch.compile, full logits"] = "left out on a CPU: compiling takes longer than all the rest"
+        absent["torch.compile, full logits"] = "not run on a CPU: compiling takes longer than all other cases"
     labeled = int((shifted != IGNORE).sum())
     return Comparison(
         family="loss_head",
-        case=f"{model}, {tokens} tokens, {share:.0%} labeled",
+        case=f"{settings.model}, {tokens} tokens, {share:.0%} labeled",
         functions=functions,
-        reference=run(full) if dtype == torch.float32 else _head_truth(hidden, weight, shifted),
-        tolerance=2 * BANDS[dtype],
-        bytes_moved=2.0 * (weight.numel() + labeled * shape.hidden) * dtype.itemsize,
+        reference=run(full_logits) if dtype == torch.float32 else _loss_in_fp32(hidden, weight, shifted),
+        tolerance=2 * ROUNDING[dtype],
+        bytes_moved=2.0 * (weight.numel() + labeled * shape.width) * dtype.itemsize,
         flops=4.0 * labeled * weight.numel(),
         absent=absent,
     )
 
 
-def _head_truth(hidden: Tensor, weight: Tensor, shifted: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
+def _loss_in_fp32(hidden: Tensor, weight: Tensor, shifted: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
     """The same in fp32, a few hundred positions at a time: full logits in fp32 may not fit."""
 
     def both() -> tuple[Tensor, Tensor]:
@@ -173,33 +171,31 @@ def _head_truth(hidden: Tensor, weight: Tensor, shifted: Tensor) -> Callable[[],
     return both
 
 
-def _small_cases(
-    model: str, tokens: int, device: torch.device, dtype: torch.dtype, unsloth: bool
-) -> Iterator[Callable[[], Comparison]]:
-    if not unsloth:
-        shape = shape_of(model).linear_layers()["down_proj"]
-        for rows in _ROWS:
-            yield lambda rows=rows: _small_matmul(rows, shape, device, dtype)  # type: ignore[misc]
+def _small_cases(settings: KernelSettings) -> Makers:
+    if not settings.unsloth:
+        for rows in _SMALL_ROWS:
+            yield lambda rows=rows: _small_matmul(rows, settings)  # type: ignore[misc]
 
 
-def _small_matmul(rows: int, shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -> Comparison:
+def _small_matmul(rows: int, settings: KernelSettings) -> Comparison:
     import bitsandbytes
 
-    packed, state = random_nf4_weight(shape, dtype, device, generator_on(device))
-    x = torch.randn(rows, shape[1], device=device, dtype=dtype, generator=generator_on(device))
+    shape = linear_shapes(shape_of(settings.model))["down_proj"]
+    device, dtype = settings.device, settings.dtype
+    packed, state = random_nf4_weight(shape, dtype, device, seeded_generator(device))
+    x = torch.randn(rows, shape[1], device=device, dtype=dtype, generator=seeded_generator(device))
     dense = bitsandbytes.functional.dequantize_4bit(packed, state)
-    kernel = ours("ops.nf4_matmul_small", "nf4_matmul_small")
-    # "auto" would hand the work to bitsandbytes where this kernel has not been shown to be faster.
+    # "auto" would leave the work to bitsandbytes where this kernel has not been shown to be faster.
     backend = "triton" if device.type == "cuda" else "auto"
     return Comparison(
         family="small_matmul",
         case=f"{rows} rows, {shape[0]}x{shape[1]} {dtype_name(dtype)}",
         functions={
-            OURS: lambda: kernel(x, packed, state, backend=backend),
+            OURS: lambda: nf4_matmul_small(x, packed, state, backend=backend),
             "bitsandbytes": lambda: bitsandbytes.matmul_4bit(x, packed, state),
         },
         reference=lambda: F.linear(x.float(), dense.float()),
-        tolerance=2 * BANDS[dtype],
+        tolerance=2 * ROUNDING[dtype],
         bytes_moved=shape[0] * shape[1] * NF4_BYTES + rows * sum(shape) * dtype.itemsize,
         flops=2.0 * rows * shape[0] * shape[1],
     )

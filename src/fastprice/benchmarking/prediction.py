@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastprice.benchmarking.cases import draw_rows
-from fastprice.benchmarking.models import seed_adapters
+from fastprice.benchmarking.random_models import seed_adapters
 from fastprice.benchmarking.timing import Stopwatch, interleave, ratios, spread_of
+from fastprice.benchmarking.workload import draw_rows
 from fastprice.inference.greedy import generate_greedily
 from fastprice.inference.scorers.stock import StockScorer
 from fastprice.prompts.template import HEAD, IGNORE
@@ -18,23 +18,24 @@ from fastprice.prompts.template import HEAD, IGNORE
 if TYPE_CHECKING:
     from fastprice.inference.price_decoder import PriceDecoder
 
-__all__ = ["check_prediction", "compare_prediction", "draw_prompts", "generate_prices", "sharpen"]
+__all__ = ["check_prediction", "compare_prediction", "draw_prompts", "generate_prices", "sharpen_logits"]
 
 _TOLERANCE = 5e-2  # relative, on the probability found: bf16 logits differ by that much between batch shapes
-_ANSWER_TOKENS = 4  # three digits and an end: what a tuned model writes, where a random one would never stop
+_ANSWER_TOKENS = 4  # three digits and an end token, as a tuned model writes; a random one would not stop
 _LOGIT_SPREAD = 4.0
 _PRICE = re.compile(r"\d+(?:\.\d+)?")
 
 
 def compare_prediction(folder: str, *, items: int, batch: int, seconds: float) -> dict[str, Any]:
-    """A row: items a second of each way over the same `items` prompts in batches of `batch`, in turns; see `sharpen`.
+    """A row: items a second of each way over the same `items` prompts in batches of `batch`; the ways take turns.
 
-    The model is as it comes out of training: NF4, adapters beside it. `generate` runs as most people run it, rows as
-    they come, and once more on rows sorted by length. fastprice gives what a point estimate takes; getting ready for it
-    (`ready_seconds`: the trie, the merged copy of the weights) is done once and not in the figures.
+    The model is as after training: NF4, with adapters beside it, its logits sharpened (`sharpen_logits`). `generate`
+    runs as most people run it, on rows in their order, and once more on rows sorted by length. fastprice computes the
+    distributions that point estimates need; making the decoder (`ready_seconds`: price trie, merged copy of the
+    weights) happens once and is not in the figures.
 
-    First the distributions are held against the exact ones (every price scored, transformers' own forward pass) on two
-    prompts: the probability found, and where the medians lie. A red check gives no ratio.
+    First the distributions are compared with the exact ones (`check_prediction`) on two prompts. Where they differ by
+    more than the tolerances there is no ratio.
     """
     from fastprice.inference.price_decoder import SAMPLING_TOLERANCE, PriceDecoder
     from fastprice.models.engine_choice import choose_engine
@@ -42,7 +43,7 @@ def compare_prediction(folder: str, *, items: int, batch: int, seconds: float) -
     engine = choose_engine("peft")
     loaded = engine.load_base(folder, method="qlora", max_tokens=512)
     tokenizer = loaded.tokenizer
-    sharpen(loaded.model)
+    sharpen_logits(loaded.model)
     model = engine.attach(loaded.model, method="qlora", rank=16, alpha=32.0, dropout=0.0, seed=0)
     seed_adapters(model)
     engine.for_prediction(model)
@@ -60,7 +61,7 @@ def compare_prediction(folder: str, *, items: int, batch: int, seconds: float) -
         "ready_seconds": watch.intervals()[0],
         "error": error,
         "tolerance": _TOLERANCE,
-        "median_off": off,
+        "median_error": off,
         "median_tolerance": SAMPLING_TOLERANCE,
     }
     if not (error <= _TOLERANCE and off <= SAMPLING_TOLERANCE):
@@ -74,7 +75,7 @@ def compare_prediction(folder: str, *, items: int, batch: int, seconds: float) -
         device,
         seconds=seconds,
         warmup=1,
-        least=3,
+        min_rounds=3,
     )
     ours = samples["fastprice"]
     return {
@@ -89,10 +90,10 @@ def compare_prediction(folder: str, *, items: int, batch: int, seconds: float) -
 def check_prediction(
     decoder: PriceDecoder, stock: StockScorer, prompts: Sequence[Sequence[int]]
 ) -> tuple[float, float]:
-    """How wrong the decoder is about prompts, at most: (relative error of the probability found, that of the median).
+    """The largest errors of the decoder over `prompts`: (relative, of the probability found; of the median).
 
-    The exact distributions come from every price scored by transformers' own forward pass. The median's error is the
-    share of probability between it and the true one.
+    The exact distributions score every price with transformers' own forward pass. The median's error is the probability
+    between it and the true one.
     """
     from fastprice.inference.price_decoder import SAMPLING_TOLERANCE, PriceDecoder
 
@@ -107,18 +108,18 @@ def check_prediction(
 
 
 def draw_prompts(tokenizer: Any, count: int, vocabulary: int) -> list[list[int]]:
-    """The question that every prompt begins with, then random tokens, as many as a text has."""
+    """`count` prompts: the preamble of every prompt, then as many random tokens as a text has."""
     question = list(tokenizer(HEAD, add_special_tokens=False)["input_ids"])
     rows = draw_rows(count, vocabulary, tokenizer.eos_token_id)
     return [question + row.ids[: row.labels.count(IGNORE)] for row in rows]
 
 
 @torch.inference_mode()
-def sharpen(model: Any) -> None:
+def sharpen_logits(model: Any) -> None:
     """Scales the last norm of a random model so that its logits spread like a tuned model's (standard deviation 4).
 
-    Of ten digits the likeliest then has some 80 %. A random model as it is finds every price about as likely as any
-    other, so that a walk over the likely ones has to visit them all: nobody predicts with such a model.
+    Of ten digits the most probable then has some 80 %. Under a random model every price is about equally probable, so
+    that a search over the probable ones visits them all: nobody predicts with such a model.
     """
     ids = torch.arange(16, 48, device=next(model.parameters()).device)[None]
     spread = float(model(input_ids=ids).logits.float().std())
@@ -140,7 +141,10 @@ def _error(found: Sequence[Any], exact: Sequence[Any]) -> float:
 def generate_prices(
     model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], batch: int, most: int = _ANSWER_TOKENS
 ) -> list[float | None]:
-    """What people write: pad each batch on the left, generate at most `most` tokens greedily, search for a number."""
+    """The usual way: pad each batch on the left, generate at most `most` tokens greedily, search for a number.
+
+    None for an answer without one.
+    """
     prices: list[float | None] = []
     for start in range(0, len(prompts), batch):
         written = generate_greedily(model, tokenizer, prompts[start : start + batch], max_new_tokens=most)

@@ -1,8 +1,8 @@
-"""Times that can be believed: warm-up, interleaved rounds, medians with their spread, and device clocks on a GPU.
+"""Timing that holds: warm-up, interleaved rounds, medians with their spread, and device clocks on a GPU.
 
 On CUDA each call lies between two events, and the L2 cache is overwritten before it, so that a kernel is timed on data
 from memory, as in training, and its launch is queued while the overwriting runs. Rounds go A, B, C, A, B, C..., so that
-a drift of clocks or temperature falls on all alike; a ratio is the median of the rounds' own ratios. On a CPU the same
+a drift of clocks or temperature affects all alike; a ratio is the median of the rounds' own ratios. On a CPU the same
 rounds are timed by `perf_counter`, with nothing to flush.
 """
 
@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 __all__ = ["NOISY", "Spread", "Stopwatch", "interleave", "ratios", "spread_of", "synchronize"]
@@ -41,19 +42,12 @@ def spread_of(samples: Sequence[float]) -> Spread:
     """The 20th, 50th and 80th percentile, interpolated; ValueError for no samples."""
     if not samples:
         raise ValueError("a spread needs at least one sample")
-    ordered = sorted(samples)
-
-    def percentile(q: float) -> float:
-        place = q * (len(ordered) - 1)
-        low = int(place)
-        high = min(low + 1, len(ordered) - 1)
-        return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
-
-    return Spread(percentile(0.2), percentile(0.5), percentile(0.8), len(ordered))
+    p20, p50, p80 = map(float, np.percentile(samples, (20, 50, 80)))
+    return Spread(p20, p50, p80, len(samples))
 
 
 def ratios(numerator: Sequence[float], denominator: Sequence[float]) -> Spread:
-    """Spread of the ratios of samples taken side by side, round by round."""
+    """Spread of the ratios of samples that were taken in the same rounds."""
     return spread_of([above / below for above, below in zip(numerator, denominator, strict=True)])
 
 
@@ -66,7 +60,7 @@ def synchronize(device: torch.device | str) -> None:
 class Stopwatch:
     """Marks on the device's own time line; `intervals` gives the seconds between them, after the last is reached.
 
-    A mark is a CUDA event, recorded without waiting for the device, or the host's clock where there is no device.
+    A mark is a CUDA event, recorded without waiting for the device, or a reading of `clock` where there is no device.
     """
 
     def __init__(self, device: torch.device | str, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -96,14 +90,14 @@ def interleave(
     *,
     seconds: float,
     warmup: int = 3,
-    most: int = 200,
-    least: int = 5,
+    min_rounds: int = 5,
+    max_rounds: int = 200,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Seconds of each function, one sample a round, for about `seconds` in all after `warmup` untimed rounds.
 
-    Between `least` and `most` rounds are run. Each function must do the same work every time it is called. `clock`
-    serves where there is no device; `time.process_time` leaves out what other programs take.
+    Between `min_rounds` and `max_rounds` rounds are run. Each function must do the same work every time it is called.
+    `clock` serves where there is no device; `time.process_time` leaves out the time of other programs.
     """
     for _ in range(warmup):
         for function in functions.values():
@@ -112,8 +106,8 @@ def interleave(
     flush = _flusher(device)
     samples: dict[str, list[float]] = {name: [] for name in functions}
     end = time.perf_counter() + seconds
-    for done in range(most):
-        if done >= least and time.perf_counter() > end:
+    for done in range(max_rounds):
+        if done >= min_rounds and time.perf_counter() > end:
             break
         for name, function in functions.items():
             flush()

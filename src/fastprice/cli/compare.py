@@ -1,81 +1,58 @@
-"""`compare`: ways of asking a model without training it, ranked on one data set."""
+"""`compare`: prompting strategies ranked on one data set."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fastprice.cli.options import (
-    Base,
-    ConfigFile,
-    Data,
-    Drop,
-    Group,
-    Price,
-    Set,
-    Text,
-    data_settings,
-    load_estimator,
-    make_console,
-    overrides_of,
-    saved_estimator_folder,
-)
+from fastprice.cli.options import ConfigFile, Criterion, Plot, make_console, settings_options
+from fastprice.cli.saved_runs import load_estimator, saved_estimator_folder
 from fastprice.common.files import write_text_atomically
 from fastprice.common.plots import check_plot
+from fastprice.config import RunConfig, read_config
 from fastprice.errors import ConfigError
 
 if TYPE_CHECKING:
-    from fastprice.config import RunConfig
     from fastprice.estimator import PriceEstimator
     from fastprice.prompting.compare import Comparison
-    from fastprice.run import Prepared
+    from fastprice.run import PreparedItems
 
 STRATEGIES = ["zero-shot", "few-shot:4", "retrieval:4", "chaining", "tools"]
 RESULT = "compare.json"
 
 
+@settings_options(
+    "data", "clean", "split", "model.base", "model.method", "model.max_tokens", "train.batch_size", "seed"
+)
 def compare(
+    given: dict[str, Any],
     config: ConfigFile = None,
-    data: Data = None,
-    text: Text = None,
-    price: Price = None,
-    group: Group = None,
-    drop: Drop = None,
     model: Annotated[
         Path | None, typer.Option("--model", metavar="DIR", help="A run's folder: its model on its own unseen items.")
     ] = None,
-    base: Base = None,
-    method: Annotated[str | None, typer.Option(help="qlora, lora or full: how the base is loaded.")] = None,
     strategies: Annotated[
         list[str] | None,
         typer.Option("--strategies", metavar="NAME...", help="zero-shot, few-shot:K, retrieval:K, chaining, tools."),
     ] = None,
     items: Annotated[int, typer.Option(help="Test items, drawn with the seed.", min=1)] = 200,
     calibrate: Annotated[int, typer.Option(help="Validation items for the intervals; 0: none.", min=0)] = 100,
-    criterion: Annotated[str, typer.Option(help="What the estimates minimize: mae, mse, rmsle, mape or hits.")] = "mae",
-    limit: Annotated[int | None, typer.Option(help="Use only so many items, drawn with the seed.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of draw and split.")] = None,
+    criterion: Criterion = "mae",
     out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Folder for compare.json.")] = None,
-    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Also draw it: PNG, SVG or PDF.")] = None,
-    set_: Set = None,
+    plot: Plot = None,
 ) -> None:
-    """Rank ways of asking a model (zero-shot, few-shot, retrieval, chaining, tools) on items it has not seen."""
+    """Rank prompting strategies (zero-shot, few-shot, retrieval, chaining, tools) on unseen items."""
     from fastprice.data.inputs import draw_items
     from fastprice.prompting import choose_strategy
     from fastprice.prompting.compare import check_names, compare_strategies, metric_of
     from fastprice.run import prepare_items
 
     metric_of(criterion)
-    if model is not None and (base is not None or method is not None):
+    if model is not None and {"model.base", "model.method"} & set(given):
         raise ConfigError("compare: give --model (a run's) or --base, not both; a run knows its base and method")
-    given = overrides_of(
-        set_,
-        {**data_settings(data, text, price, group, drop), "data.limit": limit, "model.base": base,
-         "model.method": method, "seed": seed},
-    )  # fmt: skip
     settings = _settings(config, model, given)
     chosen = [choose_strategy(name, seed=settings.seed) for name in strategies or STRATEGIES]
     check_names(chosen)
@@ -120,19 +97,18 @@ def compare(
 
 
 def _settings(config: Path | None, model: Path | None, given: dict[str, Any]) -> RunConfig:
-    """The settings of this comparison: those of the run that made `model`, or of `config`, under what was given."""
-    from fastprice.config import read_config
+    """The settings of this comparison: those of the run that made `model`, or of `config`, overridden by `given`."""
     from fastprice.run import CONFIG
 
     if model is None:
         return read_config(config, {"out": "unused", **given})
     if config is not None:
-        raise ConfigError(f"compare: --model has its own settings, leave {config} out")
+        raise ConfigError(f"compare: --model comes with its own settings; leave out {config} or --model")
     saved_estimator_folder(model)
     folder = next((each for each in (model, model.parent) if (each / CONFIG).is_file()), None)
     if folder is None:
         raise ConfigError(
-            f"--model {model}: no {CONFIG} beside it, so nobody knows which items it was trained on; give the folder "
+            f"--model {model}: no {CONFIG} beside it, so which items it was trained on is unknown; give the folder "
             "that fastprice train wrote"
         )
     trained = read_config(folder / CONFIG)
@@ -149,14 +125,14 @@ def _settings(config: Path | None, model: Path | None, given: dict[str, Any]) ->
 def _flat(settings: RunConfig) -> dict[str, Any]:
     """Settings by dotted key, less the data's file: it may have moved, and what it holds is checked by its counts."""
     dotted: dict[str, Any] = {}
-    for section, value in settings.model_dump().items():
+    for section, value in asdict(settings).items():
         inside = value if isinstance(value, dict) else {"": value}
         dotted.update({f"{section}.{key}".rstrip("."): each for key, each in inside.items()})
     del dotted["data.file"]
     return dotted
 
 
-def _same_items(model: Path, prepared: Prepared) -> bool:
+def _same_items(model: Path, prepared: PreparedItems) -> bool:
     """Whether the data gives the run's counts; False where the run left none.
 
     Raises ConfigError when it gives others: other items make another split.
@@ -176,13 +152,13 @@ def _same_items(model: Path, prepared: Prepared) -> bool:
     return False
 
 
-def _base(settings: RunConfig, prepared: Prepared) -> PriceEstimator:
-    """The base as it comes, its prices within those of the training items, as after training."""
+def _base(settings: RunConfig, prepared: PreparedItems) -> PriceEstimator:
+    """The base model, untrained, with the fallback and ceiling price that training on these items would set."""
     import numpy as np
 
     from fastprice.estimator import PriceEstimator
 
-    # As `PriceEstimator.load` does; the other engine is for training, and not sure to give distributions.
+    # As `PriceEstimator.load` does: the unsloth engine may give no distributions.
     estimator = PriceEstimator(**{**settings.estimator_params(), "engine": "peft"}).prepare()
     prices = [item.price for item in prepared.split.train if item.price is not None]
     estimator.fallback_price_, estimator.ceiling_price_ = float(np.median(prices)), max(prices)
@@ -199,6 +175,6 @@ def _make_folder(out: Path) -> None:
 def _write(out: Path, settings: RunConfig, model: str, comparison: Comparison) -> Path:
     from fastprice import __version__
 
-    about = {"model": model, "data": settings.data.model_dump(), "seed": settings.seed, "fastprice": __version__}
+    about = {"model": model, "data": asdict(settings.data), "seed": settings.seed, "fastprice": __version__}
     write_text_atomically(out / RESULT, json.dumps({**about, **comparison.as_dict()}, indent=1) + "\n")
     return out / RESULT

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from fastprice.cli.options import ModelDir, load_estimator, make_console, saved_estimator_folder, trained_cleaning
+from fastprice.cli.options import Criterion, ModelDir, Plot, make_console
+from fastprice.cli.saved_runs import load_estimator, saved_estimator_folder, trained_cleaning
 from fastprice.common.plots import check_plot
 
 
 def explain(
     model: ModelDir,
     item: Annotated[str, typer.Option("--item", metavar="TEXT", help="The text whose estimate is explained.")],
-    criterion: Annotated[str, typer.Option(help="What the estimate minimizes: mae, mse, rmsle, mape or hits.")] = "mae",
-    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Also draw it: PNG, SVG or PDF.")] = None,
+    criterion: Criterion = "mae",
+    plot: Plot = None,
 ) -> None:
     """Show which words raised or lowered the estimate of a text: what it would be without each of them."""
     if plot is not None:
@@ -26,7 +26,7 @@ def explain(
     from fastprice.inference.batch import check_options
 
     check_options(criterion, None)
-    text = prediction_text(item, trained_cleaning(model)["mask"])
+    text = prediction_text(item, trained_cleaning(model).mask)
     explanation = load_estimator(model).explain(text, criterion=criterion)
     console = make_console()
     console.print(explanation)

@@ -1,115 +1,125 @@
-"""The options that commands share, and what commands make of them."""
+"""Options of the commands: those made from the settings, and those that several commands share."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from functools import wraps
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+import yaml
 
-from fastprice.errors import BaseModelError, ConfigError
+from fastprice.config import Setting, list_settings, section_titles
+from fastprice.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from fastprice.config import RunConfig
-    from fastprice.data.items import Items
-
-Text = Annotated[list[str] | None, typer.Option("--text", metavar="COL...", help="Text columns, or '*' for all.")]
-Price = Annotated[str | None, typer.Option("--price", metavar="COL", help="Price column.")]
-Group = Annotated[
-    list[str] | None, typer.Option("--group", metavar="COL...", help="Columns whose equal rows stay in one split.")
+__all__ = [
+    "MANY_VALUES",
+    "ConfigFile",
+    "Criterion",
+    "ModelDir",
+    "Plot",
+    "Price",
+    "Text",
+    "make_console",
+    "settings_options",
 ]
-Drop = Annotated[list[str] | None, typer.Option("--drop", metavar="COL...", help="Columns that '*' leaves out.")]
-Data = Annotated[str | None, typer.Option("--data", metavar="FILE", help="JSONL(.gz), CSV or Parquet file.")]
-Base = Annotated[str | None, typer.Option("--base", help="'nano', a folder, or a hub id.")]
-Set = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE...", help="Any other setting: train.pack_tokens=4096.")
+
+ConfigFile = Annotated[
+    Path | None, typer.Argument(metavar="CONFIG.yaml", help="YAML file of settings; options override it.")
 ]
 ModelDir = Annotated[Path, typer.Option("--model", metavar="DIR", help="A run's folder, or a saved estimator.")]
-ConfigFile = Annotated[Path | None, typer.Argument(metavar="[CONFIG.yaml]", help="Settings; options override them.")]
+Plot = Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Also draw a plot: PNG, SVG or PDF.")]
+Criterion = Annotated[
+    str, typer.Option("--criterion", help="What the estimates minimize: mae, mse, rmsle, mape or hits.")
+]
+Text = Annotated[list[str] | None, typer.Option("--text", metavar="COL...", help="Text columns; else the run's.")]
+Price = Annotated[str | None, typer.Option("--price", metavar="COL", help="Price column; else the run's.")]
+
+_SET = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE...", help="Any setting by its key: train.epochs=2.", rich_help_panel="run"
+    ),
+]
 
 # Options that take several values after one name.
-MANY_VALUES = {"--text", "--group", "--drop", "--set", "--item", "--strategies"}
+MANY_VALUES = frozenset(
+    {"--set", "--item", "--strategies", *(each.option for each in list_settings() if isinstance(each.default, list))}
+)
 
 
-def data_settings(
-    data: str | None, text: list[str] | None, price: str | None, group: list[str] | None, drop: list[str] | None
-) -> dict[str, Any]:
-    """The settings that the options on a data file stand for."""
-    return {"data.file": data, "data.text": text, "data.price": price, "data.group": group, "data.drop": drop}
+def settings_options(*chosen: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Decorates a command that takes `given`, the settings from the command line by key, with an option for each one.
+
+    `chosen` are sections (`train`) and keys (`model.base`); `--set` reaches every other setting.
+    """
+    offered = [each for each in list_settings() if each.section in chosen or each.key in chosen]
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @wraps(command)
+        def run(context: typer.Context, set_: list[str] | None, **values: Any) -> None:
+            given = {each.key: values.pop(each.name) for each in offered}
+            used = {
+                each.key: given[each.key]
+                for each in offered
+                if (source := context.get_parameter_source(each.name)) is not None and source.name == "COMMANDLINE"
+            }
+            command(**values, given={**used, **_key_values(set_ or [])})
+
+        own = signature(command, eval_str=True).parameters
+        parameters = [
+            Parameter("context", Parameter.KEYWORD_ONLY, annotation=typer.Context),
+            *(each.replace(kind=Parameter.KEYWORD_ONLY) for name, each in own.items() if name != "given"),
+            *(_option(each) for each in offered),
+            Parameter("set_", Parameter.KEYWORD_ONLY, default=None, annotation=_SET),
+        ]
+        run.__signature__ = signature(command).replace(parameters=parameters)  # type: ignore[attr-defined]
+        return run
+
+    return decorate
 
 
-def overrides_of(pairs: list[str] | None, options: dict[str, Any]) -> dict[str, Any]:
-    import yaml
+def _option(setting: Setting) -> Parameter:
+    """Its value stays text: pydantic checks all settings together, those of the file and of the options."""
+    title = section_titles().get(setting.section)
+    panel = f"{setting.section}: {title[:1].lower()}{title[1:].rstrip('.')}" if title else "run"
+    limits = setting.type if setting.choices and setting.metavar == "NAME" else setting.range
+    help_ = f"{setting.help} {limits[:1].upper()}{limits[1:]}." if limits else setting.help
+    if isinstance(setting.default, bool):
+        name = setting.option.removeprefix("--")
+        option = typer.Option(f"--{name}/--no-{name}", help=setting.help, rich_help_panel=panel)
+        return Parameter(
+            setting.name, Parameter.KEYWORD_ONLY, default=setting.default, annotation=Annotated[bool, option]
+        )
+    option = typer.Option(setting.option, metavar=setting.metavar, help=help_, rich_help_panel=panel)
+    if isinstance(setting.default, list):
+        return Parameter(
+            setting.name,
+            Parameter.KEYWORD_ONLY,
+            default=setting.default or None,
+            annotation=Annotated[list[str] | None, option],
+        )
+    default = None if setting.default is None else str(setting.default)
+    return Parameter(setting.name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[str | None, option])
 
-    overrides = {key: value for key, value in options.items() if value is not None}
-    for pair in pairs or []:
+
+def _key_values(pairs: Iterable[str]) -> dict[str, Any]:
+    """The settings of `--set`, their values read as YAML."""
+    given = {}
+    for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals or not key:
             raise ConfigError(f"--set {pair!r}: write KEY=VALUE, such as train.epochs=2")
         try:
-            overrides[key] = yaml.safe_load(value)
+            given[key] = yaml.safe_load(value)
         except yaml.YAMLError as error:
             raise ConfigError(f"--set {pair!r}: {value!r} is not a YAML value") from error
-    return overrides
-
-
-def trained_config(model: Path) -> RunConfig | None:
-    """The settings of the run that made `model`; None for an estimator that was saved by itself."""
-    from fastprice.config import read_config
-    from fastprice.run import CONFIG
-
-    for folder in (model, model.parent):
-        if (folder / CONFIG).is_file():
-            return read_config(folder / CONFIG)
-    return None
-
-
-def trained_columns(model: Path) -> dict[str, Any]:
-    """The data section of the run that made `model`, so that predict reads the columns that train read."""
-    config = trained_config(model)
-    return {} if config is None else config.data.model_dump()
-
-
-def trained_cleaning(model: Path) -> dict[str, Any]:
-    """The clean section of the run that made `model`, so that its texts and prices are held to what train held them."""
-    from fastprice.config import CleanConfig
-
-    config = trained_config(model)
-    return (CleanConfig() if config is None else config.clean).model_dump()
-
-
-def text_columns(model: Path, text: list[str] | None, *, price: str | None) -> tuple[list[str] | str, list[str]]:
-    """(Text columns, columns to drop) for a file that `model` is to price: those of its training unless told."""
-    trained = trained_columns(model)
-    columns = text or trained.get("text") or ["text"]
-    drop = [] if text else [*trained.get("drop", []), *([trained["price"]] if trained and price is None else [])]
-    return columns[0] if len(columns) == 1 else columns, drop
-
-
-def load_rows(file: Path, model: Path, text: list[str] | None, *, price: str | None) -> Items:
-    from fastprice.data.items import load_items
-
-    columns, drop = text_columns(model, text, price=price)
-    return load_items(file, text=columns, price=price, drop=drop)
-
-
-def load_estimator(model: Path) -> Any:
-    from fastprice.estimator import PriceEstimator
-
-    return PriceEstimator.load(saved_estimator_folder(model))
-
-
-def saved_estimator_folder(model: Path) -> Path:
-    """The folder of the saved estimator: `model`, or the one in a run's folder. Asked before any file is read."""
-    for folder in (model / "model", model):
-        if (folder / "fastprice.json").is_file():
-            return folder
-    raise BaseModelError(
-        f"--model {model}: neither a run's folder nor a saved estimator (no fastprice.json); "
-        "name the folder that --out or save() made"
-    )
+    return given
 
 
 def make_console() -> Console:

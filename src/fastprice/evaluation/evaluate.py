@@ -70,7 +70,7 @@ class ModelResult:
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """Several models on the same items, as `fastprice.run.run` and `evaluate_models` return it.
+    """Several models on the same items, as `fastprice.run.train_and_evaluate` and `evaluate_models` return it.
 
     Attributes:
         items: the N items, none of them trained on.
@@ -91,8 +91,11 @@ class Evaluation:
                 return result
         raise KeyError(name)
 
-    def cells(self) -> list[list[tuple[str, bool]]]:
-        """The body of the table, one list a model: (text, whether it is the best of its column), as in `headings`."""
+    def cells(self, *, compact: bool = False) -> list[list[tuple[str, bool]]]:
+        """The body of the table, one list a model: (text, whether it is the best of its column), as in `headings`.
+
+        `compact`: with fewer decimals in long numbers and in the bounds of intervals, for a terminal.
+        """
         best = {
             metric: _best(metric, [getattr(result.scores, metric) for result in self.results]) for metric in _HEADINGS
         }
@@ -100,7 +103,7 @@ class Evaluation:
             [
                 (result.name, False),
                 *(
-                    (_cell(metric, figure := getattr(result.scores, metric)), float(figure) == best[metric])
+                    (_cell(metric, figure := getattr(result.scores, metric), compact), float(figure) == best[metric])
                     for metric in _HEADINGS
                 ),
                 (_milliseconds(result.ms_per_item), False),
@@ -125,15 +128,18 @@ class Evaluation:
                 lines.append(f"{result.name}: {'; '.join(remarks)}")
         return lines
 
-    def table(self) -> Table:
-        """A rich table for the terminal; the best of each column is bold."""
+    def table(self, title: str | None = None) -> Table:
+        """A rich table for a terminal of 80 columns and names of 18 characters; the best of each column is bold.
+
+        `title` None: the number of items.
+        """
         from rich.text import Text
 
-        table = narrow_table(f"{len(self.items):,} items", self.footnotes())
+        table = narrow_table(title or f"{len(self.items):,} items", self.footnotes())
         table.add_column(self.headings()[0], overflow="fold")
         for heading in self.headings()[1:]:
             table.add_column(heading, justify="right", no_wrap=True)
-        for row in self.cells():
+        for row in self.cells(compact=True):
             # Text, not str: a model's name may hold square brackets, which rich would read as markup.
             table.add_row(*(Text(text, style="bold" if is_best else "") for text, is_best in row))
         return table
@@ -253,7 +259,7 @@ def narrow_table(title: str, footnotes: Sequence[str]) -> Table:
         box=SIMPLE_HEAD,
         show_edge=False,
         pad_edge=False,
-        padding=(0, 1, 0, 0),
+        padding=0,
     )
 
 
@@ -283,11 +289,22 @@ def _best(metric: str, figures: list[Figure]) -> float:
     return max(defined) if metric in HIGHER_IS_BETTER else min(defined)
 
 
-def _cell(metric: str, figure: Figure) -> str:
+def _cell(metric: str, figure: Figure, compact: bool) -> str:
     if figure != figure:
         return "–"
-    text = f"{float(figure):.{_DECIMALS[metric]}f}"
-    return f"{text} ({figure.low:.1f}–{figure.high:.1f})" if metric == "mae" else text
+    if compact:
+        text = _shortened(figure, _DECIMALS[metric], characters=6)
+        low, high = (_shortened(bound, 2, characters=4) for bound in (figure.low, figure.high))
+    else:
+        text = f"{float(figure):.{_DECIMALS[metric]}f}"
+        low, high = f"{figure.low:.1f}", f"{figure.high:.1f}"
+    return f"{text} ({low}–{high})" if metric == "mae" else text
+
+
+def _shortened(value: float, decimals: int, characters: int) -> str:
+    """With at most `decimals`, and with fewer where the number would be longer than `characters`."""
+    texts = (f"{value:.{places}f}" for places in range(decimals, 0, -1))
+    return next((text for text in texts if len(text) <= characters), f"{value:.0f}")
 
 
 def _milliseconds(value: float) -> str:

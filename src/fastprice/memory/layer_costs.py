@@ -66,7 +66,7 @@ class MicroBatch:
 
 
 def dequantized_bytes(weights: int) -> int:
-    """Bytes of a linear layer's weights in bf16, and of the fp32 scales that are made on the way."""
+    """Bytes of a linear layer's weights in bf16, and of the fp32 scales computed for them."""
     return 2 * weights + 4 * -(-weights // NF4_BLOCK)
 
 
@@ -250,10 +250,10 @@ def _mlp(tape: Tape, shape: ModelShape, batch: MicroBatch, x: Value) -> Value:
         gate, up = _fused_linear(tape, gate_proj, batch, x), _fused_linear(tape, up_proj, batch, x)
         buffer = dequantized_bytes(down_proj.weights) if batch.method == "qlora" else 0
         low = tape.allocate(2 * batch.tokens * batch.rank, "temporary")
-        product = tape.allocate(inner, "temporary")
+        product_buffer = tape.allocate(inner, "temporary")
         y = tape.apply(2 * batch.tokens * shape.width, [gate, up], saves=[gate, up, low], trainable=True,
                        scratch=buffer, backward_scratch=inner + buffer, scratch_kind="dequantized")  # fmt: skip
-        tape.release(gate, up, low, product)
+        tape.release(gate, up, low, product_buffer)
         return y
     gate = _linear(tape, gate_proj, batch, x, batch.residual_bytes)
     if batch.selective:

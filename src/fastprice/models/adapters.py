@@ -11,12 +11,10 @@ from fastprice.models.families import LLAMA_LINEARS
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-__all__ = ["METHODS", "TEXT_LOSSES", "Method", "check_method", "lora_config", "suggested_learning_rate"]
+__all__ = ["METHODS", "Method", "check_method", "lora_config", "suggested_learning_rate"]
 
 Method = Literal["qlora", "lora", "full"]
 METHODS: tuple[Method, ...] = get_args(Method)
-
-TEXT_LOSSES = ("ce", "number", "number_mse", "wasserstein")  # fastprice.training.number_losses
 
 HIGHEST_RATE = 1.5e-3
 

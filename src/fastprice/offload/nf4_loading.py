@@ -310,7 +310,7 @@ def _name_some(names: Any) -> str:
 @contextmanager
 def _progress(total: int, description: str) -> Iterator[Callable[[int], None]]:
     """A progress bar if standard error is a terminal; yields the function that adds bytes to it."""
-    if not sys.stderr.isatty():  # rich is not imported either: `python -m benchmarks.gpu` runs without it
+    if not sys.stderr.isatty():  # rich is not imported either: `python -m fastprice.benchmarking` runs without it
         yield lambda size: None
         return
     from rich.console import Console

@@ -37,7 +37,7 @@ def tokens_to_hide_copies(shape: ModelShape, gpu: Gpu, *, recomputed_layers: int
 
 
 def cost_table(models: Sequence[str] = MODELS, cards: Sequence[str] = CARDS) -> str:
-    """For each model and card, in Markdown: bytes copied, the micro-batch that hides the copies, and tokens a second."""
+    """For each model and card, in Markdown: bytes copied, the micro-batch that hides the copies, tokens a second."""
     lines = [
         "| model | a layer | a step copies | card | hidden from, all recomputed | none recomputed | limit at 4,096 |",
         "|---|---:|---:|---|---:|---:|---:|",

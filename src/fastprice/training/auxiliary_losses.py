@@ -112,7 +112,7 @@ class AuxiliaryLosses:
 
     def _logits(self, model: Any, hidden_NSD: Tensor) -> Tensor:
         """Logits (N, S, U) of the alphabet's tokens in fp32, as the model's lm_head computes them."""
-        from fastprice_kernels.patching.last_layer import logit_transform
+        from fastprice_kernels.patching.structure import logit_transform
 
         assert self.number_loss is not None
         causal = plain_model(model)

@@ -330,12 +330,12 @@ def test_the_bar_shows_rows_a_second_and_the_time_left() -> None:
 
     from rich.console import Console
 
-    from fastprice.cli.predict import _Bar
+    from fastprice.cli.predict import FileProgress
 
     shown = {}
     for terminal in (True, False):
         file = io.StringIO()
-        with _Bar(Console(file=file, force_terminal=terminal, width=120, color_system=None)) as bar:
+        with FileProgress(Console(file=file, force_terminal=terminal, width=120, color_system=None)) as bar:
             bar(Progress(rows=4_000, resumed=4_000, share=0.0))
             time.sleep(0.1)
             bar(Progress(rows=5_000, resumed=4_000, share=0.5))
@@ -349,14 +349,14 @@ def test_the_bar_shows_rows_a_second_and_the_time_left() -> None:
 
 
 def test_a_model_is_used_with_the_cleaning_of_its_run(tmp_path: Path) -> None:
-    from fastprice.cli.options import trained_cleaning
-    from fastprice.config import read_config
+    from fastprice.cli.saved_runs import trained_cleaning
+    from fastprice.config import CleanConfig, read_config
 
-    assert trained_cleaning(tmp_path) == {"min_price": 0.5, "max_price": 999.49, "mask": "own"}
+    assert trained_cleaning(tmp_path) == CleanConfig(min_price=0.5, max_price=999.49, mask="own")
     overrides = {"data.file": "a.csv", "out": "x", "clean.mask": "prices", "clean.max_price": 5000}
     (tmp_path / "config.yaml").write_text(read_config(None, overrides).to_yaml())
     for folder in (tmp_path, tmp_path / "model"):
-        assert trained_cleaning(folder) == {"min_price": 0.5, "max_price": 5000, "mask": "prices"}
+        assert trained_cleaning(folder) == CleanConfig(min_price=0.5, max_price=5000, mask="prices")
 
 
 def test_estimates_of_texts_are_printed_and_not_written(fastprice: Any, model: Path, tmp_path: Path) -> None:

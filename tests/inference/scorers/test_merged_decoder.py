@@ -24,7 +24,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from fastprice.benchmarking.models import model_config, random_nf4_model, seed_adapters
+from fastprice.benchmarking.random_models import model_config, random_nf4_model, seed_adapters
 from fastprice.inference.price_decoder import PriceDecoder
 from fastprice.inference.price_trie import PriceTrie
 from fastprice.inference.scorers import merged, merged_decoder

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from fastprice_kernels.codegen import report
-from fastprice_kernels.codegen.machine_code import TARGETS, Bars, CompileCase, compile_case, missed_bars
+from fastprice_kernels.codegen.machine_code import TARGETS, CompileCase, Requirements, compile_case, unmet_requirements
 from fastprice_kernels.ops import nf4_dequantize, nf4_matmul_small
 
 # Another test run of this process's parent may have set it; Triton's compiler is what is tested here.
@@ -67,19 +67,20 @@ def test_figures_of_a_kernel_that_is_known() -> None:
     assert "BRA" not in code.opcodes, "the branch to itself behind the end"
 
 
-def test_every_bar_can_be_missed() -> None:
-    def misses(case: CompileCase, what: str) -> bool:
-        complaints = missed_bars(case, compile_case(case, 90))
-        return any(what in complaint and "simple on sm_90" in complaint for complaint in complaints)
+def test_every_requirement_can_fail() -> None:
+    def fails(what: str, limits: Requirements, fn: Any = _scaled_sum, size: int = 1024, **changes: Any) -> bool:
+        case = simple(fn, size, requirements=limits, **changes)
+        messages = unmet_requirements(case, compile_case(case, 90))
+        return any(what in message and "simple on sm_90" in message for message in messages)
 
-    assert missed_bars(simple(), compile_case(simple(), 90)) == []
-    assert misses(simple(bars=Bars(fma=False)), "8 fused multiply-adds")
-    assert not misses(simple(bars=Bars(fma=False), enable_fp_fusion=False), "fused")
-    assert misses(simple(bars=Bars(tensor_cores=True)), "no tensor-core instruction")
-    assert misses(simple(bars=Bars(instructions_per_element={90: 1.0})), "instructions an output element, at most 1.0")
-    assert misses(simple(aligned=(), bars=Bars(store_bits=128)), "narrowest global store 32 bits, 128 asked")
-    assert misses(simple(_transposed, 32, bars=Bars(shared_stores=0)), "stores to shared memory, at most 0")
-    assert misses(simple(_hungry, 32, num_warps=1, maxnreg=24), "accesses to local memory")
+    assert unmet_requirements(simple(), compile_case(simple(), 90)) == []
+    assert fails("8 fused multiply-adds", Requirements(fma=False))
+    assert not fails("fused", Requirements(fma=False), enable_fp_fusion=False)
+    assert fails("no tensor-core instruction", Requirements(tensor_cores=True))
+    assert fails("instructions an output element, at most 1.0", Requirements(instructions_per_element={90: 1.0}))
+    assert fails("narrowest global store 32 bits, at least 128", Requirements(store_bits=128), aligned=())
+    assert fails("stores to shared memory, at most 0", Requirements(shared_stores=0), _transposed, 32)
+    assert fails("accesses to local memory", Requirements(), _hungry, 32, num_warps=1, maxnreg=24)
 
 
 def test_cases_that_do_not_fit_their_kernel_are_named() -> None:
@@ -90,28 +91,28 @@ def test_cases_that_do_not_fit_their_kernel_are_named() -> None:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_dequantisation_clears_its_bars(target: int) -> None:
+def test_dequantization_meets_its_requirements(target: int) -> None:
     """The forms that layers take; `python -m fastprice_kernels.codegen --check` does the others."""
     for name in ("dequantize_nf4/bf16/nested/even", "dequantize_nf4/fp16/nested/rows apart"):
         code = compile_case(CASES[name], target)
-        assert missed_bars(CASES[name], code) == []
+        assert unmet_requirements(CASES[name], code) == []
         assert (code.store_bits, code.fma, code.spills) == (128, 0, 0)
         assert code.shared_bytes == 16 * 4, "only the table"
 
 
-def test_the_bars_of_dequantisation_are_those_asked_for() -> None:
-    barred = [name for name, case in CASES.items() if case.bars.instructions_per_element == {90: 8.0}]
-    assert {name for name in barred if "fp32" not in name} == {
+def test_the_requirements_on_dequantization() -> None:
+    limited = [name for name, case in CASES.items() if case.requirements.instructions_per_element == {90: 8.0}]
+    assert {name for name in limited if "fp32" not in name} == {
         name for name in CASES if name.startswith(("dequantize_nf4/bf16", "dequantize_nf4/fp16")) and "odd" not in name
     }
-    assert "dequantize_nf4/fp32/nested/even" in barred
-    wider = {name for name, case in CASES.items() if case.bars.exception}
+    assert "dequantize_nf4/fp32/nested/even" in limited
+    wider = {name for name, case in CASES.items() if case.requirements.exception}
     assert wider == {f"dequantize_nf4/fp32/{form}" for form in ("nested/tail", "nested/rows apart", "plain/rows apart")}
-    assert all(CASES[name].bars.instructions_per_element == {90: 12.0} for name in wider)
-    for name in barred:
-        assert CASES[name].bars.store_bits == 128
-        assert CASES[name].bars.shared_stores == 1
-        assert CASES[name].bars.fma is False
+    assert all(CASES[name].requirements.instructions_per_element == {90: 12.0} for name in wider)
+    for name in limited:
+        assert CASES[name].requirements.store_bits == 128
+        assert CASES[name].requirements.shared_stores == 1
+        assert CASES[name].requirements.fma is False
         assert CASES[name].targets == TARGETS
 
 
@@ -122,23 +123,27 @@ def test_the_report_from_the_command_line(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert "dequantize_nf4/bf16/nested/even" in done.stdout
-    assert "1 kernels, 1 builds, 0 bars missed" in done.stdout
+    assert "1 kernels, 1 builds, 0 requirements not met" in done.stdout
     [row] = json.loads((tmp_path / "report.json").read_text())
-    assert (row["target"], row["store_bits"], row["missed"]) == (90, 128, [])
+    assert (row["target"], row["store_bits"], row["unmet"]) == (90, 128, [])
     assert row["instructions_per_element"] <= 8
 
 
-def test_check_fails_when_a_bar_is_missed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    strict = replace(CASES["dequantize_nf4/bf16/nested/even"], bars=Bars(instructions_per_element={90: 5.0}))
+def test_check_fails_when_a_requirement_is_not_met(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    strict = replace(
+        CASES["dequantize_nf4/bf16/nested/even"], requirements=Requirements(instructions_per_element={90: 5.0})
+    )
 
     def one_build(cases: Any, targets: Any) -> Any:
         code = compile_case(strict, 90)
-        yield code, missed_bars(strict, code)
+        yield code, unmet_requirements(strict, code)
 
     monkeypatch.setattr(report, "build_all", one_build)
     assert report.main(["--check"]) == 1
     assert report.main([]) == 0
-    assert "at most 5.0 asked" in capsys.readouterr().err
+    assert "at most 5.0 allowed" in capsys.readouterr().err
 
 
 def test_a_kernel_that_does_not_build_fails_the_report_always(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,7 +152,10 @@ def test_a_kernel_that_does_not_build_fails_the_report_always(monkeypatch: pytes
 
 
 def test_arguments_of_the_report(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments, message in ((["--targets", "91"], "there are 75, 80"), (["--only", "none such"], "no kernel has")):
+    for arguments, message in (
+        (["--targets", "91"], "choose from 75, 80"),
+        (["--only", "none such"], "no kernel name contains"),
+    ):
         with pytest.raises(SystemExit):
             report.main(arguments)
         assert message in capsys.readouterr().err

@@ -11,14 +11,17 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastprice_kernels import reference
 from fastprice_kernels.ops import completion_cross_entropy as loss_module
+from fastprice_kernels.ops import softmax_rows as softmax_module
 from fastprice_kernels.ops.completion_cross_entropy import (
     completion_cross_entropy,
-    completion_cross_entropy_with_statistics,
-    labelled_positions,
+    cross_entropy_sums,
+    labeled_positions,
+    mean_loss,
+    shift_labels,
 )
-from fastprice_kernels.ops.softmax_rows import softmax_rows, softmax_rows_cpu
-from fastprice_kernels.reference import lora as reference
+from fastprice_kernels.ops.softmax_rows import SoftmaxOptions, softmax_rows
 
 # Relative to the largest entry. 16 bits: logits are rounded once, their gradient once, the product once.
 BANDS = {torch.float64: 1e-13, torch.float32: 3e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -89,7 +92,7 @@ def test_tensors_that_are_not_contiguous():
 
 def test_positions_may_be_padded_with_any_that_predict_nothing():
     case = make(3, 9, 16, vocabulary=23, dtype=torch.float64)
-    found = labelled_positions(case.labels)
+    found = labeled_positions(case.labels)
     padded = torch.cat([found, found.new_full((5,), 26)])  # the last position predicts nothing
     want = run(completion_cross_entropy, case, chunk=4)
     for value, other in zip(run(completion_cross_entropy, case, positions=padded, chunk=4), want, strict=True):
@@ -148,11 +151,11 @@ def test_without_labels_loss_and_gradients_are_zero(dtype, options):
         assert torch.equal(value, torch.zeros_like(value))
 
 
-def test_what_stands_at_unlabelled_positions_does_not_matter():
+def test_what_stands_at_unlabeled_positions_does_not_matter():
     case = make(2, 9, 8, vocabulary=13, dtype=torch.float32)
     want = run(completion_cross_entropy, case)
     unlabelled = torch.ones(18, dtype=torch.bool)
-    unlabelled[labelled_positions(case.labels)] = False
+    unlabelled[labeled_positions(case.labels)] = False
     with torch.no_grad():
         case.hidden[unlabelled.view(2, 9)] = float("inf")
     for value, other in zip(run(completion_cross_entropy, case), want, strict=True):
@@ -163,7 +166,7 @@ def test_what_stands_at_unlabelled_positions_does_not_matter():
 def test_accumulated_micro_batches_equal_one_batch(dtype):
     """8 x 1 with `num_items` is 1 x 8: the losses add up, and so do the gradients."""
     case = make(8, 9, 16, vocabulary=37, dtype=dtype)
-    items = labelled_positions(case.labels).numel()
+    items = labeled_positions(case.labels).numel()
     want = truth(case)
     losses, d_hidden, d_weight = [], [], torch.zeros_like(want[2])
     for hidden, labels in zip(case.hidden.split(1), case.labels.split(1), strict=True):
@@ -187,7 +190,7 @@ def test_labels_of_any_integer_dtype():
 
 def test_given_positions_equal_found_ones():
     case = make(3, 9, 8, vocabulary=13, dtype=torch.float64)
-    found = labelled_positions(case.labels)
+    found = labeled_positions(case.labels)
     unlabelled = torch.tensor([8, 17, 26])  # the last of each row predicts nothing
     want = run(completion_cross_entropy, case)
     for positions in (found, torch.cat([unlabelled, found.flip(0)])):
@@ -224,19 +227,18 @@ def test_statistics():
     case = make(3, 9, 16, vocabulary=37, dtype=torch.float32)
     with torch.no_grad():
         case.weight.mul_(8)
-    loss, statistics = completion_cross_entropy_with_statistics(
-        case.hidden, case.weight, case.labels, softcap=20.0, chunk=5
-    )
+    sums = cross_entropy_sums(
+        case.hidden, case.weight, shift_labels(case.labels), bias=None, ignore_index=-100, softcap=20.0,
+        logit_scale=1.0, positions=None, chunk=5,
+    )  # fmt: skip
     logits = 20 * torch.tanh(case.hidden @ case.weight.T / 20)
     labels = torch.nn.functional.pad(case.labels[:, 1:], (0, 1), value=-100)
     logits, labels = logits[labels != -100], labels[labels != -100]
-    assert statistics.labelled == labels.numel()
-    assert statistics.correct == (logits.argmax(-1) == labels).sum()
-    torch.testing.assert_close(
-        statistics.entropy, torch.distributions.Categorical(logits=logits).entropy().sum().detach()
-    )
-    torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(logits, labels))
-    assert not any(value.requires_grad for value in statistics)
+    assert sums.labeled == labels.numel()
+    assert sums.correct == (logits.argmax(-1) == labels).sum()
+    torch.testing.assert_close(sums.entropy, torch.distributions.Categorical(logits=logits).entropy().sum().detach())
+    torch.testing.assert_close(mean_loss(sums), torch.nn.functional.cross_entropy(logits, labels))
+    assert not any(value.requires_grad for value in sums[1:])
 
 
 def test_gradcheck():
@@ -290,8 +292,9 @@ def test_kernel_agrees_with_the_cpu_path(rows, vocabulary, gradient, softcap, dt
     wide = torch.full((rows, vocabulary + 3), float("nan"), dtype=dtype)
     got, want = wide[:, :vocabulary].copy_(logits), logits.clone()
     statistics = [torch.full((rows, 3), float("nan")) for _ in range(2)]
-    softmax_rows(got, labels, statistics[0], -100, softcap, 0.5, gradient)
-    softmax_rows_cpu(want, labels, statistics[1], -100, softcap, 0.5, gradient)
+    options = SoftmaxOptions(softcap=softcap, scale=0.5, gradient=gradient)
+    softmax_module._launch(got, labels, statistics[0], options)
+    softmax_rows(want, labels, statistics[1], options)
     torch.testing.assert_close(statistics[0], statistics[1], rtol=1e-5, atol=1e-5)
     assert wide[:, vocabulary:].isnan().all()
     if gradient:
@@ -303,7 +306,7 @@ def test_kernel_agrees_with_the_cpu_path(rows, vocabulary, gradient, softcap, dt
 @pytest.mark.interpreter
 def test_kernel_makes_a_label_outside_the_vocabulary_a_nan():
     statistics = torch.zeros(2, 3)
-    softmax_rows(torch.zeros(2, 5), torch.tensor([5, -1]), statistics, -100, None, 1.0, True)
+    softmax_module._launch(torch.zeros(2, 5), torch.tensor([5, -1]), statistics, SoftmaxOptions())
     assert statistics[:, 0].isnan().all()
 
 
@@ -350,9 +353,9 @@ def test_peak_memory_of_a_step_measured(labelled, share, dtype):
     own_storages(counter, case.hidden, head, case.labels)
     with counter:
         # The op's body, since a dispatch mode does not look inside an op.
-        positions = labelled_positions(case.labels)
-        flat = loss_module.shifted_labels(case.labels, -100, True)
-        totals, dh, _, _ = loss_module._completion_ce(
+        positions = labeled_positions(case.labels)
+        flat = shift_labels(case.labels).flatten()
+        totals, dh, _, _ = loss_module._compute(
             case.hidden.detach()[0], head, None, flat, positions, -100, None, 1.0, 0, True, False, False
         )
         dh.mul_(1 / totals[1])
@@ -369,7 +372,7 @@ def test_peak_memory_at_full_size(labelled, share, width, monkeypatch):
 
     As on CUDA: there the kernel works in place, so it is left out, and a logit needs no bytes beside its own.
     """
-    monkeypatch.setattr(loss_module, "softmax_rows_cpu", lambda *arguments: None)
+    monkeypatch.setattr(loss_module, "softmax_rows", lambda *arguments: None)
     chunk_rows = loss_module._chunk_rows
     monkeypatch.setattr(loss_module, "_chunk_rows", lambda *a: chunk_rows(*a[:5], 0, a[6]))
     with FakeTensorMode():
@@ -380,8 +383,8 @@ def test_peak_memory_at_full_size(labelled, share, width, monkeypatch):
         counter = PeakBytes()
         own_storages(counter, hidden, weight, labels, positions)
         with counter:
-            _, dh, _, _ = loss_module._in_chunks(
-                hidden, weight, None, labels, positions, -100, None, 1.0, 0, (True, False, False)
+            _, dh, _, _ = loss_module._sums_in_chunks(
+                hidden, weight, None, labels, positions, SoftmaxOptions(), 0, (True, False, False)
             )
             dh.mul_(0.5)
         excess = counter.peak - (dh.nbytes if labelled < 4096 else 0)
@@ -395,7 +398,7 @@ def test_op_passes_opcheck():
     for wants in ((True, True, True), (False, False, False)):
         for positions in (None, torch.tensor([0, 3])):
             torch.library.opcheck(
-                torch.ops.fastprice.completion_ce.default,
+                torch.ops.fastprice.completion_cross_entropy.default,
                 (case.hidden.detach(), case.weight.detach(), case.bias.detach(), case.labels, positions,
                  -100, 2.0, 1.0, 0, *wants),
             )  # fmt: skip
@@ -416,23 +419,23 @@ def test_compiles_without_graph_breaks():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"labels": torch.full((2, 5), 13)}, "label 13 is neither -100 nor inside the head's 13 tokens"),
+        ({"labels": torch.full((2, 5), 13)}, "label 13 is neither -100 nor one of the 13 tokens"),
         ({"labels": torch.full((2, 5), -1)}, "label -1 is neither"),
         ({"labels": torch.zeros(2, 4, dtype=torch.long)}, r"\(2, 5, 8\) has other positions than labels \(2, 4\)"),
         ({"labels": torch.zeros(2, 5)}, "labels are torch.float32"),
-        ({"head_weight": torch.zeros(13, 9)}, r"hidden is 8 wide, the head's weight is \(13, 9\)"),
-        ({"head_weight": torch.zeros(13, 8, dtype=torch.float16)}, "hidden is torch.float32, .* torch.float16"),
-        ({"bias": torch.zeros(12)}, r"bias \(12,\) does not fit a head of 13 tokens"),
+        ({"lm_head_weight": torch.zeros(13, 9)}, r"hidden is 8 wide, lm_head_weight is \(13, 9\)"),
+        ({"lm_head_weight": torch.zeros(13, 8, dtype=torch.float16)}, "hidden is torch.float32, .* torch.float16"),
+        ({"bias": torch.zeros(12)}, r"bias \(12,\) does not fit a vocabulary of 13 tokens"),
         ({"reduction": "none"}, "'none' is neither 'mean' nor 'sum'"),
         ({"softcap": 0.0}, "softcap 0.0 is not positive"),
         ({"chunk": 0}, "chunk 0 is not positive"),
-        ({"head_weight": torch.zeros(13, 8, device="meta")}, "weight: on meta, hidden is on cpu"),
+        ({"lm_head_weight": torch.zeros(13, 8, device="meta")}, "lm_head_weight is on meta, hidden is on cpu"),
     ],
 )
 def test_refuses_what_does_not_fit(change, words):
     arguments = {
         "hidden": torch.zeros(2, 5, 8),
-        "head_weight": torch.zeros(13, 8),
+        "lm_head_weight": torch.zeros(13, 8),
         "labels": torch.zeros(2, 5, dtype=torch.long),
         **change,
     }

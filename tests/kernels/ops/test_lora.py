@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from fastprice_kernels.ops import lora
+from fastprice_kernels import reference
+from fastprice_kernels.ops import lora_products
 from fastprice_kernels.ops.lora import Projection, lora_linear, lora_mlp, lora_projections, lora_qkv
 from fastprice_kernels.ops.nf4_dequantize import dequantize_nf4
-from fastprice_kernels.reference import lora as reference
 
 bnb = pytest.importorskip("bitsandbytes")
 
@@ -262,8 +262,8 @@ def test_dense_weights_live_from_recomputation_to_backward(monkeypatch):
     """Under checkpointing `keep_dense` dequantises twice a step in place of three times, with equal gradients."""
     ps = mlp(torch.float32, nf4=True)
     x = draw(6, 41, seed=5, dtype=torch.float32).requires_grad_()
-    calls, dequantize = [], lora.dequantize_nf4
-    monkeypatch.setattr(lora, "dequantize_nf4", lambda *a, **k: calls.append(1) or dequantize(*a, **k))
+    calls, dequantize = [], lora_products.dequantize_nf4
+    monkeypatch.setattr(lora_products, "dequantize_nf4", lambda *a, **k: calls.append(1) or dequantize(*a, **k))
 
     def step(keep_dense: bool, *, reentrant: bool) -> list[torch.Tensor]:
         calls.clear()
@@ -356,8 +356,8 @@ def test_compiles_without_graph_breaks(nf4, augmented):
     [
         ({"weight": torch.zeros(13, 40)}, r"input is 41 wide, the weight is \(13, 40\)"),
         ({"weight": torch.zeros(13, 41, dtype=torch.float16)}, "weight is torch.float16, the input torch.float32"),
-        ({"weight": torch.zeros(13, 41, requires_grad=True)}, "wants a gradient"),
-        ({"lora_a": None}, "lora_b comes without its other half"),
+        ({"weight": torch.zeros(13, 41, requires_grad=True)}, "requires a gradient"),
+        ({"lora_a": None}, "lora_b is given without the other"),
         ({"lora_a": torch.zeros(4, 41)}, r"lora_a \(4, 41\) and lora_b \(13, 5\) do not fit a weight \(13, 41\)"),
         ({"bias": torch.zeros(12)}, r"bias \(12,\) does not fit a weight \(13, 41\)"),
         ({"weight": torch.zeros(13, 41, device="meta")}, "a part is on meta, the input on cpu"),
@@ -373,5 +373,5 @@ def test_refuses_an_mlp_that_does_not_fit():
     gate, up, down = mlp(torch.float32)
     with pytest.raises(ValueError, match="gate gives 29 columns, up gives 29 and down takes 41"):
         lora_mlp(torch.zeros(2, 41), gate, up, replace(gate))
-    with pytest.raises(ValueError, match="'relu' is none of"):
+    with pytest.raises(ValueError, match="'relu' is not one of"):
         lora_mlp(torch.zeros(2, 41), gate, up, down, activation="relu")

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fastprice_kernels.ops import nf4_dequantize
-from fastprice_kernels.ops._checks import read_state
 from fastprice_kernels.ops.nf4_dequantize import dequantize_nf4
+from fastprice_kernels.ops.nf4_weight import read_weight
 
 F = pytest.importorskip("bitsandbytes.functional")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -79,8 +79,7 @@ def as_bitsandbytes(state: State) -> Any:
 
 def launch(packed: Tensor, quant_state: Any, out: Tensor) -> None:
     """The Triton kernels on CPU tensors; only in the interpreter."""
-    s = read_state(packed, quant_state)
-    nf4_dequantize._launch(packed, s.code, s.absmax, s.code2, s.absmax2, s.offset, s.blocksize, s.blocksize2, out)
+    nf4_dequantize._launch(read_weight(packed, quant_state)[0], out)
 
 
 def poisoned(shape: tuple[int, int], extra: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -264,7 +263,7 @@ def _wrong_arguments() -> list[tuple[str, dict[str, Any], dict[str, Any], str]]:
         ("code", {"code": torch.ones(256)}, {}, "code has 256 elements, NF4 needs 16"),
         ("offset missing", {"state2": State(torch.ones(1), torch.ones(256), None, blocksize=256)}, {}, "absmax is"),
         ("packed dtype", {}, {"packed": torch.zeros(512)}, "packed is torch.float32, .* needs torch.uint8"),
-        ("dtype", {}, {"dtype": torch.int8}, "in torch.int8 is asked for, this kernel writes"),
+        ("dtype", {}, {"dtype": torch.int8}, "in torch.int8 is requested, this kernel writes"),
         ("out shape", {}, {"out": torch.empty(16, 63)}, r"out has shape \(16, 63\), the weight has \(16, 64\)"),
         (
             "out dtype",
@@ -316,9 +315,8 @@ def test_a_weight_that_bitsandbytes_repacked_for_its_cpu_inference_is_refused() 
 @pytest.mark.parametrize("nested", [True, False])
 def test_opcheck(nested: bool) -> None:
     packed, state = quantised((16, 64), torch.float32, nested=nested)
-    s = read_state(packed, state)
-    arguments = (packed, s.code, s.absmax, s.code2, s.absmax2, s.offset, s.blocksize, s.blocksize2)
-    torch.library.opcheck(torch.ops.fastprice.dequantize_nf4.default, (*arguments, torch.empty(16, 64)))
+    weight, _, _ = read_weight(packed, state)
+    torch.library.opcheck(torch.ops.fastprice.dequantize_nf4.default, (*weight, torch.empty(16, 64)))
 
 
 def test_torch_compile_has_no_graph_break() -> None:

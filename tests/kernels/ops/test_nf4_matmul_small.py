@@ -12,8 +12,8 @@ from torch import Tensor
 
 from fastprice_kernels import dequantize_nf4
 from fastprice_kernels.ops import nf4_matmul_small as small_module
-from fastprice_kernels.ops._checks import read_state
 from fastprice_kernels.ops.nf4_matmul_small import nf4_matmul_small
+from fastprice_kernels.ops.nf4_weight import read_weight
 
 NF4 = [-1.0, -0.7, -0.5, -0.4, -0.3, -0.2, -0.1, 0.0, 0.1, 0.2, 0.25, 0.3, 0.4, 0.6, 0.7, 1.0]
 
@@ -111,9 +111,7 @@ def test_kernels_equal_the_reference(
     for nested in (True, False):
         c = case(rows, n, k, dtype, nested)
         for bias in (c.bias, None):
-            s = read_state(c.packed, c.state)
-            state = (s.code, s.absmax, s.code2, s.absmax2, s.offset)
-            y = small_module._launch(processors, c.x, c.packed, *state, bias, s.blocksize, s.blocksize2, n)
+            y = small_module._launch(processors, c.x, read_weight(c.packed, c.state)[0], bias, n)
             assert close(y, c, bias is not None)
 
 
@@ -122,8 +120,7 @@ def test_a_scale_that_is_not_finite_stays_in_its_row() -> None:
     """Elements behind the edges must not carry the first block's scale into other rows."""
     c = case(2, 7, 72, nested=False)
     c.state.absmax[0] = float("nan")
-    s = read_state(c.packed, c.state)
-    y = small_module._launch(132, c.x, c.packed, s.code, s.absmax, None, None, None, None, s.blocksize, 1, 7)
+    y = small_module._launch(132, c.x, read_weight(c.packed, c.state)[0], None, 7)
     assert y[:, 0].isnan().all()
     assert y[:, 1:].isfinite().all()
 
@@ -160,7 +157,7 @@ def test_wrong_arguments_are_named() -> None:
     refuses(r"bias is \(15,\) in torch.float32 on cpu, .* need \(16,\)", bias=torch.randn(15))
     refuses(r"bias is \(16,\) in torch.float16 .* need \(16,\) in torch.float32", bias=torch.randn(16).half())
     refuses("backend is 'cuda', there are", backend="cuda")
-    refuses("wants a gradient", c.x.clone().requires_grad_())
+    refuses("requires a gradient", c.x.clone().requires_grad_())
     c.state.quant_type = "fp4"
     refuses("type 'fp4'")
 
@@ -173,11 +170,8 @@ def test_a_gradient_that_is_switched_off_is_no_obstacle() -> None:
 
 def test_opcheck_and_torch_compile() -> None:
     c = case(3, 16, 64)
-    s = read_state(c.packed, c.state)
-    state = (s.code, s.absmax, s.code2, s.absmax2, s.offset)
-    torch.library.opcheck(
-        torch.ops.fastprice.nf4_matmul_small.default, (c.x, c.packed, *state, c.bias, s.blocksize, s.blocksize2, 16)
-    )
+    weight, _, _ = read_weight(c.packed, c.state)
+    torch.library.opcheck(torch.ops.fastprice.nf4_matmul_small.default, (c.x, *weight, c.bias, 16))
     compiled = torch.compile(
         lambda x: nf4_matmul_small(x, c.packed, c.state, bias=c.bias), fullgraph=True, backend="aot_eager"
     )

@@ -20,8 +20,8 @@ from tests.kernels.adapted_models import (
     train,
 )
 
-from fastprice_kernels.patching import last_layer as heads
 from fastprice_kernels.patching.install import install, installed, uninstall
+from fastprice_kernels.patching.installation import PATCH
 
 bnb = pytest.importorskip("bitsandbytes")
 
@@ -39,7 +39,7 @@ def test_each_of_fifty_steps_agrees_with_the_stock_path(kind, nf4):
     for mode, model in ours.items():
         report = install(model, **MODES[mode])
         assert sum(kernel == "lora_mlp" for kernel in report.replaced.values()) == LAYERS
-        assert not report.kept
+        assert not report.skipped
     losses = []
     for step in range(50):
         want = gradients(stock, batch(step % 3))
@@ -75,7 +75,7 @@ def test_gradients_agree_on_every_architecture(kind, nf4, augmented):
     kernels = list(report.replaced.values())
     assert [kernels.count(k) for k in ("lora_qkv", "lora_mlp", "lora_linear")] == [3 * LAYERS, LAYERS, LAYERS]
     assert "completion_cross_entropy" in kernels
-    assert not report.kept
+    assert not report.skipped
     assert_close(got, want, 2e-5)
 
 
@@ -161,10 +161,10 @@ def test_gradient_checkpointing(reentrant, keep_dense, monkeypatch):
     install(model, loss_head=True, last_layer=True)
     dropped = gradients(model)
     install(model, loss_head=True, last_layer=True, keep_dense=keep_dense)
-    from fastprice_kernels.ops import lora
+    from fastprice_kernels.ops import lora_products
 
-    calls, dequantize = [], lora.dequantize_nf4
-    monkeypatch.setattr(lora, "dequantize_nf4", lambda *a, **k: calls.append(1) or dequantize(*a, **k))
+    calls, dequantize = [], lora_products.dequantize_nf4
+    monkeypatch.setattr(lora_products, "dequantize_nf4", lambda *a, **k: calls.append(1) or dequantize(*a, **k))
     got = gradients(model)
     assert_close(got, want, 2e-5)
     assert all(torch.equal(a, b) for a, b in zip(got, dropped, strict=True)), "the weights are the same bits"
@@ -177,8 +177,8 @@ def test_keep_dense_does_nothing_without_recomputation(monkeypatch):
     model = make()
     install(model, keep_dense=True)
     layer = model.get_base_model().model.layers[0]
-    patch = layer.mlp.__dict__[heads.PATCH]
-    assert patch.around is layer
+    patch = layer.mlp.__dict__[PATCH]
+    assert patch.layer is layer
     assert patch.arguments["keep_dense"] is False
     layer.gradient_checkpointing = True
     assert patch.arguments["keep_dense"] is True

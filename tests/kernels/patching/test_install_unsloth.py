@@ -12,8 +12,8 @@ import torch
 from tests.kernels.adapted_models import HEAD_WIDTH, LAYERS, WIDTH, assert_close, batch, gradients, make
 from torch import nn
 
-from fastprice_kernels.patching import last_layer as heads
 from fastprice_kernels.patching.install import install, installed, uninstall
+from fastprice_kernels.patching.installation import PATCH
 
 bnb = pytest.importorskip("bitsandbytes")
 
@@ -141,7 +141,7 @@ def test_an_unsloth_model_runs_on_the_kernels_and_returns_exactly(unsloth_module
     report = install(model, loss_head=True)
     kernels = list(report.replaced.values())
     assert [kernels.count(k) for k in ("lora_qkv", "lora_mlp", "lora_linear")] == [3 * LAYERS, 3 * LAYERS, LAYERS]
-    assert not report.kept
+    assert not report.skipped
     places = {name for name, kernel in report.replaced.items() if kernel == "completion_cross_entropy"}
     theirs = ("unsloth.models.llama", "unsloth_compiled_module_x", "unsloth_zoo.loss_utils")
     assert places == {f"{name}.unsloth_fused_ce_loss" for name in theirs}
@@ -239,12 +239,12 @@ def test_an_unsloth_loss_out_of_reach_is_kept_with_its_reason(unsloth_modules):
     model = unsloth_model(unsloth_modules)
     unsloth_modules["unsloth_zoo.loss_utils"].unsloth_fused_ce_loss = lambda hidden, **options: None
     with installed(model, loss_head=True, last_layer=True) as report:
-        assert any("unsloth_fused_ce_loss takes ['hidden', 'options']" in reason for reason in report.kept.values())
-        assert any("whose code is Unsloth's" in reason for reason in report.kept.values())
+        assert any("unsloth_fused_ce_loss takes ['hidden', 'options']" in reason for reason in report.skipped.values())
+        assert any("whose code is Unsloth's" in reason for reason in report.skipped.values())
     plain = make()
     plain.get_base_model().model.layers[0].self_attn.apply_qkv = None
     with installed(plain, loss_head=True) as report:
-        assert any("does not call unsloth_fused_ce_loss" in reason for reason in report.kept.values())
+        assert any("does not call unsloth_fused_ce_loss" in reason for reason in report.skipped.values())
 
 
 def test_an_unsloth_of_another_shape_is_named_and_left_alone(unsloth_modules):
@@ -253,10 +253,10 @@ def test_an_unsloth_of_another_shape_is_named_and_left_alone(unsloth_modules):
     home.fast_dequantize = lambda W, state: None
     del lora.apply_lora_o
     before = everything_of(unsloth_modules)
-    with pytest.raises(RuntimeError, match=r"Unsloth 2099.1.1: .* takes \['W', 'state'\].*apply_lora_o is gone"):
+    with pytest.raises(RuntimeError, match=r"Unsloth 2099.1.1: .* takes \['W', 'state'\].*apply_lora_o does not exist"):
         install(model)
     assert everything_of(unsloth_modules) == before
-    assert not any(heads.PATCH in module.__dict__ for module in model.modules())
+    assert not any(PATCH in module.__dict__ for module in model.modules())
 
 
 @pytest.mark.slow
@@ -298,7 +298,7 @@ def results():
 want = results()
 want_mlp = type(mlp).forward(mlp, x)
 report = install(model, loss_head=True)
-assert not report.kept, report.kept
+assert not report.skipped, report.skipped
 left = [(m.__name__, n) for m, n, stock in names if vars(m)[n] is stock]
 assert not left, left
 assert len(llama._fused_lora_modules(model)) >= len(layers), "Unsloth finds its fused attention"

@@ -55,8 +55,7 @@ def error_page(results: Sequence[tuple[SimulatedStep, int, MemoryEstimate]]) -> 
     errors = [round(100 * (estimate.tensor_bytes / simulated - 1), 2) + 0.0 for _, simulated, estimate in results]
     worst, lowest = max(errors, key=abs), min(errors)
     rows = [
-        f"| {step.base} | {step.method} | {step.tokens:,} | {_recompute(step)} | {step.loss_head} | "
-        f"{simulated / 2**30:.3f} | {estimate.tensor_bytes / 2**30:.3f} | {error:+.2f} % | {estimate.moment} |"
+        table_row(step, simulated, estimate, f"{error:+.2f} %")
         for (step, simulated, estimate), error in zip(results, errors, strict=True)
     ]
     return "\n".join(
@@ -95,6 +94,14 @@ def error_page(results: Sequence[tuple[SimulatedStep, int, MemoryEstimate]]) -> 
             *rows,
             "",
         ]
+    )
+
+
+def table_row(step: SimulatedStep, simulated: int, estimate: MemoryEstimate, error: str) -> str:
+    """A step's row of the table; `simulated`: its peak in bytes."""
+    return (
+        f"| {step.base} | {step.method} | {step.tokens:,} | {_recompute(step)} | {step.loss_head} | "
+        f"{simulated / 2**30:.3f} | {estimate.tensor_bytes / 2**30:.3f} | {error} | {estimate.moment} |"
     )
 
 

@@ -1,0 +1,95 @@
+"""The state of an installation: options, report, what `uninstall` restores, and what a replaced forward reads."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+__all__ = ["PATCH", "InstallReport", "Installation", "Options", "Patch", "Pending"]
+
+PATCH = "_fastprice_patch"  # the key of a `Patch` (or `LossPatch`) in the `__dict__` of a module with a new forward
+
+
+@dataclass(frozen=True)
+class InstallReport:
+    """The result of `install`.
+
+    Attributes:
+        replaced: from the name of a module to the kernel that it runs.
+        skipped: from the name of a module to the reason why it runs its stock forward.
+    """
+
+    replaced: dict[str, str] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [f"{count} x {kernel}" for kernel, count in Counter(self.replaced.values()).items()]
+        lines += [f"{count} x stock: {reason}" for reason, count in Counter(self.skipped.values()).items()]
+        return "\n".join(lines) or "nothing to replace"
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of `install`."""
+
+    loss_head: bool = False
+    last_layer: bool = False
+    keep_dense: bool = False
+    augmented: bool = False
+
+
+@dataclass
+class Installation:
+    """What `uninstall` restores.
+
+    Attributes:
+        attributes: module, attribute, the module's own value of it before (or None), and ours.
+        repackable: 4-bit layers that bitsandbytes was free to repack.
+        warned: reasons that were already in a warning.
+        unsloth: the names of Unsloth's functions that were replaced for this model.
+    """
+
+    options: Options
+    report: InstallReport = field(default_factory=InstallReport)
+    attributes: list[tuple[nn.Module, str, Any, Any]] = field(default_factory=list)
+    repackable: list[nn.Module] = field(default_factory=list)
+    warned: set[str] = field(default_factory=set)
+    unsloth: tuple[str, ...] = ()
+
+
+@dataclass
+class Pending:
+    """Results for one input that the modules which share it have not used yet; it is recognized by identity."""
+
+    x: Tensor
+    key: tuple[Any, ...]
+    results: dict[int, Tensor]
+
+
+@dataclass
+class Patch:
+    """What the new forward of a linear layer or an MLP reads.
+
+    Attributes:
+        installation: of the model.
+        layer: the module around it that activation checkpointing may recompute, or None.
+        siblings: the linear layers that share its input, itself among them.
+        activation: of an MLP, one of `ACTIVATIONS`.
+        pending: the siblings' results.
+    """
+
+    installation: Installation
+    layer: nn.Module | None
+    siblings: tuple[nn.Module, ...] = ()
+    activation: str = "silu"
+    pending: Pending | None = None
+
+    @property
+    def arguments(self) -> dict[str, bool]:
+        """The options of the LoRA functions at this call."""
+        options, layer = self.installation.options, self.layer
+        recomputes = layer is not None and layer.training and bool(getattr(layer, "gradient_checkpointing", False))
+        return {"keep_dense": options.keep_dense and recomputes, "augmented": options.augmented}

@@ -1,0 +1,1 @@
+"""From result files to people: summaries, tables, plots, the page, comparison of two results."""

@@ -1,0 +1,146 @@
+"""Summaries of a run's rows: which peers agree with the stock path, and how many times as fast fastprice is.
+
+No ratio is made from a run whose loss or gradient norm is off, nor from one that is missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import geometric_mean, median
+from typing import Any
+
+from fastprice.benchmarking.peers import FASTPRICE, STOCK
+
+__all__ = [
+    "PHASES",
+    "agreement",
+    "ok_rows",
+    "step_groups",
+    "summarize_kernels",
+    "summarize_steps",
+]
+
+Row = Mapping[str, Any]
+
+# Of a step; "between" is optimizer, loading of data, all else that a trainer does.
+PHASES = ("forward", "backward", "between")
+# Largest relative difference of loss and of gradient norm between two right engines in one dtype. TRL keeps adapters in
+# bf16 and fastprice in fp32, so even fp32 runs differ by the rounding of A and B.
+_BANDS = {"float32": (1e-3, 5e-3), "bfloat16": (1e-2, 6e-2), "float16": (5e-3, 3e-2)}
+
+
+def ok_rows(rows: Iterable[Row], kind: str) -> list[Row]:
+    """The rows of workers of `kind` that hold figures."""
+    return [row for row in rows if row["case"].get("kind") == kind and row.get("status") == "ok"]
+
+
+def agreement(row: Row, reference: Row) -> dict[str, Any]:
+    """The relative differences of two checks, and whether the dtype's band allows them."""
+    loss_band, norm_band = _BANDS[row["dtype"]]
+    loss = abs(row["check_loss"] - reference["check_loss"]) / abs(reference["check_loss"])
+    norm = abs(row["check_gradient_norm"] - reference["check_gradient_norm"]) / reference["check_gradient_norm"]
+    return {
+        "against": reference["peer"],
+        "loss_error": loss,
+        "gradient_norm_error": norm,
+        "ok": bool(loss <= loss_band and norm <= norm_band),  # False for NaN
+    }
+
+
+def step_groups(rows: Iterable[Row]) -> dict[tuple[str, int, int, int], dict[str, list[Row]]]:
+    """(model, tokens, rank, cap in bytes or 0) -> peer -> its good rows, one a round."""
+    groups: dict[tuple[str, int, int, int], dict[str, list[Row]]] = {}
+    for row in ok_rows(rows, "step"):
+        case = row["case"]
+        if row["stage"] == "fit":
+            continue  # two steps, to see whether they fit at all
+        key = (case["model"], case["tokens"], case["rank"], case.get("cap_bytes") or 0)
+        groups.setdefault(key, {}).setdefault(row["peer"], []).append(row)
+    return groups
+
+
+def summarize_steps(rows: Iterable[Row], limits: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One entry a group and peer: tokens/s (median of its rounds), memory, agreement, the best fastprice's ratio to it.
+
+    `ratio` holds low, mid and high: fastprice's slowest round over the peer's fastest, medians, fastest over slowest.
+    It is None for fastprice itself and wherever a check failed on either side.
+    """
+    summary = []
+    for group, peers in step_groups(rows).items():
+        reference = next((peers[name][0] for name in STOCK if name in peers), None)
+        entries = [_summarize_peer(group, rounds, reference, limits) for rounds in peers.values()]
+        ours = [entry for entry in entries if entry["peer"] in FASTPRICE and entry["ok"]]
+        best = max(ours, key=lambda entry: entry["tokens_per_second"], default=None)
+        for entry in entries:
+            if best is not None and entry["ok"] and entry["peer"] not in FASTPRICE:
+                entry["ratio"] = {
+                    "of": best["peer"],
+                    "low": best["rates"][0] / entry["rates"][-1],
+                    "mid": best["tokens_per_second"] / entry["tokens_per_second"],
+                    "high": best["rates"][-1] / entry["rates"][0],
+                }
+        summary += sorted(entries, key=lambda entry: entry["tokens_per_second"])
+    return summary
+
+
+def _summarize_peer(
+    group: tuple[str, int, int, int], rounds: Sequence[Row], reference: Row | None, limits: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The entry of one peer of a group, without its ratio; `reference` is the stock row that it is checked against."""
+    model, tokens, rank, cap = group
+    first = rounds[0]
+    rates = sorted(row["mean_tokens_per_second"] for row in rounds)
+    middle = median(rates)
+    checks = [agreement(row, reference) for row in rounds] if reference else []
+    return {
+        "model": model,
+        "tokens": tokens,
+        "rank": rank,
+        "cap_bytes": cap,
+        "peer": first["peer"],
+        "dtype": first["dtype"],
+        "attention": first["settings"].get("attention", "-"),
+        "rounds": len(rounds),
+        "rates": rates,
+        "tokens_per_second": middle,
+        "items_per_second": median(row["items_per_second"] for row in rounds),
+        "step_seconds": first["step_seconds"],
+        "phase_seconds": first["phase_seconds"],
+        "load_seconds": first["load_seconds"],
+        "load_host_bytes": first["load_host_bytes"],
+        "noisy": any(row["step_seconds"]["noisy"] for row in rounds) or (rates[-1] - rates[0]) / middle > 0.05,
+        "peak_allocated": _largest(rounds, "peak_allocated"),
+        "peak_reserved": _largest(rounds, "peak_reserved"),
+        "flop_utilization": middle * first["flops_per_token"] / limits["matmul_flops"] if limits else None,
+        "check": checks[0] if checks else None,
+        "ok": bool(checks) and all(check["ok"] for check in checks),
+        "ratio": None,
+    }
+
+
+def summarize_kernels(rows: Iterable[Row]) -> list[dict[str, Any]]:
+    """For each family and peer: over how many cases, geometric mean, smallest and largest of the median ratios (peer
+    over fastprice: above 1 is faster), and the share of the limit that fastprice reaches (geometric mean)."""
+    found: dict[tuple[str, str], list[float]] = {}
+    shares: dict[str, list[float]] = {}
+    for row in ok_rows(rows, "kernels"):
+        shares.setdefault(row["family"], []).append(row["share_of_limit"]["fastprice"])
+        for peer, ratio in row["ratios"].items():
+            found.setdefault((row["family"], peer), []).append(ratio["p50"])
+    return [
+        {
+            "family": family,
+            "peer": peer,
+            "cases": len(values),
+            "mean": geometric_mean(values),
+            "smallest": min(values),
+            "largest": max(values),
+            "share_of_limit": geometric_mean(shares[family]),
+        }
+        for (family, peer), values in found.items()
+    ]
+
+
+def _largest(rows: Sequence[Row], name: str) -> int | None:
+    values = [row[name] for row in rows if row.get(name) is not None]
+    return max(values) if values else None
