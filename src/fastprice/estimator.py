@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike
 from sklearn.base import BaseEstimator, RegressorMixin
 
 from fastprice.config import PROMPT_TOKENS, EstimatorConfig, TrainConfig, check_params, describe_parameters
-from fastprice.data.inputs import draw_items, price_of, training_items
+from fastprice.data.estimator_inputs import as_training_items, draw_items, price_of
 from fastprice.data.items import Item
 from fastprice.errors import BaseModelError, ConfigError, DataError, NotFittedError, nearest_name
 from fastprice.inference.conformal import Calibration, calibrate
@@ -125,7 +125,7 @@ class PriceEstimator(EstimatorConfig, PricePredictor, RegressorMixin, BaseEstima
         from fastprice.training.step_options import StepOptions
         from fastprice.training.train import train as run_training
 
-        items, validation_items = training_items(train, validation)
+        items, validation_items = as_training_items(train, validation)
         prices = [price_of(item) for item in items]
         if not hasattr(self, "_model") or hasattr(self, "training_"):
             self.prepare()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fastprice.data.inputs import price_of, text_of
+from fastprice.data.estimator_inputs import price_of, text_of
 from fastprice.data.items import Item
 from fastprice.errors import ConfigError, DataError, NotFittedError
 from fastprice.prompts.template import FORMS, Form, Prompt, encode_prompt
