@@ -12,7 +12,7 @@ import torch
 from sklearn.base import clone
 
 from fastprice import BaseModelError, ConfigError, Item, PriceEstimator
-from fastprice.data.synthetic import make_catalogue
+from fastprice.data.synthetic import make_synthetic_items
 from fastprice.inference.price_heads import prompt_hidden_states
 
 SMALL = {"max_tokens": 96, "pack_tokens": 256, "validation_items": 24, "learning_rate": 5e-3}
@@ -75,7 +75,7 @@ def test_the_head_sees_states_standardized_by_the_untrained_model(with_head: Pri
 
 
 def test_saved_and_loaded_the_head_gives_the_same_estimates(with_head: PriceEstimator, tmp_path: Path) -> None:
-    texts = [item.text for item in make_catalogue(10, seed=5)]
+    texts = [item.text for item in make_synthetic_items(10, seed=5)]
     folder = with_head.save(tmp_path / "model")
     loaded = PriceEstimator.load(folder)
     np.testing.assert_array_equal(loaded.predict(texts), with_head.predict(texts))
@@ -117,7 +117,7 @@ def test_kernels_on_and_off_train_alike_also_with_accumulation(settings: dict[st
             gradient_accumulation=2,
             kernels=kernels,
         )
-        estimator.fit(make_catalogue(60, seed=2))
+        estimator.fit(make_synthetic_items(60, seed=2))
         return [event.loss for event in estimator.training_.events if event.loss is not None]
 
     on, off = losses("on"), losses("off")
@@ -166,7 +166,7 @@ def test_the_command_line_trains_and_predicts_with_a_head(
     fastprice: Callable[..., tuple[int, str, str]], tmp_path: Path
 ) -> None:
     data, out = tmp_path / "items.jsonl", tmp_path / "run"
-    rows = [json.dumps({"text": item.text, "price": item.price}) for item in make_catalogue(80, seed=3)]
+    rows = [json.dumps({"text": item.text, "price": item.price}) for item in make_synthetic_items(80, seed=3)]
     data.write_text("\n".join(rows), encoding="utf-8")
     status, output, error = fastprice(
         "train", "--data", data, "--out", out, "--epochs", 0.5, "--set", "model.output=head", "train.evaluations=1",
@@ -185,7 +185,7 @@ def test_the_command_line_trains_and_predicts_with_a_head(
 
 def test_inspect_shows_json(fastprice: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
     data = tmp_path / "items.jsonl"
-    rows = [json.dumps({"text": item.text, "price": item.price}) for item in make_catalogue(40, seed=3)]
+    rows = [json.dumps({"text": item.text, "price": item.price}) for item in make_synthetic_items(40, seed=3)]
     data.write_text("\n".join(rows), encoding="utf-8")
     status, output, error = fastprice("inspect", "--data", data, "--set", "model.output=json")
     assert status == 0, error

@@ -10,7 +10,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from fastprice.data.synthetic import make_catalogue
+from fastprice.data.synthetic import make_synthetic_items
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -24,7 +24,7 @@ def products(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["sku", "title", "details", "asking"])
-        for item in make_catalogue(240, seed=11):
+        for item in make_synthetic_items(240, seed=11):
             title, _, details = item.text.partition("\n")
             writer.writerow([item.group, title, details, f"${item.price:,.2f}"])
         writer.writerow(["x", "a thing without a price", "", "call us"])
