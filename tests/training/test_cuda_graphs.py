@@ -319,7 +319,7 @@ def test_unsupported_graphs_are_refused_when_on_and_skipped_when_auto() -> None:
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match="cuda_graphs: on, but there is no CUDA device; use cuda_graphs="):
             PriceEstimator(**options, cuda_graphs="on").fit(items)
-    with pytest.raises(ConfigError, match="cuda_graphs must be auto, on or off, not 'yes'"):
+    with pytest.raises(ConfigError, match="cuda_graphs: must be auto, on or off, not 'yes'"):
         PriceEstimator(cuda_graphs="yes").fit(items)
 
 
