@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 import fastprice
-from fastprice.data.synthetic import make_catalogue
+from fastprice.data.synthetic import make_synthetic_items
 from fastprice.memory import find_plan
 from fastprice.models.base_models import load_config
 
@@ -45,7 +45,7 @@ def main() -> None:
 
     simulated = not torch.cuda.is_available()
     print("no CUDA device: transfers are simulated, memory is not limited" if simulated else "on the CUDA device")
-    split = fastprice.split_items(make_catalogue(80, seed=3))
+    split = fastprice.split_items(make_synthetic_items(80, seed=3))
     limit = options.max_memory or smallest_limit(options.base)
 
     offloaded = fastprice.PriceEstimator(base=options.base, max_memory=limit, **SETTINGS)

@@ -1,7 +1,9 @@
 """A CSV of products: read, cleaned, split, a model trained, prices with intervals, saved and loaded.
 
-python examples/own_csv.py                                    # writes and uses a small synthetic CSV
-python examples/own_csv.py --data products.csv --text title description --price price --group sku
+On synthetic products, or on your own file:
+
+    python examples/own_csv.py                                    # writes and uses a small synthetic CSV
+    python examples/own_csv.py --data products.csv --text title description --price price --group sku
 """
 
 from __future__ import annotations
@@ -16,12 +18,12 @@ import fastprice
 
 def write_synthetic_csv(path: Path, count: int) -> None:
     """A file as a shop would export it: prices as text, one of them unusable."""
-    from fastprice.data.synthetic import make_catalogue
+    from fastprice.data.synthetic import make_synthetic_items
 
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["sku", "title", "description", "price"])
-        for item in make_catalogue(count, seed=1):
+        for item in make_synthetic_items(count, seed=1):
             title, _, description = item.text.partition("\n")
             writer.writerow([item.group, title, description, f"${item.price:,.2f}"])
         writer.writerow(["none/none", "Desk lamp", "brass, works", "call us"])

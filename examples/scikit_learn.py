@@ -1,7 +1,9 @@
 """`PriceEstimator` as a scikit-learn regressor, cross-validated beside TF-IDF with ridge on the same folds.
 
-python examples/scikit_learn.py
-python examples/scikit_learn.py --data products.csv --text title description --price price --group sku
+On synthetic products, or on your own file:
+
+    python examples/scikit_learn.py
+    python examples/scikit_learn.py --data products.csv --text title description --price price --group sku
 """
 
 from __future__ import annotations
@@ -24,9 +26,9 @@ def read_items(options: argparse.Namespace) -> fastprice.Items:
     if options.data is not None:
         items = fastprice.load_items(options.data, text=options.text, price=options.price, group=options.group)
         return fastprice.clean_items(items)
-    from fastprice.data.synthetic import make_catalogue
+    from fastprice.data.synthetic import make_synthetic_items
 
-    return fastprice.clean_items(make_catalogue(240, seed=2))
+    return fastprice.clean_items(make_synthetic_items(240, seed=2))
 
 
 def main() -> None:

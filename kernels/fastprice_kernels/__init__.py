@@ -1,10 +1,10 @@
-"""Triton kernels for the hot path of QLoRA, on torch and triton alone.
+"""Triton kernels for QLoRA fine-tuning, on torch and triton alone.
 
-Every function takes CPU tensors too, where it is plain PyTorch. `python -m fastprice_kernels.codegen` builds
-every kernel for every GPU generation, on any machine. No kernel is autotuned: each has one configuration, reasoned out
-in its module.
+Every function takes CPU tensors too, where it is plain PyTorch. No kernel is autotuned: each has one configuration,
+derived in its module or in docs/explanation/kernels.md. `python -m fastprice_kernels.codegen` compiles all of them for
+every GPU generation, on any machine.
 
-Note that `fastprice_kernels.install` is the function; its module is `fastprice_kernels.patching.install`.
+`fastprice_kernels.install` is the function; its module is `fastprice_kernels.patching.install`.
 """
 
 from __future__ import annotations

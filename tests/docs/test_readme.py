@@ -102,9 +102,9 @@ def _write_files() -> None:
         write_products(seed=23, count=12)
         Path("products.csv").rename(name)
     Path("kept.csv").rename("products.csv")
-    from fastprice.data.synthetic import make_catalogue
+    from fastprice.data.synthetic import make_synthetic_items
 
     with gzip.open(PC_PARTS, "wt", encoding="utf-8") as file:
-        for item in make_catalogue(120, seed=24):
+        for item in make_synthetic_items(120, seed=24):
             row = {"name": item.text.splitlines()[0], "price": item.price, "category": item.group, "cores": 8}
             file.write(json.dumps(row) + "\n")

@@ -71,7 +71,7 @@ def test_rows_apart_equal_rows_together(shape: tuple[int, int], extra: int) -> N
             buffer, out = poisoned(shape, extra, dtype)
             dequantize_nf4(packed, state, out=out)
             assert torch.equal(out, dequantize_nf4(packed, state))
-            assert buffer[:, shape[1] :].isnan().all(), "wrote beside its columns"
+            assert buffer[:, shape[1] :].isnan().all(), "wrote outside its columns"
 
 
 @pytest.mark.parametrize("shape", ODD_SHAPES, ids=str)

@@ -82,19 +82,19 @@ def make(
         **lora,
     }
     adapted = peft.get_peft_model(model, peft.LoraConfig(**settings))
-    with torch.no_grad():  # a fresh B is zero, and hides whatever goes wrong with A
+    with torch.no_grad():  # a fresh B is zero, which would hide every error in A
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.1)
     return adapted.train()
 
 
-def batch(seed: int = 0, labelled: float = 0.3) -> dict[str, torch.Tensor]:
+def batch(seed: int = 0, labeled: float = 0.3) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, VOCABULARY, (3, 12), generator=generator)
     mask = torch.ones_like(ids)
     mask[0, 9:] = 0
-    labels = ids.masked_fill(torch.rand(ids.shape, generator=generator) >= labelled, -100).masked_fill(mask == 0, -100)
+    labels = ids.masked_fill(torch.rand(ids.shape, generator=generator) >= labeled, -100).masked_fill(mask == 0, -100)
     labels[:, 8] = ids[:, 8]
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
@@ -102,13 +102,13 @@ def batch(seed: int = 0, labelled: float = 0.3) -> dict[str, torch.Tensor]:
 def train(model: nn.Module, steps: int = 50) -> tuple[list[float], list[torch.Tensor]]:
     """Losses of `steps` steps of AdamW, and the gradients of the last."""
     trainable = [p for p in model.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(trainable, lr=5e-3)
+    optimizer = torch.optim.AdamW(trainable, lr=5e-3)
     losses = []
     for step in range(steps):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss = model(**batch(step % 3)).loss
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         losses.append(loss.item())
     return losses, [p.grad for p in trainable]
 

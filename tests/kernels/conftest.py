@@ -61,7 +61,7 @@ _reports: dict[str, tuple[str, str]] = {}
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """In the child: keeps each test's worst outcome over set-up, call and tear-down."""
+    """In the child: records each test's worst outcome over set-up, call and tear-down."""
     if _reports.get(report.nodeid, ("passed", ""))[0] == "passed":
         text = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longreprtext
         _reports[report.nodeid] = (report.outcome, text)

@@ -84,7 +84,7 @@ def build_wheel(source: Path, folder: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_kernels_install_and_run_without_the_rest(tmp_path: Path) -> None:
+def test_kernels_install_and_run_alone(tmp_path: Path) -> None:
     venv.create(tmp_path / "env", with_pip=False)
     python = tmp_path / "env" / "bin" / "python"
     site = tmp_path / "env" / "lib" / f"python{sys.version_info[0]}.{sys.version_info[1]}" / "site-packages"
@@ -105,15 +105,15 @@ def test_kernels_install_and_run_without_the_rest(tmp_path: Path) -> None:
     assert f"standalone: {site}" in run(python, "-W", "ignore", "-c", PROGRAM)
 
 
-def test_the_whole_brings_the_kernels(tmp_path: Path) -> None:
+def test_the_distribution_fastprice_contains_the_kernels(tmp_path: Path) -> None:
     names = zipfile.ZipFile(build_wheel(ROOT, tmp_path)).namelist()
     ours = {path.relative_to(ROOT / "kernels").as_posix() for path in (ROOT / "kernels").rglob("*.py")}
     assert ours <= set(names)
     assert {"fastprice/__init__.py", "fastprice_kernels/py.typed"} <= set(names)
 
 
-def test_both_distributions_declare_the_same() -> None:
-    """Whatever the kernels require the whole requires too, in the same words, so that either can replace the other."""
+def test_requirements_of_the_two_distributions_agree() -> None:
+    """Those of the kernels are among those of fastprice, so that either distribution can replace the other."""
     alone, whole = project(ROOT / "kernels"), project(ROOT)
     assert {Requirement(line).name for line in alone["dependencies"]} == {"torch", "triton"}
     assert set(alone["dependencies"]) <= set(whole["dependencies"])

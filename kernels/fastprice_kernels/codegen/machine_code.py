@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 # Bytes of shared memory that one block may use, by compute capability (CUDA C++ programming guide, table of compute
-# capabilities): Turing, A100, Ampere consumer, Ada, Hopper, Blackwell data centre, Blackwell consumer.
+# capabilities): Turing, A100, Ampere consumer, Ada, Hopper, Blackwell data center, Blackwell consumer.
 SHARED_LIMIT = {
     75: 64 * 1024,
     80: 163 * 1024,

@@ -54,7 +54,7 @@ def simple(fn: Any = _scaled_sum, size: int = 1024, **changes: Any) -> CompileCa
     return replace(case, **changes)
 
 
-def test_figures_of_a_kernel_that_is_known() -> None:
+def test_figures_of_a_known_kernel() -> None:
     code = compile_case(simple(), 90)
     assert code.store_bits == 128
     assert code.fma == 8

@@ -1,4 +1,4 @@
-"""The loss head against full logits in float64: values, gradients, reductions, memory, and the kernel's body."""
+"""Completion-only cross-entropy against full logits in float64: values, gradients, memory, and the kernel."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ DTYPES = list(BANDS)
 
 
 def make(
-    *shape: int, vocabulary: int, dtype: torch.dtype, labelled: float = 0.5, bias: bool = False, seed: int = 0
+    *shape: int, vocabulary: int, dtype: torch.dtype, labeled: float = 0.5, bias: bool = False, seed: int = 0
 ) -> SimpleNamespace:
-    """Hidden states (*shape), head and labels (*shape[:-1]) with about that share labelled."""
+    """Hidden states (*shape), weight and labels (*shape[:-1]) with about that share labeled."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*size: int) -> torch.Tensor:
         return torch.randn(*size, generator=generator, dtype=torch.float64).to(dtype)
 
     labels = torch.randint(0, vocabulary, shape[:-1], generator=generator)
-    labels[torch.rand(shape[:-1], generator=generator) >= labelled] = -100
+    labels[torch.rand(shape[:-1], generator=generator) >= labeled] = -100
     return SimpleNamespace(
         hidden=draw(*shape).requires_grad_(),
         weight=(draw(vocabulary, shape[-1]) / math.sqrt(shape[-1])).requires_grad_(),
@@ -132,7 +132,7 @@ def test_options(dtype, options):
 def test_shapes(shape):
     case = make(*shape, vocabulary=37, dtype=torch.float64) if len(shape) > 1 else None
     if case is None:  # one position, its label already in place
-        case = make(1, 16, vocabulary=37, dtype=torch.float64, labelled=1.0)
+        case = make(1, 16, vocabulary=37, dtype=torch.float64, labeled=1.0)
         case.hidden, case.labels = case.hidden.detach()[0].requires_grad_(), case.labels[0]
         assert_agrees(case, shift=False)
     else:
@@ -144,20 +144,20 @@ def test_shapes(shape):
     "options", [{}, {"reduction": "sum"}, {"num_items": 5}, {"num_items": torch.tensor(0)}], ids=str
 )
 def test_without_labels_loss_and_gradients_are_zero(dtype, options):
-    case = make(2, 5, 8, vocabulary=13, dtype=dtype, labelled=0.0, bias=True)
+    case = make(2, 5, 8, vocabulary=13, dtype=dtype, labeled=0.0, bias=True)
     with torch.no_grad():
         case.hidden[0, 0, 0] = float("nan")  # padding may hold anything
     for value in run(completion_cross_entropy, case, **options):
         assert torch.equal(value, torch.zeros_like(value))
 
 
-def test_what_stands_at_unlabeled_positions_does_not_matter():
+def test_hidden_states_at_unlabeled_positions_have_no_effect():
     case = make(2, 9, 8, vocabulary=13, dtype=torch.float32)
     want = run(completion_cross_entropy, case)
-    unlabelled = torch.ones(18, dtype=torch.bool)
-    unlabelled[labeled_positions(case.labels)] = False
+    unlabeled = torch.ones(18, dtype=torch.bool)
+    unlabeled[labeled_positions(case.labels)] = False
     with torch.no_grad():
-        case.hidden[unlabelled.view(2, 9)] = float("inf")
+        case.hidden[unlabeled.view(2, 9)] = float("inf")
     for value, other in zip(run(completion_cross_entropy, case), want, strict=True):
         assert torch.equal(value, other)
 
@@ -191,14 +191,14 @@ def test_labels_of_any_integer_dtype():
 def test_given_positions_equal_found_ones():
     case = make(3, 9, 8, vocabulary=13, dtype=torch.float64)
     found = labeled_positions(case.labels)
-    unlabelled = torch.tensor([8, 17, 26])  # the last of each row predicts nothing
+    unlabeled = torch.tensor([8, 17, 26])  # the last of each row predicts nothing
     want = run(completion_cross_entropy, case)
-    for positions in (found, torch.cat([unlabelled, found.flip(0)])):
+    for positions in (found, torch.cat([unlabeled, found.flip(0)])):
         for value, other in zip(run(completion_cross_entropy, case, positions=positions, chunk=4), want, strict=True):
             assert_near(value, other, 1e-13)
 
 
-def test_only_what_wants_a_gradient_gets_one():
+def test_only_inputs_that_require_a_gradient_get_one():
     case = make(2, 9, 8, vocabulary=13, dtype=torch.float64, bias=True)
     _, dh, dw, db = truth(case, reduction="sum")
     for wanted, gradient in (("hidden", dh), ("weight", dw), ("bias", db)):
@@ -211,9 +211,9 @@ def test_only_what_wants_a_gradient_gets_one():
     assert not loss.requires_grad
 
 
-def test_fp16_keeps_gradients_that_a_mean_would_lose():
-    """A gradient of 1e-5 / 4,096 is below fp16; a loss scale of 2^16, as GradScaler gives, must bring it back."""
-    case = make(1, 4097, 8, vocabulary=64, dtype=torch.float16, labelled=1.0)
+def test_fp16_does_not_lose_small_gradients_of_a_mean():
+    """A gradient of 1e-5 / 4,096 is below fp16; a loss scale of 2^16, as GradScaler uses, must restore it."""
+    case = make(1, 4097, 8, vocabulary=64, dtype=torch.float16, labeled=1.0)
     loss = completion_cross_entropy(case.hidden, case.weight.detach(), case.labels)
     (got,) = torch.autograd.grad(loss * 2.0**16, case.hidden)
     want = truth(case)[1] / 3 * 2.0**16
@@ -243,7 +243,7 @@ def test_statistics():
 
 def test_gradcheck():
     """Of the loss alone, on fresh graphs: a graph's backward runs once."""
-    case = make(2, 5, 6, vocabulary=7, dtype=torch.float64, bias=True, labelled=0.8)
+    case = make(2, 5, 6, vocabulary=7, dtype=torch.float64, bias=True, labeled=0.8)
     leaves = parts(case)
     grads = torch.autograd.grad(
         completion_cross_entropy(*leaves[:2], case.labels, bias=leaves[2], softcap=3.0, logit_scale=1.5), leaves
@@ -304,7 +304,7 @@ def test_kernel_agrees_with_the_cpu_path(rows, vocabulary, gradient, softcap, dt
 
 
 @pytest.mark.interpreter
-def test_kernel_makes_a_label_outside_the_vocabulary_a_nan():
+def test_a_label_outside_the_vocabulary_has_the_loss_nan():
     statistics = torch.zeros(2, 3)
     softmax_module._launch(torch.zeros(2, 5), torch.tensor([5, -1]), statistics, SoftmaxOptions())
     assert statistics[:, 0].isnan().all()
@@ -342,13 +342,13 @@ def own_storages(counter: PeakBytes, *tensors: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize(
-    ("labelled", "share", "dtype"),
+    ("labeled", "share", "dtype"),
     [(1.0, 0.05, torch.float32), (0.02, 0.012, torch.float32), (0.02, 0.012, torch.bfloat16)],
 )
-def test_peak_memory_of_a_step_measured(labelled, share, dtype):
+def test_peak_memory_of_a_step_measured(labeled, share, dtype):
     """4,096 tokens, head and vocabulary of a 1B model made 32 times smaller; everything that is allocated counts."""
     tokens, vocabulary, width = 4096, 4008, 64
-    case = make(1, tokens, width, vocabulary=vocabulary, dtype=dtype, labelled=labelled)
+    case = make(1, tokens, width, vocabulary=vocabulary, dtype=dtype, labeled=labeled)
     head, counter = case.weight.detach(), PeakBytes()
     own_storages(counter, case.hidden, head, case.labels)
     with counter:
@@ -359,18 +359,18 @@ def test_peak_memory_of_a_step_measured(labelled, share, dtype):
             case.hidden.detach()[0], head, None, flat, positions, -100, None, 1.0, 0, True, False, False
         )
         dh.mul_(1 / totals[1])
-    excess = counter.peak - (dh.nbytes if labelled < 0.5 else 0)
+    excess = counter.peak - (dh.nbytes if labeled < 0.5 else 0)
     assert excess <= share * tokens * vocabulary * dtype.itemsize
     want = torch.autograd.grad(reference.completion_cross_entropy(case.hidden, head, case.labels), case.hidden)[0]
     assert_near(dh[None], want, BANDS[dtype])
 
 
-@pytest.mark.parametrize(("labelled", "share"), [(4096, 0.05), (82, 0.012)])
+@pytest.mark.parametrize(("labeled", "share"), [(4096, 0.05), (82, 0.012)])
 @pytest.mark.parametrize("width", [2048, 4096])
-def test_peak_memory_at_full_size(labelled, share, width, monkeypatch):
-    """4,096 x 128,256 in bf16 under fake tensors; the result dH counts where everything is labelled.
+def test_peak_memory_at_full_size(labeled, share, width, monkeypatch):
+    """4,096 x 128,256 in bf16 under fake tensors; the result dH counts where everything is labeled.
 
-    As on CUDA: there the kernel works in place, so it is left out, and a logit needs no bytes beside its own.
+    As on CUDA: there the kernel works in place, so it is left out, and a logit needs no bytes but its own.
     """
     monkeypatch.setattr(loss_module, "softmax_rows", lambda *arguments: None)
     chunk_rows = loss_module._chunk_rows
@@ -379,7 +379,7 @@ def test_peak_memory_at_full_size(labelled, share, width, monkeypatch):
         hidden = torch.empty(4096, width, dtype=torch.bfloat16)
         weight = torch.empty(128256, width, dtype=torch.bfloat16)
         labels = torch.empty(4096, dtype=torch.long)
-        positions = torch.empty(labelled, dtype=torch.long)
+        positions = torch.empty(labeled, dtype=torch.long)
         counter = PeakBytes()
         own_storages(counter, hidden, weight, labels, positions)
         with counter:
@@ -387,9 +387,9 @@ def test_peak_memory_at_full_size(labelled, share, width, monkeypatch):
                 hidden, weight, None, labels, positions, SoftmaxOptions(), 0, (True, False, False)
             )
             dh.mul_(0.5)
-        excess = counter.peak - (dh.nbytes if labelled < 4096 else 0)
+        excess = counter.peak - (dh.nbytes if labeled < 4096 else 0)
     full = 4096 * 128256 * 2
-    print(f"D {width}, {labelled} labelled: {counter.peak / 2**20:.1f} MiB, {counter.peak / full:.2%} of all logits")
+    print(f"D {width}, {labeled} labeled: {counter.peak / 2**20:.1f} MiB, {counter.peak / full:.2%} of all logits")
     assert 0 < excess <= share * full
 
 

@@ -133,7 +133,7 @@ def test_qkv(missing, dtype, augmented):
 
 
 @FORMS
-def test_results_that_are_not_used_have_no_part_in_the_gradient(augmented):
+def test_unused_results_do_not_contribute_to_the_gradient(augmented):
     ps = [make(8, 16, 4, 10 * i, torch.float64) for i in range(3)]
     x = draw(5, 16, seed=5).requires_grad_()
     _, k, _ = lora_projections(x, ps, augmented=augmented)
@@ -170,7 +170,7 @@ def test_mlp(nf4, bias, shape, dtype, kind, augmented):
 
 @FORMS
 def test_gradcheck(augmented):
-    """Of the projections; an MLP's backward runs once a graph, gradcheck asks for two."""
+    """Of the projections; an MLP's backward runs once a graph, gradcheck needs two."""
     ps = mlp(torch.float64, bias=True)[:2]
 
     def run(x, *parts):
@@ -182,7 +182,7 @@ def test_gradcheck(augmented):
 
 
 @FORMS
-def test_only_what_wants_a_gradient_gets_one(augmented):
+def test_only_inputs_that_require_a_gradient_get_one(augmented):
     ps = mlp(torch.float64)
     frozen_x = draw(4, 41, seed=5)
     y = lora_mlp(frozen_x, *ps, augmented=augmented)
@@ -208,8 +208,8 @@ def test_inputs_that_are_not_contiguous(augmented):
     compare(got, truth(p, x.double()).permute(2, 0, 1), [base, p.lora_a, p.lora_b], torch.float32)
 
 
-def test_the_columns_beside_a_view_are_left_alone():
-    """The augmented form writes beside x only in buffers of its own."""
+def test_columns_outside_a_view_are_not_written():
+    """The augmented form writes next to x only in its own buffers."""
     p = make(13, 32, 16, 1, torch.float32)
     wide = torch.full((6, 48), float("nan"))
     wide[:, :32] = draw(6, 32, seed=3, dtype=torch.float32)
@@ -219,7 +219,7 @@ def test_the_columns_beside_a_view_are_left_alone():
 
 
 @pytest.mark.parametrize("augmented", [False, True])
-def test_results_do_not_come_from_uninitialised_memory(monkeypatch, augmented):
+def test_results_do_not_depend_on_uninitialized_memory(monkeypatch, augmented):
     """Every buffer the products allocate is poisoned with NaN first."""
     ps = mlp(torch.float32, nf4=True)
     x = draw(6, 41, seed=5, dtype=torch.float32).requires_grad_()
@@ -237,29 +237,29 @@ def poison(t: torch.Tensor) -> torch.Tensor:
 
 
 def saved_bytes(run) -> dict[int, int]:
-    """Storage -> bytes of everything that autograd keeps for `run`'s backward."""
-    kept: dict[int, int] = {}
+    """Storage -> bytes of everything that autograd saves for `run`'s backward."""
+    saved: dict[int, int] = {}
 
     def pack(t: torch.Tensor) -> torch.Tensor:
-        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         run()
-    return kept
+    return saved
 
 
-def test_linear_keeps_x_and_the_rank_r_product_alone():
+def test_linear_saves_only_x_and_the_product_of_rank_r():
     p = make(256, 128, 8, 1, torch.float32, nf4=True)
     x = draw(32, 128, seed=7, dtype=torch.float32).requires_grad_()
-    kept = saved_bytes(lambda: lora_linear(x, p.weight, p.lora_a, p.lora_b, 1.0, quant_state=p.quant_state))
+    saved = saved_bytes(lambda: lora_linear(x, p.weight, p.lora_a, p.lora_b, 1.0, quant_state=p.quant_state))
     for own in (x, p.lora_a, p.lora_b):
-        kept.pop(own.untyped_storage().data_ptr())
-    assert list(kept.values()) == [32 * 8 * 4]
+        saved.pop(own.untyped_storage().data_ptr())
+    assert list(saved.values()) == [32 * 8 * 4]
 
 
-def test_dense_weights_live_from_recomputation_to_backward(monkeypatch):
-    """Under checkpointing `keep_dense` dequantises twice a step in place of three times, with equal gradients."""
+def test_dense_weights_are_saved_from_recomputation_to_backward(monkeypatch):
+    """Under checkpointing `keep_dense` dequantizes twice a step instead of three times, with equal gradients."""
     ps = mlp(torch.float32, nf4=True)
     x = draw(6, 41, seed=5, dtype=torch.float32).requires_grad_()
     calls, dequantize = [], lora_products.dequantize_nf4
@@ -275,9 +275,9 @@ def test_dense_weights_live_from_recomputation_to_backward(monkeypatch):
 
     for reentrant in (False, True):
         plain, n_plain = step(False, reentrant=reentrant), len(calls)
-        kept, n_kept = step(True, reentrant=reentrant), len(calls)
-        assert (n_plain, n_kept) == (9, 6)
-        assert all(torch.equal(a, b) for a, b in zip(plain, kept, strict=True))
+        dense, n_dense = step(True, reentrant=reentrant), len(calls)
+        assert (n_plain, n_dense) == (9, 6)
+        assert all(torch.equal(a, b) for a, b in zip(plain, dense, strict=True))
 
 
 def test_a_second_backward_of_the_mlp_raises():
@@ -289,7 +289,7 @@ def test_a_second_backward_of_the_mlp_raises():
         y.backward()
 
 
-def test_an_optimiser_step_before_the_backward_is_noticed():
+def test_an_optimizer_step_before_the_backward_is_detected():
     p = make(13, 41, 5, 1, torch.float32)
     y = lora_linear(draw(6, 41, seed=5, dtype=torch.float32), p.weight, p.lora_a, p.lora_b, 1.0)
     with torch.no_grad():

@@ -32,7 +32,7 @@ class State:
     state2: Any = None
 
 
-def quantised(shape: tuple[int, int], dtype: torch.dtype, blocksize: int = 64, nested: bool = True, seed: int = 0):
+def quantized(shape: tuple[int, int], dtype: torch.dtype, blocksize: int = 64, nested: bool = True, seed: int = 0):
     w = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
     return F.quantize_4bit(w, blocksize=blocksize, quant_type="nf4", compress_statistics=nested)
 
@@ -109,14 +109,14 @@ def test_every_byte_under_every_scale_equals_bitsandbytes(dtype: torch.dtype) ->
 @pytest.mark.parametrize("nested", [True, False])
 def test_random_weights_equal_bitsandbytes(blocksize: int, nested: bool) -> None:
     for dtype in DTYPES:
-        packed, state = quantised((48, 1024), dtype, blocksize, nested)
+        packed, state = quantized((48, 1024), dtype, blocksize, nested)
         w = dequantize_nf4(packed, state)
         assert w.dtype == dtype
         assert torch.equal(w, F.dequantize_4bit(packed, state))
 
 
 def test_a_fused_multiply_add_would_differ() -> None:
-    """The case above can tell: nested scales rounded once instead of twice give other bits."""
+    """The case above can fail: nested scales rounded once instead of twice have other bits."""
     packed, state = every_byte_and_scale()
     fused = state.state2.code.double() * state.state2.absmax.double() + state.offset.double()
     plain = replace(state, absmax=fused.float(), state2=None, offset=None)
@@ -127,12 +127,12 @@ def test_a_fused_multiply_add_would_differ() -> None:
 def test_counts_that_fill_no_block_equal_bitsandbytes(shape: tuple[int, int]) -> None:
     # bitsandbytes compiles its fallback for odd sizes with Inductor, for a minute.
     with torch.compiler.set_stance("force_eager"):
-        packed, state = quantised(shape, torch.float32)
+        packed, state = quantized(shape, torch.float32)
         assert torch.equal(dequantize_nf4(packed, state), F.dequantize_4bit(packed, state))
 
 
 def test_out_is_written_and_returned_and_dtype_may_differ_from_the_state() -> None:
-    packed, state = quantised((16, 64), torch.float32)
+    packed, state = quantized((16, 64), torch.float32)
     buffer, out = poisoned((16, 64), 8, torch.float16)
     assert dequantize_nf4(packed, state, out=out) is out
     assert torch.equal(out, dequantize_nf4(packed, state, dtype=torch.float16))
@@ -141,7 +141,7 @@ def test_out_is_written_and_returned_and_dtype_may_differ_from_the_state() -> No
 
 
 def test_packed_may_have_any_shape_and_strides() -> None:
-    packed, state = quantised((16, 64), torch.float32)
+    packed, state = quantized((16, 64), torch.float32)
     spread = torch.zeros(512, 2, dtype=torch.uint8)
     spread[:, 0] = packed.view(-1)
     for same in (packed.t(), packed.view(16, 32), spread[:, 0]):
@@ -173,7 +173,7 @@ def test_kernels_equal_the_reference(dtype: torch.dtype, extra: int) -> None:
             if dtype == torch.bfloat16:
                 expected = truncated(dequantize_nf4(packed, state, dtype=torch.float32))
             assert torch.equal(out, expected), (shape, nested)
-            assert buffer[:, shape[1] :].isnan().all(), "wrote beside its columns"
+            assert buffer[:, shape[1] :].isnan().all(), "wrote outside its columns"
 
 
 @pytest.mark.interpreter
@@ -197,7 +197,7 @@ def test_kernel_on_every_byte_under_every_scale() -> None:
 
 
 @pytest.mark.interpreter
-def test_second_scales_change_within_a_weight() -> None:
+def test_a_weight_with_several_second_scales() -> None:
     """More than one block of 256 scales, also where a program's share of them is not a divisor of the block."""
     packed, state = random_state((80, 520))
     assert state.state2.absmax.numel() == 3
@@ -213,7 +213,7 @@ def test_second_scales_change_within_a_weight() -> None:
 
 @pytest.mark.interpreter
 def test_unaligned_packed_bytes() -> None:
-    packed, state = quantised((16, 64), torch.float32)
+    packed, state = quantized((16, 64), torch.float32)
     shifted = torch.cat((torch.zeros(1, 1, dtype=torch.uint8), packed))[1:]
     assert shifted.data_ptr() % 4
     _, out = poisoned((16, 64), 0, torch.float32)
@@ -231,7 +231,7 @@ def test_the_reciprocal_gives_the_row(row_words: int) -> None:
     assert torch.equal((in_row * -(-(2**32) // row_words)) >> 32, in_row // row_words)
 
 
-def test_the_word_kernel_takes_every_layer_and_leaves_what_it_cannot_address() -> None:
+def test_shapes_and_alignments_that_the_word_kernel_supports() -> None:
     layers = [(512, 2048), (8192, 2048), (3072, 8192), (14336, 4096), (896, 896), (128, 896), (28672, 8192)]
     for rows, columns in layers:
         for gap in (0, 16, 64):
@@ -282,15 +282,17 @@ def _wrong_arguments() -> list[tuple[str, dict[str, Any], dict[str, Any], str]]:
     [case[1:] for case in _wrong_arguments()],
     ids=[c[0] for c in _wrong_arguments()],
 )
-def test_wrong_arguments_are_named(changes: dict[str, Any], arguments: dict[str, Any], message: str) -> None:
-    packed, state = quantised((16, 64), torch.float32, nested=False)
+def test_wrong_arguments_raise_errors_with_their_names(
+    changes: dict[str, Any], arguments: dict[str, Any], message: str
+) -> None:
+    packed, state = quantized((16, 64), torch.float32, nested=False)
     ours = State(state.absmax, state.code, tuple(state.shape))
     arguments = dict(arguments)
     with pytest.raises(ValueError, match=message):
         dequantize_nf4(arguments.pop("packed", packed), replace(ours, **changes), **arguments)
 
 
-def test_wrong_nested_states_are_named() -> None:
+def test_wrong_nested_states_raise_errors_with_their_names() -> None:
     packed, state = every_byte_and_scale()
     with pytest.raises(ValueError, match=r"offset is NoneType, nested scales needs a torch.float32 tensor"):
         dequantize_nf4(packed, replace(state, offset=None))
@@ -303,7 +305,7 @@ def test_wrong_nested_states_are_named() -> None:
 
 
 def test_a_weight_that_bitsandbytes_repacked_for_its_cpu_inference_is_refused() -> None:
-    packed, state = quantised((16, 64), torch.float32)
+    packed, state = quantized((16, 64), torch.float32)
     state.packing_format_for_cpu = True
     with pytest.raises(ValueError, match="repacked by bitsandbytes"):
         dequantize_nf4(packed, state)
@@ -314,13 +316,13 @@ def test_a_weight_that_bitsandbytes_repacked_for_its_cpu_inference_is_refused() 
 
 @pytest.mark.parametrize("nested", [True, False])
 def test_opcheck(nested: bool) -> None:
-    packed, state = quantised((16, 64), torch.float32, nested=nested)
+    packed, state = quantized((16, 64), torch.float32, nested=nested)
     weight, _, _ = read_weight(packed, state)
     torch.library.opcheck(torch.ops.fastprice.dequantize_nf4.default, (*weight, torch.empty(16, 64)))
 
 
 def test_torch_compile_has_no_graph_break() -> None:
-    packed, state = quantised((16, 64), torch.float32)
+    packed, state = quantized((16, 64), torch.float32)
 
     def product(x: Tensor, packed: Tensor, buffer: Tensor) -> Tensor:
         w = dequantize_nf4(packed, state)
@@ -336,7 +338,7 @@ def test_torch_compile_has_no_graph_break() -> None:
 def test_fake_tensors_take_no_memory_beyond_the_weight() -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    packed, state = quantised((16, 64), torch.bfloat16)
+    packed, state = quantized((16, 64), torch.bfloat16)
     with FakeTensorMode(allow_non_fake_inputs=True):
         w = dequantize_nf4(packed, state)
     assert (w.shape, w.dtype) == ((16, 64), torch.bfloat16)

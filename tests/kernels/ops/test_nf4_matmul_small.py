@@ -50,7 +50,7 @@ def case(rows: int, n: int, k: int, dtype: torch.dtype = torch.float32, nested: 
 
 
 def truth(c: Case, bias: bool = True) -> Tensor:
-    """The product in fp64 with the weight as dequantised to x's dtype."""
+    """The product in fp64 with the weight as dequantized to x's dtype."""
     y = c.x.double() @ dequantize_nf4(c.packed, c.state, dtype=c.x.dtype).double().t()
     return y + c.bias.double() if bias else y
 
@@ -134,7 +134,7 @@ def test_k_is_split_until_every_processor_has_three_programs() -> None:
         assert parts * steps * small_module.WORDS * 8 >= k
 
 
-def test_where_the_kernel_serves() -> None:
+def test_shapes_dtypes_and_gpus_that_the_kernel_supports() -> None:
     assert small_module._fits(4096, 4096, 256, torch.bfloat16, 8)
     assert not small_module._fits(4096, 4096, 256, torch.float32, 10), "TF32 on sm_100"
     assert not small_module._fits(4096, 4096, 256, torch.float16, 7), "no tensor cores on Turing"
@@ -143,7 +143,7 @@ def test_where_the_kernel_serves() -> None:
     assert not small_module._fits(2**21, 2**13, 256, torch.float16, 9), "2**31 words"
 
 
-def test_wrong_arguments_are_named() -> None:
+def test_wrong_arguments_raise_errors_with_their_names() -> None:
     c = case(3, 16, 64)
 
     def refuses(message: str, x: Tensor = c.x, **more: Any) -> None:
@@ -162,7 +162,7 @@ def test_wrong_arguments_are_named() -> None:
     refuses("type 'fp4'")
 
 
-def test_a_gradient_that_is_switched_off_is_no_obstacle() -> None:
+def test_inputs_that_require_a_gradient_are_accepted_under_no_grad() -> None:
     c = case(3, 16, 64)
     with torch.no_grad():
         nf4_matmul_small(c.x.clone().requires_grad_(), c.packed, c.state)

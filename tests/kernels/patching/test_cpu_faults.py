@@ -67,7 +67,7 @@ def flat_gradient(model):
     [(32, 64, True), (288, 64, True), (64, 128, True), (48, 64, True), (40, 64, False), (56, 64, False),
      (64, 64, False), (896, 64, False), (32, 2048, True)],
 )  # fmt: skip
-def test_stock_weights_are_exact_but_for_some_widths_on_one_kind_of_cpu(cpu_kind, columns, blocksize, at_risk):
+def test_stock_weights_are_exact_except_for_some_widths_on_one_kind_of_cpu(cpu_kind, columns, blocksize, at_risk):
     packed, state = bnb.functional.quantize_4bit(torch.randn(96, columns), blocksize=blocksize, quant_type="nf4")
     exact = torch.equal(bnb.functional.dequantize_4bit(packed, state), dequantize_nf4(packed, state))
     assert exact == (cpu_kind == "avx2" or not at_risk or blocksize == 2048)
@@ -84,7 +84,7 @@ def test_this_cpu_is_one_of_the_two_kinds():
             results[kind] = bnb.functional.dequantize_4bit(packed, state)
     assert not torch.equal(*results.values())
     assert any(torch.equal(here, emulated) for emulated in results.values())
-    assert torch.equal(bnb.functional.dequantize_4bit(packed, state), here), "nothing stays emulated"
+    assert torch.equal(bnb.functional.dequantize_4bit(packed, state), here), "the emulation has ended"
 
 
 @pytest.mark.filterwarnings("ignore:bitsandbytes..gemv_4bit. an autograd kernel was not registered:UserWarning")
@@ -156,7 +156,7 @@ def test_kernels_run_where_stock_weights_may_be_wrong(narrow, cpu_kind, length):
         torch.testing.assert_close(model(**inputs).logits, want)
 
 
-def test_a_layer_that_stays_stock_on_wrong_weights_says_so(narrow, cpu_kind):
+def test_the_report_names_stock_layers_with_wrong_weights(narrow, cpu_kind):
     fault = r"LoRA dropout of 0.1 \(and bitsandbytes computes rows of 32 4-bit weights with wrong scales on this CPU\)"
     with pytest.warns(UserWarning, match="leaves these on the stock path"):
         report = install(make(lora_dropout=0.1))

@@ -80,7 +80,7 @@ def test_gradients_agree_on_every_architecture(kind, nf4, augmented):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_sixteen_bit_models_agree_within_their_band(dtype):
+def test_sixteen_bit_models_agree_within_rounding(dtype):
     want = gradients(make(dtype=torch.float32))
     model = make(dtype=dtype)
     stock = gradients(model)
@@ -103,7 +103,7 @@ def test_autocast(compute):
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2"])
-def test_uninstall_returns_exactly(kind):
+def test_uninstall_restores_everything(kind):
     want, want_gradients = train(make(kind), 3)
     model = make(kind)
     before = {name: dict(module.__dict__) for name, module in model.named_modules()}
@@ -132,14 +132,14 @@ def test_installing_is_idempotent_and_options_can_change():
     assert not any("forward" in m.__dict__ for m in model.modules())
 
 
-def test_context_manager_takes_the_kernels_out_after_an_error():
+def test_context_manager_uninstalls_after_an_error():
     model = make()
     with pytest.raises(KeyError), installed(model):
         raise KeyError
     assert not any("forward" in m.__dict__ for m in model.modules())
 
 
-def test_uninstall_refuses_what_was_wrapped_since():
+def test_uninstall_refuses_forwards_that_were_wrapped_later():
     model = make()
     install(model)
     mlp = model.get_base_model().model.layers[0].mlp
@@ -168,7 +168,7 @@ def test_gradient_checkpointing(reentrant, keep_dense, monkeypatch):
     got = gradients(model)
     assert_close(got, want, 2e-5)
     assert all(torch.equal(a, b) for a, b in zip(got, dropped, strict=True)), "the weights are the same bits"
-    # Re-entrant checkpointing runs the first forward without gradient; the last layer then has few enough labelled rows
+    # Re-entrant checkpointing runs the first forward without gradient; the last layer then has few enough labeled rows
     # in its output projection and MLP for bitsandbytes' own product.
     assert len(calls) == LAYERS * 7 * (2 if keep_dense else 3) - 4 * reentrant
 
@@ -187,7 +187,7 @@ def test_keep_dense_does_nothing_without_recomputation(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2"])
-def test_generation_is_what_it_was(kind):
+def test_generation_does_not_change(kind):
     model = make(kind).eval()
     prompt = {k: v for k, v in batch().items() if k != "labels"}
     options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
@@ -197,7 +197,7 @@ def test_generation_is_what_it_was(kind):
     assert torch.equal(model.generate(**prompt, **options, use_cache=False), want)
 
 
-def test_evaluation_agrees_and_logits_are_there_without_labels():
+def test_evaluation_agrees_and_has_logits_without_labels():
     model = make().eval()
     inputs = batch()
     labels = inputs.pop("labels")
@@ -208,8 +208,8 @@ def test_evaluation_agrees_and_logits_are_there_without_labels():
         torch.testing.assert_close(got.loss, want.loss)
         assert got.logits is None
         torch.testing.assert_close(model(**inputs).logits, want.logits)
-        kept = model(**inputs, labels=None, logits_to_keep=2).logits
-        torch.testing.assert_close(kept, want.logits[:, -2:])
+        last = model(**inputs, labels=None, logits_to_keep=2).logits
+        torch.testing.assert_close(last, want.logits[:, -2:])
         states = model(**inputs, labels=labels, output_hidden_states=True)
     assert len(states.hidden_states) == LAYERS + 1
     assert states.hidden_states[-1].shape == (3, 12, WIDTH)

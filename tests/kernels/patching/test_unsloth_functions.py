@@ -133,7 +133,7 @@ def everything_of(modules):
 
 
 @pytest.mark.parametrize("nf4", [True, False])
-def test_an_unsloth_model_runs_on_the_kernels_and_returns_exactly(unsloth_modules, nf4):
+def test_an_unsloth_model_runs_on_the_kernels_and_is_restored(unsloth_modules, nf4):
     model = unsloth_model(unsloth_modules, nf4=nf4)
     layers = model.get_base_model().model.layers
     before = everything_of(unsloth_modules)
@@ -145,7 +145,7 @@ def test_an_unsloth_model_runs_on_the_kernels_and_returns_exactly(unsloth_module
     places = {name for name, kernel in report.replaced.items() if kernel == "completion_cross_entropy"}
     theirs = ("unsloth.models.llama", "unsloth_compiled_module_x", "unsloth_zoo.loss_utils")
     assert places == {f"{name}.unsloth_fused_ce_loss" for name in theirs}
-    # Unsloth finds its fused layers by comparing what hangs on them with the names in its modules.
+    # Unsloth finds its fused layers by comparing what is attached to them with the names in its modules.
     assert layers[0].self_attn.apply_qkv is unsloth_modules["unsloth.models.llama"].apply_lora_qkv
     assert layers[0].self_attn.apply_qkv is unsloth_modules["unsloth.kernels.fast_lora"].apply_lora_qkv
     assert unsloth_modules["unsloth.save"].fast_dequantize() == "someone else's"
@@ -170,7 +170,7 @@ def test_an_unsloth_model_runs_on_the_kernels_and_returns_exactly(unsloth_module
     assert_close(got, want, 2e-5)
 
 
-def test_unsloth_functions_go_back_when_the_last_model_lets_go(unsloth_modules):
+def test_unsloth_functions_are_restored_with_the_last_model(unsloth_modules):
     home, user = unsloth_modules["unsloth.kernels.utils"], unsloth_modules["unsloth.models.llama"]
     before, stock = everything_of(unsloth_modules), home.fast_dequantize
     first, second = unsloth_model(unsloth_modules), unsloth_model(unsloth_modules)
@@ -205,7 +205,7 @@ def test_unsloth_functions_go_back_when_the_last_model_lets_go(unsloth_modules):
     assert {key: value for key, value in everything_of(unsloth_modules).items() if key in before} == before
 
 
-def test_what_the_kernels_cannot_do_in_an_unsloth_model_stays_unsloths(unsloth_modules):
+def test_unsupported_layers_run_the_functions_of_unsloth(unsloth_modules):
     model = unsloth_model(unsloth_modules)
     install(model)
     layer = model.get_base_model().model.layers[1]
@@ -220,7 +220,7 @@ def test_what_the_kernels_cannot_do_in_an_unsloth_model_stays_unsloths(unsloth_m
     uninstall(model)
 
 
-def test_the_fused_loss_takes_what_unsloth_hands_it(unsloth_modules):
+def test_the_fused_loss_takes_the_arguments_of_unsloth(unsloth_modules):
     model = unsloth_model(unsloth_modules)
     with installed(model, loss_head=True):
         loss = unsloth_modules["unsloth.models.llama"].unsloth_fused_ce_loss
@@ -235,7 +235,7 @@ def test_the_fused_loss_takes_what_unsloth_hands_it(unsloth_modules):
 
 
 @pytest.mark.filterwarnings("ignore:fastprice_kernels leaves:UserWarning")
-def test_an_unsloth_loss_out_of_reach_is_kept_with_its_reason(unsloth_modules):
+def test_an_unsloth_loss_that_cannot_be_replaced_is_reported(unsloth_modules):
     model = unsloth_model(unsloth_modules)
     unsloth_modules["unsloth_zoo.loss_utils"].unsloth_fused_ce_loss = lambda hidden, **options: None
     with installed(model, loss_head=True, last_layer=True) as report:
@@ -247,7 +247,7 @@ def test_an_unsloth_loss_out_of_reach_is_kept_with_its_reason(unsloth_modules):
         assert any("does not call unsloth_fused_ce_loss" in reason for reason in report.skipped.values())
 
 
-def test_an_unsloth_of_another_shape_is_named_and_left_alone(unsloth_modules):
+def test_an_unsloth_with_other_functions_is_refused_and_not_changed(unsloth_modules):
     model = unsloth_model(unsloth_modules)
     home, lora = (unsloth_modules[f"unsloth.kernels.{name}"] for name in ("utils", "fast_lora"))
     home.fast_dequantize = lambda W, state: None
@@ -260,7 +260,7 @@ def test_an_unsloth_of_another_shape_is_named_and_left_alone(unsloth_modules):
 
 
 @pytest.mark.slow
-def test_the_installed_unsloth_has_the_shape_that_is_replaced(tmp_path):
+def test_the_installed_unsloth_has_the_functions_that_are_replaced(tmp_path):
     pytest.importorskip("importlib.util").find_spec("unsloth") or pytest.skip("unsloth is not installed")
     script = """
 import sys, warnings

@@ -1,4 +1,4 @@
-"""The loss head and the last layer at labeled positions, under real model classes and others' wrappers."""
+"""The loss without logits and the last layer at labeled positions, on real model classes and inside wrappers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_last_layer_without_loss_head_is_refused():
         install(make(), last_layer=True)
 
 
-def test_outputs_carry_what_trl_reads():
+def test_outputs_have_the_statistics_that_trl_reads():
     model = make()
     inputs = batch()
     logits = model(**inputs).logits[:, :-1]
@@ -54,7 +54,7 @@ def test_losses_add_up_over_micro_batches(mode):
 
 
 @pytest.mark.parametrize("mode", ["head", "all"])
-def test_without_labelled_tokens_loss_and_gradients_are_zero(mode):
+def test_without_labeled_tokens_loss_and_gradients_are_zero(mode):
     model, inputs = make(), batch()
     inputs["labels"] = torch.full_like(inputs["labels"], -100)
     install(model, **MODES[mode])
@@ -71,49 +71,49 @@ def test_labels_that_are_shifted_already():
 
 
 @pytest.mark.parametrize("mode", ["head", "all"])
-def test_positions_that_come_with_the_batch(mode, monkeypatch):
+def test_positions_in_the_batch(mode, monkeypatch):
     model, inputs = make(), batch()
     want = gradients(model)
     install(model, **MODES[mode])
     found = labeled_positions(inputs["labels"])
     inputs["label_positions"] = torch.cat([found, found.new_full((4,), 35)])  # the last position predicts nothing
-    asked = []
-    monkeypatch.setattr(causal_loss, "labeled_positions", lambda *a, **k: asked.append(a))
+    searches = []
+    monkeypatch.setattr(causal_loss, "labeled_positions", lambda *a, **k: searches.append(a))
     assert_close(gradients(model, inputs), want, 2e-5)
-    assert not asked
+    assert not searches
     logits = model(**{key: value for key, value in inputs.items() if key != "labels"}).logits
     assert logits.shape == (3, 12, VOCABULARY)
 
 
-def test_the_heads_chunks_go_by_all_positions(monkeypatch):
-    model, asked = make(), []
+def test_the_size_of_a_chunk_counts_all_positions(monkeypatch):
+    model, sizes = make(), []
     install(model, loss_head=True, last_layer=True)
     chunk_rows = causal_loss.chunk_rows
-    monkeypatch.setattr(causal_loss, "chunk_rows", lambda *a, **k: asked.append(a[2:]) or chunk_rows(*a, **k))
+    monkeypatch.setattr(causal_loss, "chunk_rows", lambda *a, **k: sizes.append(a[2:]) or chunk_rows(*a, **k))
     inputs = batch()
     model(**inputs).loss.backward()
-    assert asked == [(36, int((inputs["labels"][:, 1:] != -100).sum()))]
+    assert sizes == [(36, int((inputs["labels"][:, 1:] != -100).sum()))]
 
 
-def test_last_layer_works_at_labeled_positions_alone():
-    model, inputs = make(), batch(labelled=0.0)
+def test_last_layer_runs_at_labeled_positions_alone():
+    model, inputs = make(), batch(labeled=0.0)
     install(model, loss_head=True, last_layer=True)
     layers = model.get_base_model().model.layers
     seen: dict[str, torch.Size] = {}
     for name, module in (("first", layers[0].mlp), ("last", layers[-1].mlp), ("keys", layers[-1].self_attn.k_proj)):
         module.register_forward_hook(lambda m, i, o, name=name: seen.update({name: i[0].shape}))
     model(**inputs).loss.backward()
-    labelled = (inputs["labels"][:, 1:] != -100).sum()
-    assert seen == {"first": (3, 12, WIDTH), "last": (1, labelled, WIDTH), "keys": (3, 12, WIDTH)}
+    labeled = (inputs["labels"][:, 1:] != -100).sum()
+    assert seen == {"first": (3, 12, WIDTH), "last": (1, labeled, WIDTH), "keys": (3, 12, WIDTH)}
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "mistral"])
-def test_last_layer_is_offered_where_the_code_is_known(kind):
+def test_last_layers_that_are_supported(kind):
     assert unsupported_last_layer(make(kind).get_base_model().model.layers[-1]) is None
 
 
 @pytest.mark.filterwarnings("ignore:fastprice_kernels leaves:UserWarning")
-def test_last_layer_is_refused_where_the_code_is_another():
+def test_a_last_layer_with_other_code_stays_stock():
     model = make("gemma2")
     want = gradients(model)
     report = install(model, loss_head=True, last_layer=True)
@@ -121,7 +121,7 @@ def test_last_layer_is_refused_where_the_code_is_another():
     assert_close(gradients(model), want, 2e-5)
 
 
-def test_a_head_with_an_adapter_keeps_its_loss():
+def test_an_output_layer_with_an_adapter_keeps_the_stock_loss():
     model = make(nf4=False, target_modules=["q_proj", "lm_head"])
     with pytest.warns(
         UserWarning,
@@ -132,23 +132,23 @@ def test_a_head_with_an_adapter_keeps_its_loss():
     assert model(**batch()).logits is not None
 
 
-def test_a_model_that_bends_its_logits_otherwise_keeps_its_loss():
+def test_a_model_that_changes_its_logits_in_another_way_keeps_the_stock_loss():
     model = make()
     causal = model.get_base_model()
 
-    class Bent(type(causal)):
+    class Changed(type(causal)):
         def forward(self, **kwargs):
             output = super().forward(**kwargs)
             output.logits = output.logits.abs()
             return output
 
-    causal.__class__ = Bent
+    causal.__class__ = Changed
     with pytest.warns(UserWarning, match="neither a scale nor a cap"):
         install(model, loss_head=True)
 
 
-def test_a_trl_loss_is_taken_over_and_given_back():
-    """TRL hangs its chunked loss on the model when a trainer is made; ours may come after it."""
+def test_the_chunked_loss_of_trl_is_replaced_and_restored():
+    """TRL attaches its chunked loss to the model when a trainer is made; ours may come after it."""
     trl = pytest.importorskip("trl.trainer.sft_trainer")
     model = make()
     causal = model.get_base_model()
@@ -166,7 +166,7 @@ def test_a_trl_loss_is_taken_over_and_given_back():
 
 @pytest.fixture
 def fresh_accelerate():
-    """Accelerate's state is one a process: whoever trained before this test has chosen another precision."""
+    """Accelerate has one state a process: a training before this test has chosen another precision."""
     accelerate = pytest.importorskip("accelerate")
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
     yield accelerate

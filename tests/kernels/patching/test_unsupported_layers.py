@@ -21,7 +21,7 @@ transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
-def test_adapters_that_are_switched_off_or_merged():
+def test_adapters_that_are_disabled_or_merged():
     model = make(nf4=False).eval()
     inputs = batch()
     inputs.pop("labels")
@@ -53,7 +53,7 @@ def test_adapters_on_some_projections_only():
     [({"lora_dropout": 0.1}, "LoRA dropout of 0.1"), ({"use_dora": True}, "a variant of LoRA"),
      ({"lora_bias": True}, "an adapter with a bias")],
 )  # fmt: skip
-def test_what_the_kernels_cannot_do_stays_stock_with_one_warning(settings, reason):
+def test_unsupported_layers_stay_stock_with_one_warning(settings, reason):
     model = make(nf4=False, **settings)
     torch.manual_seed(1)
     want = gradients(model)
@@ -67,7 +67,7 @@ def test_what_the_kernels_cannot_do_stays_stock_with_one_warning(settings, reaso
     assert all(torch.equal(a, b) for a, b in zip(gradients(model), want, strict=True))
 
 
-def test_a_dropout_that_comes_later_goes_back_to_the_stock_path_with_one_warning():
+def test_a_later_dropout_runs_the_stock_path_with_one_warning():
     model = make()
     install(model)
     for module in model.modules():
@@ -82,7 +82,7 @@ def test_a_dropout_that_comes_later_goes_back_to_the_stock_path_with_one_warning
     assert all(torch.equal(a, b) for a, b in zip(got, gradients(model), strict=True))
 
 
-def test_a_second_adapter_goes_back_to_the_stock_path():
+def test_a_second_adapter_runs_the_stock_path():
     model = make(nf4=False)
     model.add_adapter("other", peft.LoraConfig(r=2, target_modules=["q_proj"]))
     install(model)
@@ -90,7 +90,7 @@ def test_a_second_adapter_goes_back_to_the_stock_path():
     with pytest.warns(UserWarning, match="several adapters active at once"):
         got = gradients(model)
     uninstall(model)
-    assert_close(got, gradients(model), 2e-5)  # the layers with one adapter stay with the kernels
+    assert_close(got, gradients(model), 2e-5)  # the layers with one adapter run on the kernels
 
 
 def test_hooks_inside_an_mlp_still_run():
@@ -123,7 +123,7 @@ def test_plain_four_bit_models_without_adapters():
     assert_close([got], [want], 1e-5)
 
 
-def test_modules_are_told_by_what_they_do():
+def test_modules_are_recognized_by_what_they_compute():
     class Doubled(nn.Module):
         def forward(self, x):
             return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(self.up_proj(x)))
