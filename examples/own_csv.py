@@ -1,7 +1,9 @@
 """A CSV of products: read, cleaned, split, a model trained, prices with intervals, saved and loaded.
 
-python examples/own_csv.py                                    # writes and uses a small synthetic CSV
-python examples/own_csv.py --data products.csv --text title description --price price --group sku
+On synthetic products, or on your own file:
+
+    python examples/own_csv.py                                    # writes and uses a small synthetic CSV
+    python examples/own_csv.py --data products.csv --text title description --price price --group sku
 """
 
 from __future__ import annotations

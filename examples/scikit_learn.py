@@ -1,7 +1,9 @@
 """`PriceEstimator` as a scikit-learn regressor, cross-validated beside TF-IDF with ridge on the same folds.
 
-python examples/scikit_learn.py
-python examples/scikit_learn.py --data products.csv --text title description --price price --group sku
+On synthetic products, or on your own file:
+
+    python examples/scikit_learn.py
+    python examples/scikit_learn.py --data products.csv --text title description --price price --group sku
 """
 
 from __future__ import annotations
