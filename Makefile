@@ -43,7 +43,7 @@ docs: $(VENV)/.installed-docs
 # notices (docs/LOG.md). A run stops after MINUTES; the next one goes on where it stopped, until mutants/ is removed.
 MINUTES ?= 25
 mutants: $(VENV)/.installed-dev
-	$(BIN)/pip install --quiet mutmut==$(MUTMUT)
+	$(BIN)/pip install --quiet --constraint $(VENV)/.constraints mutmut==$(MUTMUT)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 timeout $(MINUTES)m $(BIN)/mutmut run --max-children 2 \
 	  || test $$? -eq 124
 	$(BIN)/mutmut results | sed "/: not checked/d"
