@@ -138,7 +138,8 @@ def test_json_answers_are_objects_held_to_the_schema() -> None:
 
 
 def test_impossible_settings_are_one_line() -> None:
-    with pytest.raises(ConfigError, match=r"output: must be text, json or head, not .*; price_head: must be .*; text_loss: must be ce"):
+    problems = r"output: must be text, json or head, not .*; price_head: must be .*; text_loss: must be ce"
+    with pytest.raises(ConfigError, match=problems):
         PriceEstimator(output="song", price_head="tail", text_loss="l3").prepare()
     for settings in ({"output": "head"}, {"text_loss": "wasserstein"}):
         with pytest.raises(ConfigError, match="use engine='peft'"):
