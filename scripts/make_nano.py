@@ -2,25 +2,24 @@
 
     python scripts/make_nano.py --minutes 20 --out src/fastprice/nano
 
-The model is a small Llama that has read product texts, none of them with a price. It is there so that the whole path
-(4-bit load, LoRA, fine-tuning, decoding) can be run and tested in minutes on a CPU; fine-tuning must be able to turn it
-into something that writes prices while its embeddings and head stay frozen, and that decides what it reads here:
+The model is a small Llama that has read product texts, none of them with a price. With it the whole path (4-bit load,
+LoRA, fine-tuning, decoding) is run and tested in minutes on a CPU. Fine-tuning must be able to turn it into a model
+that writes prices while its embeddings and output layer stay frozen, and that decides what it reads here:
 
-* product texts of the synthetic catalogue in every style, and sheets of invented words (half of what a tokenizer meets
+* product texts of the synthetic catalog in every style, and sheets of invented words (half of what a tokenizer meets
   later is unknown to it), so that it reads numbers and copies names from anywhere in a text;
-* questions about a text, asked before it or after it, whose answers are words or whole numbers found, rounded, added
-  or multiplied: the same shape as "how much does this cost?", so that adapters have circuits to steer, and digits are
-  well trained as outputs;
-* the facts of a text once more, in another order: several look-ups in one document, which is what makes a network this
-  small learn to look up at all within a few million tokens (with questions alone it copied 30 % of an answer's tokens);
+* questions about a text, before it or after it, whose answers are words or whole numbers found, rounded, added or
+  multiplied: the form of "how much does this cost?", so that adapters have circuits to use, and digits are well
+  trained as outputs;
+* the facts of a text once more, in another order: several look-ups in one document, without which a network this small
+  does not learn to look up within a few million tokens (with questions alone it copied 30 % of an answer's tokens);
 * number drills (sorting, rounding, sums), because a price is a number;
-* the very wrapper of the price prompt, with nothing after it and no loss there: known characters, no answer.
+* the wrapper of the price prompt, with nothing after it and no loss there: known characters, no answer.
 
-No document holds a price: the sign "$" is never followed by a digit. Answers weigh ten times as much as text in the
-loss, because one digit of an answer says more about reading than the next random specification does.
-
-Batch `i` depends on the seed and `i` alone, so a run that is interrupted goes on from `checkpoint.pt` as if it had not
-been (bitwise, when it is bounded by --steps; with --minutes the schedule follows the clock).
+No document holds a price: the sign "$" is never followed by a digit. Answers have ten times the weight of text in the
+loss, because one digit of an answer teaches more about reading than the next random specification does. Batch `i`
+depends on the seed and `i` alone, so an interrupted run resumes from `checkpoint.pt` as if it had not been interrupted
+(bitwise with --steps; with --minutes the learning rate follows the clock).
 """
 
 from __future__ import annotations
@@ -40,10 +39,10 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from fastprice.data.synthetic import Offer, offers
-from fastprice.data.synthetic.draw import pick, shuffled, weighted
-from fastprice.data.synthetic.goods import CATEGORIES, Number
-from fastprice.prompts.template import HEAD, TAIL
+from fastprice.data.synthetic import Offer, generate_offers
+from fastprice.data.synthetic.categories import CATEGORIES, NumberAttribute
+from fastprice.data.synthetic.random_draws import pick, pick_weighted, shuffled
+from fastprice.prompts.template import PREAMBLE, PRICE_CUE
 
 PAD, BOS, EOS = "<|pad|>", "<|bos|>", "<|eos|>"
 VOCABULARY = 2048
@@ -51,10 +50,10 @@ CONTEXT = 256
 ROWS = 4
 TEXT_WEIGHT, INVENTED_WEIGHT, ANSWER_WEIGHT = 0.5, 0.2, 5.0
 PEAK_RATE = 3e-3
-# Catalogue seeds from here on are for pretraining; fine-tuning and tests use small ones.
+# Catalog seeds from here on are for pretraining; fine-tuning and tests use small ones.
 FIRST_SEED = 1_000_000
 HELD_OUT_SEED = 900_000
-KINDS = {"text": 8.0, "recall": 36.0, "asked": 30.0, "quiz": 16.0, "drill": 4.0, "wrapper": 6.0}
+KINDS = {"text": 8.0, "recall": 36.0, "question": 30.0, "quiz": 16.0, "drill": 4.0, "wrapper": 6.0}
 # One piece is one digit, one run of letters with the space before it, one run of line ends, or one run of signs with
 # the space after them: so ": " costs one token, and digits never merge with anything.
 PIECES = r"\p{N}| ?\p{L}+|\n+|[^\p{L}\p{N}\n]+"
@@ -73,26 +72,26 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """What a document asks about: a text, its weight, its facts, and questions (with lead and answer) of its own."""
+    """What a document is about: a text, its weight, its facts, and (question, lead, answer) tuples for it alone."""
 
     text: str
     weight: float
     facts: dict[str, str]
-    own: list[tuple[str, str, str]]
+    questions: list[tuple[str, str, str]]
 
 
 def documents(seed: int) -> Iterator[list[Segment]]:
     """The endless documents of `seed`. All but the price wrapper's end with the end-of-sequence token."""
     rng = Random(f"documents {seed}")
-    goods = offers(seed)
+    offers = generate_offers(seed)
     while True:
-        kind = weighted(rng, KINDS)
-        source = _invented(rng) if rng.random() < 0.35 else _offered(rng, next(goods))
+        kind = pick_weighted(rng, KINDS)
+        source = _invented_source(rng) if rng.random() < 0.35 else _offer_source(rng, next(offers))
         if kind == "drill":
             yield _drill(rng)
         elif kind == "wrapper":
-            yield [Segment(f"{HEAD}{source.text}{TAIL}", source.weight)]
-        elif kind == "asked":
+            yield [Segment(f"{PREAMBLE}{source.text}{PRICE_CUE}", source.weight)]
+        elif kind == "question":
             question, lead, answer = _question(rng, source)
             yield [
                 Segment(f"{question}\n\n{source.text}\n\n{lead}", source.weight),
@@ -104,20 +103,20 @@ def documents(seed: int) -> Iterator[list[Segment]]:
                 parts += [Segment(f"\n{name}: ", TEXT_WEIGHT), Segment(value, ANSWER_WEIGHT)]
             yield [*parts, Segment(EOS)]
         elif kind == "quiz":
-            asked = [_question(rng, source) for _ in range(3 + int(rng.random() * 3))]
+            questions = [_question(rng, source) for _ in range(3 + int(rng.random() * 3))]
             parts = [Segment(source.text + "\n", source.weight)]
-            for question, lead, answer in asked:
+            for question, lead, answer in questions:
                 parts += [Segment(f"\n{question}\n{lead}"), Segment(answer, ANSWER_WEIGHT)]
             yield [*parts, Segment(EOS)]
         else:
             yield [Segment(source.text + EOS, source.weight)]
 
 
-def _offered(rng: Random, offer: Offer) -> Source:
-    """An offer of the catalogue, with questions on its kind, condition, quantity and on where its numbers stand."""
+def _offer_source(rng: Random, offer: Offer) -> Source:
+    """An offer of the catalog, with questions on its kind, condition, quantity and the ranks of its numbers."""
     product = offer.product
-    pieces = str(offer.pieces)
-    own = [
+    pieces = str(offer.quantity)
+    questions = [
         ("What kind of product is this?", "Kind: ", product.category.slug),
         ("Who makes it?", "Brand: ", product.brand),
         ("In which condition is it?", "Condition: ", offer.condition),
@@ -125,23 +124,23 @@ def _offered(rng: Random, offer: Offer) -> Source:
     ]
     places = []
     for attribute in product.category.attributes:
-        if not isinstance(attribute, Number) or attribute.name not in offer.facts:
+        if not isinstance(attribute, NumberAttribute) or attribute.name not in offer.facts:
             continue
         number = float(offer.facts[attribute.name])
         place = round(99 * attribute.values.index(number) / (len(attribute.values) - 1))
         places.append(place)
-        own.append((f"Where does the {attribute.name} stand from 0 to 99?", f"Place is {_sign(rng)}", str(place)))
-        if offer.pieces > 1 and number.is_integer():
+        questions.append((f"Where does the {attribute.name} stand from 0 to 99?", f"Place is {_sign(rng)}", str(place)))
+        if offer.quantity > 1 and number.is_integer():
             question = f"How much is the {attribute.name} of all pieces together?"
-            own.append((question, f"Total is {_sign(rng)}", str(round(number) * offer.pieces)))
+            questions.append((question, f"Total is {_sign(rng)}", str(round(number) * offer.quantity)))
     if len(places) > 1:
         mean = str(round(sum(places) / len(places)))
-        own += [("Where do all its numbers stand on average from 0 to 99?", f"Place is {_sign(rng)}", mean)] * 2
-    return Source(offer.text, TEXT_WEIGHT, offer.facts, own)
+        questions += [("Where do all its numbers stand on average from 0 to 99?", f"Place is {_sign(rng)}", mean)] * 2
+    return Source(offer.text, TEXT_WEIGHT, offer.facts, questions)
 
 
-def _invented(rng: Random) -> Source:
-    """A sheet about nothing: names of invented words, attributes with random values, so that only copying helps."""
+def _invented_source(rng: Random) -> Source:
+    """A sheet of invented names and attributes with random values, so that answers can only be copied."""
     names = [attribute.name for category in CATEGORIES for attribute in category.attributes]
     facts: dict[str, str] = {}
     for _ in range(3 + int(rng.random() * 7)):
@@ -154,12 +153,12 @@ def _invented(rng: Random) -> Source:
         if rng.random() < 0.5
         else "-".join(_word(rng) for _ in range(1 + int(rng.random() * 2)))
     )
-    own = [
+    questions = [
         ("What kind of product is this?", "Kind: ", slug),
         ("What is its name?", "Name: ", title),
         ("How many lines has the sheet?", f"Lines are {_sign(rng)}", str(2 + len(lines))),
     ]
-    return Source("\n".join([slug, title, *lines]), INVENTED_WEIGHT, facts, own)
+    return Source("\n".join([slug, title, *lines]), INVENTED_WEIGHT, facts, questions)
 
 
 def _question(rng: Random, source: Source) -> tuple[str, str, str]:
@@ -168,7 +167,7 @@ def _question(rng: Random, source: Source) -> tuple[str, str, str]:
     whole = {name: round(number) for name, number in numbers.items() if number.is_integer()}
     shape = rng.random()
     if shape < 0.3:
-        return pick(rng, source.own)
+        return pick(rng, source.questions)
     if shape < 0.6 or not numbers:
         name = pick(rng, tuple(source.facts))
         return f"What is the {name}?", f"{name.capitalize()}: ", source.facts[name]
@@ -311,7 +310,7 @@ def make_batch(tokenizer: PreTrainedTokenizerFast, seed: int) -> tuple[torch.Ten
     return torch.tensor(ids[:needed]).view(shape), torch.tensor(weights[:needed]).view(shape)
 
 
-def losses(model: LlamaForCausalLM, ids: torch.Tensor) -> torch.Tensor:
+def token_losses(model: LlamaForCausalLM, ids: torch.Tensor) -> torch.Tensor:
     """The loss of each target `ids[:, 1:]` in nats, [rows, context]."""
     logits = model(input_ids=ids[:, :-1], use_cache=False).logits
     flat = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
@@ -319,10 +318,10 @@ def losses(model: LlamaForCausalLM, ids: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def held_out(model: LlamaForCausalLM, batches: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[float, float]:
+def held_out_losses(model: LlamaForCausalLM, batches: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[float, float]:
     """Mean loss per token (nats) on unseen documents: over all weighted targets, and over answers alone."""
     model.eval()
-    loss = torch.cat([losses(model, ids) for ids, _ in batches])
+    loss = torch.cat([token_losses(model, ids) for ids, _ in batches])
     weight = torch.cat([weights[:, 1:] for _, weights in batches])
     model.train()
     return loss[weight > 0].mean().item(), loss[weight >= ANSWER_WEIGHT].mean().item()
@@ -353,21 +352,21 @@ def pretrain(out: Path, *, seed: int, minutes: float = math.inf, steps: float = 
     tokenizer.save_pretrained(out)
     model = new_model(tokenizer)
     model.train()
-    optimiser = torch.optim.AdamW(model.parameters(), lr=PEAK_RATE, betas=(0.9, 0.95), weight_decay=0.05)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_RATE, betas=(0.9, 0.95), weight_decay=0.05)
     unseen = [make_batch(tokenizer, HELD_OUT_SEED - i) for i in range(8)]
     log, checkpoint = out / "pretraining.jsonl", out / "checkpoint.pt"
     step, earlier, recent, records = 0, 0.0, math.nan, []
     if checkpoint.exists():
         saved = torch.load(checkpoint, weights_only=True)
         model.load_state_dict(saved["model"])
-        optimiser.load_state_dict(saved["optimiser"])
+        optimizer.load_state_dict(saved["optimizer"])
         step, earlier, recent, records = saved["step"], saved["seconds"], saved["loss"], saved["records"]
     start, saved_at = time.perf_counter(), time.perf_counter()
     while True:
         seconds = earlier + time.perf_counter() - start
         done = max(step / steps, seconds / (60 * minutes))
         if step % 200 == 0 or done >= 1:
-            whole, answers = held_out(model, unseen)
+            whole, answers = held_out_losses(model, unseen)
             records.append(
                 {
                     "step": step,
@@ -383,18 +382,18 @@ def pretrain(out: Path, *, seed: int, minutes: float = math.inf, steps: float = 
             break
         rate = min(1.0, (step + 1) / 40) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
         ids, weights = make_batch(tokenizer, FIRST_SEED + 1_000_000 * seed + step)
-        loss_by_token = losses(model, ids)
+        loss_by_token = token_losses(model, ids)
         loss = (loss_by_token * weights[:, 1:]).sum() / weights[:, 1:].sum()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.param_groups[0]["lr"] = PEAK_RATE * rate
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.param_groups[0]["lr"] = PEAK_RATE * rate
+        optimizer.step()
+        optimizer.zero_grad()
         recent, step = loss.item(), step + 1
         if time.perf_counter() - saved_at > 120:
             state = {
                 "model": model.state_dict(),
-                "optimiser": optimiser.state_dict(),
+                "optimizer": optimizer.state_dict(),
                 "step": step,
                 "seconds": earlier + time.perf_counter() - start,
                 "loss": recent,
@@ -426,18 +425,18 @@ in its demo and its tests, so that the whole path (4-bit load, LoRA, training, d
 knows nothing of the world: accuracy comes from a real base model.
 
 ## What it read
-Documents made by `scripts/make_nano.py` from the synthetic catalogue `fastprice.data.synthetic` (catalogue seeds from
+Documents made by `scripts/make_nano.py` from the synthetic catalog `fastprice.data.synthetic` (catalog seeds from
 {first_seed:,} on; small seeds are left for fine-tuning and tests), all of them price-free: the sign "$" is never
 followed by a digit, and no answer is an amount of money.
 
-- plain product texts in every style of the catalogue, and sheets of invented words and random values;
+- plain product texts in every style of the catalog, and sheets of invented words and random values;
 - questions about a text with answers to be found, rounded, counted, added or multiplied, or that say where a number
   stands in its category's range from 0 to 99;
 - a text followed by its facts in another order;
 - number drills: sorting, rounding, sums, the larger of two;
 - the wrapper of the price prompt ("How much does this cost ... Price is $"), with nothing after it and no loss there.
 
-The catalogue's price process is not in these documents: neither base prices, nor what a brand or a condition is worth,
+The catalog's price process is not in these documents: neither base prices, nor what a brand or a condition is worth,
 nor the weights of the attributes. No real product data was used.
 
 ## Figures

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 
-from fastprice.data.synthetic import make_catalogue
+from fastprice.data.synthetic import make_synthetic_items
 
 
 def write_products(seed: int, count: int = 120) -> None:
@@ -12,6 +12,6 @@ def write_products(seed: int, count: int = 120) -> None:
     with open("products.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["sku", "title", "description", "price"])
-        for item in make_catalogue(count, seed=seed):
+        for item in make_synthetic_items(count, seed=seed):
             title, _, rest = item.text.partition("\n")
             writer.writerow([item.group, title, rest, item.price])

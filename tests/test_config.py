@@ -182,7 +182,7 @@ def test_parameters_are_checked_all_at_once_and_never_converted() -> None:
     assert check_params({"rank": 8, "epochs": 2}) == EstimatorConfig(rank=8, epochs=2.0)
 
 
-def test_the_estimator_says_which_parameter_was_meant_and_takes_numpy_numbers() -> None:
+def test_the_estimator_names_the_parameter_that_was_meant_and_takes_numpy_numbers() -> None:
     from fastprice import PriceEstimator
 
     with pytest.raises(TypeError, match=r"'epoch' \(did you mean 'epochs'\?\), 'rnak' \(did you mean 'rank'\?\)"):

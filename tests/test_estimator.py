@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from fastprice import PriceEstimator
-from fastprice.data.synthetic import make_catalogue
+from fastprice.data.synthetic import make_synthetic_items
 from fastprice.inference.conformal import calibrate
 
-TRAIN, VALIDATION = make_catalogue(10, seed=1), make_catalogue(7, seed=2)
+TRAIN, VALIDATION = make_synthetic_items(10, seed=1), make_synthetic_items(7, seed=2)
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike
 from sklearn.base import BaseEstimator, RegressorMixin
 
 from fastprice.config import PROMPT_TOKENS, EstimatorConfig, TrainConfig, check_params, describe_parameters
-from fastprice.data.inputs import draw_items, price_of, training_items
+from fastprice.data.estimator_inputs import as_training_items, draw_items, price_of
 from fastprice.data.items import Item
 from fastprice.errors import BaseModelError, ConfigError, DataError, NotFittedError, nearest_name
 from fastprice.inference.conformal import Calibration, calibrate
@@ -23,7 +23,7 @@ from fastprice.inference.predictor import PricePredictor
 from fastprice.memory import parse_bytes
 from fastprice.models.adapters import suggested_learning_rate
 from fastprice.models.engine_choice import choose_engine
-from fastprice.models.saved_folder import ADAPTER, HEAD, MANIFEST, MODEL, read_manifest, write_folder
+from fastprice.models.saved_folder import ADAPTER, MANIFEST, MODEL, PRICE_HEAD, read_manifest, write_folder
 from fastprice.prompts.template import encode_rows
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ class PriceEstimator(EstimatorConfig, PricePredictor, RegressorMixin, BaseEstima
         from fastprice.training.step_options import StepOptions
         from fastprice.training.train import train as run_training
 
-        items, validation_items = training_items(train, validation)
+        items, validation_items = as_training_items(train, validation)
         prices = [price_of(item) for item in items]
         if not hasattr(self, "_model") or hasattr(self, "training_"):
             self.prepare()
@@ -238,7 +238,7 @@ class PriceEstimator(EstimatorConfig, PricePredictor, RegressorMixin, BaseEstima
             self._head = make_head(width=self._width, **settings)
         except (TypeError, ConfigError) as error:
             raise _damaged(source, error) from error
-        self._head.restore(source / HEAD)
+        self._head.restore(source / PRICE_HEAD)
         self._head.to(self._model.device)
 
     def _choose_engine(self) -> Engine:
@@ -287,7 +287,7 @@ class PriceEstimator(EstimatorConfig, PricePredictor, RegressorMixin, BaseEstima
 
     def _write_weights(self, folder: Path) -> None:
         if self._head is not None:
-            self._head.save(folder / HEAD)
+            self._head.save(folder / PRICE_HEAD)
         if self.method == "full":
             self._model.save_pretrained(folder / MODEL)
             self._tokenizer.save_pretrained(folder / MODEL)

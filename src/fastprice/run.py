@@ -135,9 +135,9 @@ def prepare_items(config: RunConfig) -> PreparedItems:
 def _read_items(config: RunConfig) -> Items:
     data = config.data
     if data.synthetic is not None:
-        from fastprice.data.synthetic import make_catalogue
+        from fastprice.data.synthetic import make_synthetic_items
 
-        return Items(make_catalogue(data.synthetic, seed=config.seed), source="synthetic products")
+        return Items(make_synthetic_items(data.synthetic, seed=config.seed), source="synthetic products")
     assert data.file is not None
     return load_items(
         data.file,

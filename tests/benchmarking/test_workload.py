@@ -30,6 +30,9 @@ def test_flop_and_bytes_are_those_of_the_published_model() -> None:
     assert linear_weights(shape) * NF4_BYTES == pytest.approx(3.60e9, rel=0.01)
     every_token = step_flops(shape, texts, sum(texts), 16) - step_flops(shape, texts, 0, 16)
     assert every_token == pytest.approx(4 * sum(texts) * 128256 * 4096)
+    # Adapters of rank 16 on every linear layer have 41,943,040 weights; forward and twice that backward.
+    adapters = step_flops(shape, texts, 0, 32) - step_flops(shape, texts, 0, 16)
+    assert adapters == pytest.approx(6 * sum(texts) * 41_943_040)
     assert folder_bytes("llama-3.1-8b") == pytest.approx(3.60e9 + 2 * 2 * 128256 * 4096, rel=0.01)
 
 

@@ -1,4 +1,4 @@
-"""Bad input on the command line: one line that says what, where and what to do; status 2; nothing half-written."""
+"""Bad input on the command line: one line with what, where and what to do; status 2; nothing half-written."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def products(tmp_path: Path) -> Path:
 
 
 def refused(outcome: tuple[int, str, str], *parts: str) -> None:
-    status, _, said = outcome
+    status, _, output = outcome
     assert status == 2
-    assert said.startswith("error: ")
-    assert said.count("\n") == 1, said
+    assert output.startswith("error: ")
+    assert output.count("\n") == 1, output
     for part in parts:
-        assert part in said, said
+        assert part in output, output
 
 
 def test_a_missing_file_names_its_neighbor(fastprice: Run, products: Path, tmp_path: Path) -> None:
@@ -50,7 +50,7 @@ def test_several_columns_after_one_option(fastprice: Run, products: Path, tmp_pa
     refused(outcome, "brnad", "brand")
 
 
-def test_a_file_that_is_not_what_its_ending_says(fastprice: Run, tmp_path: Path) -> None:
+def test_a_file_of_another_format_than_its_ending(fastprice: Run, tmp_path: Path) -> None:
     for name, content in (("a.parquet", CSV.encode()), ("a.jsonl", CSV.encode()), ("a.jsonl.gz", b"{}"),
                           ("a.csv", gzip.compress(CSV.encode()))):  # fmt: skip
         path = tmp_path / name
@@ -149,7 +149,7 @@ def test_a_traceback_only_under_debug(fastprice: Run, tmp_path: Path) -> None:
 
 
 def test_doctor_names_what_is_there(fastprice: Run) -> None:
-    status, said, _ = fastprice("doctor")
+    status, output, _ = fastprice("doctor")
     assert status == 0
     for part in ("fastprice 0.", "torch ", "trl ", "GPU"):
-        assert part in said
+        assert part in output

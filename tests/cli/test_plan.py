@@ -1,4 +1,4 @@
-"""`fastprice plan` as a person with one GPU asks it; arithmetic alone, so no model and no GPU."""
+"""`fastprice plan` for one GPU; arithmetic alone, so no model and no GPU."""
 
 from __future__ import annotations
 
@@ -14,47 +14,47 @@ from fastprice.memory import estimate_memory, parse_bytes
 Run = Callable[..., tuple[int, str, str]]
 
 
-def test_a_plan_says_what_fits_and_how_to_run_it(fastprice: Run) -> None:
-    status, said, told = fastprice("plan", "--base", "Llama-3.1-8B", "--gpu", "24GiB")
-    assert status == 0, told
+def test_a_plan_shows_what_fits_and_how_to_run_it(fastprice: Run) -> None:
+    status, output, error = fastprice("plan", "--base", "Llama-3.1-8B", "--gpu", "24GiB")
+    assert status == 0, error
     for part in ("qlora", "expected peak", "tokens/s", "next larger"):
-        assert part in said
-    settings = yaml.safe_load(said[said.index("model:") :].partition("base: the shape")[0])
+        assert part in output
+    settings = yaml.safe_load(output[output.index("model:") :].partition("base: the shape")[0])
     assert settings["model"]["base"] == "Llama-3.1-8B"
     assert settings["train"]["pack_tokens"] >= 512
 
 
 def test_the_settings_of_a_plan_are_settings_of_train(fastprice: Run) -> None:
-    _, said, _ = fastprice("plan", "--base", "Qwen2.5-0.5B", "--gpu", "8GiB")
-    assert "name its hub id or folder" in said
-    settings = yaml.safe_load(said[said.index("model:") :].partition("base: the shape")[0])
+    _, output, _ = fastprice("plan", "--base", "Qwen2.5-0.5B", "--gpu", "8GiB")
+    assert "name its hub id or folder" in output
+    settings = yaml.safe_load(output[output.index("model:") :].partition("base: the shape")[0])
     read_config(None, {**settings, "data.file": "x", "out": "y"})
 
 
 def test_a_model_too_large_for_the_gpu_is_offloaded_within_the_limit_that_its_run_needs(fastprice: Run) -> None:
-    status, said, told = fastprice("plan", "--base", "unsloth/Llama-3.1-70B", "--gpu", "24GiB")
-    assert status == 0, told
-    assert "of 80 layers offloaded to the host" in said
-    settings = yaml.safe_load(said[said.index("model:") :])
+    status, output, error = fastprice("plan", "--base", "unsloth/Llama-3.1-70B", "--gpu", "24GiB")
+    assert status == 0, error
+    assert "of 80 layers offloaded to the host" in output
+    settings = yaml.safe_load(output[output.index("model:") :])
     assert parse_bytes(settings["model"]["max_memory"]) == 24 * 2**30
     read_config(None, {**settings, "data.file": "x", "out": "y"})
-    status, _, told = fastprice("plan", "--base", "unsloth/Llama-3.1-70B", "--gpu", "24GiB", "--resident")
+    status, _, error = fastprice("plan", "--base", "unsloth/Llama-3.1-70B", "--gpu", "24GiB", "--resident")
     assert status == 2
-    assert "does not fit" in told
-    status, _, told = fastprice("plan", "--base", "unsloth/Llama-3.1-70B", "--gpu", "24GiB", "--engine", "unsloth")
+    assert "does not fit" in error
+    status, _, error = fastprice("plan", "--base", "unsloth/Llama-3.1-70B", "--gpu", "24GiB", "--engine", "unsloth")
     assert status == 2
 
 
 def test_the_plot_shows_the_step_and_its_file_is_checked(fastprice: Run, tmp_path: Path) -> None:
-    status, said, told = fastprice("plan", "--gpu", "24GiB", "--plot", tmp_path / "memory.svg")
-    assert status == 0, told
+    status, output, error = fastprice("plan", "--gpu", "24GiB", "--plot", tmp_path / "memory.svg")
+    assert status == 0, error
     drawn = (tmp_path / "memory.svg").read_text()
     assert drawn.startswith("<?xml")
-    assert str(tmp_path / "memory.svg") in said
+    assert str(tmp_path / "memory.svg") in output
     for wrong, part in ((tmp_path / "memory.txt", ".png, .svg, .pdf"), (tmp_path / "no" / "m.png", "not exist")):
-        status, _, told = fastprice("plan", "--plot", wrong)
+        status, _, error = fastprice("plan", "--plot", wrong)
         assert status == 2
-        assert part in told
+        assert part in error
 
 
 def test_the_moments_of_a_step_hold_its_peak() -> None:
@@ -65,12 +65,12 @@ def test_the_moments_of_a_step_hold_its_peak() -> None:
 
 
 def test_the_table_of_all_models_and_sizes_is_the_one_in_the_guide(fastprice: Run) -> None:
-    status, said, _ = fastprice("plan", "--all")
+    status, output, _ = fastprice("plan", "--all")
     assert status == 0
     for part in ("Llama-3.1-8B", "Qwen2.5-0.5B", "80 GiB"):
-        assert part in said
+        assert part in output
     guide = DOCS / "fit.md"
-    assert said.strip() in guide.read_text(encoding="utf-8"), "paste what `fastprice plan --all` prints"
+    assert output.strip() in guide.read_text(encoding="utf-8"), "paste what `fastprice plan --all` prints"
 
 
 def test_what_does_not_fit_or_does_not_exist_is_one_line(fastprice: Run) -> None:
@@ -79,8 +79,8 @@ def test_what_does_not_fit_or_does_not_exist_is_one_line(fastprice: Run) -> None
         (("--base", "Llama-3.1-9B"), ("did you mean",)),
         (("--gpu", "plenty"), ("not a size",)),
     ):
-        status, _, said = fastprice("plan", *arguments)
+        status, _, output = fastprice("plan", *arguments)
         assert status == 2
-        assert said.count("\n") == 1
+        assert output.count("\n") == 1
         for part in parts:
-            assert part in said
+            assert part in output

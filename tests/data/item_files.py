@@ -1,4 +1,4 @@
-"""Files of items to read, in every format, and the one line that a bad one must give."""
+"""Files of items in every format, and the error message of a bad one."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def jsonl(path: Path, *rows: object) -> Path:
 
 
 def write(path: Path, rows: list[dict]) -> Path:
-    """The rows in the format that the path's ending asks for."""
+    """The rows in the format of the path's ending."""
     kind = path.name.removesuffix(".gz").rpartition(".")[2]
     if kind == "parquet":
         polars.DataFrame(rows, infer_schema_length=None).write_parquet(path)
@@ -45,7 +45,7 @@ def write(path: Path, rows: list[dict]) -> Path:
 
 
 def error(path: Path, **options: object) -> str:
-    """The message of the DataError that loading raises: one line that names the file."""
+    """The message of the DataError that loading raises: one line, with the file (here "FILE")."""
     with pytest.raises(DataError) as caught:
         load_items(path, **{"text": "name", "price": "price", **options})
     message = str(caught.value)

@@ -1,4 +1,4 @@
-"""Reading items: every format, what a row becomes, real files, large files."""
+"""Reading items: every format, how a row becomes an item, real files, large files."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from fastprice.errors import DataError
 DATA = SHARED / "data"
 
 
-# ---- What is read --------------------------------------------------------------------------------------------------
+# ---- Formats and values ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_every_format_gives_the_same_items(tmp_path: Path, name: str) -> None:
     assert items.source == str(path)
 
 
-def test_the_text_column_is_called_text_unless_told(tmp_path: Path) -> None:
+def test_the_default_text_column_is_called_text(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "a.jsonl", {"text": "A lamp", "other": 1})
     assert load_items(path) == [Item("A lamp", None, None, 1)]
     assert load_items(str(path), text="text")[0].price is None
@@ -116,14 +116,12 @@ def test_parquet_types_of_every_kind_are_read(tmp_path: Path) -> None:
     assert items.rejects == [Reject(2, "no price", "Chair")]
 
 
-def test_a_column_that_gives_the_price_away_is_left_out_of_every_column(tmp_path: Path) -> None:
+def test_every_column_excludes_those_that_may_contain_the_price(tmp_path: Path) -> None:
     row = {"name": "SSD", "price": 80, "price_per_gb": 0.08, "MSRP": 99, "costume": "cow", "attrs": {"price": "$80"}}
     path = jsonl(tmp_path / "a.jsonl", row)
     items = load_items(path, text="*", price="price", drop=["name"])
     assert items[0].text == "cow"
-    assert items.notes == [
-        "left out of the text, since they may hold the price in disguise: price_per_gb, MSRP, attrs.price"
-    ]
+    assert items.notes == ["left out of the text, since they may contain the price: price_per_gb, MSRP, attrs.price"]
     named = load_items(path, text=["name", "price_per_gb"], price="price")
     assert named[0].text == "SSD\nprice per gb: 0.08"
     assert len(named.notes) == 1
@@ -167,7 +165,7 @@ def test_a_row_without_a_usable_price_is_a_reject(tmp_path: Path, value: object,
     (reject,) = items.rejects
     assert (reject.row, reject.text) == (2, "bad")
     assert reject.reason.replace("price {", "price '{").replace("} is not", "}' is not") == reason
-    assert len(load_items(path, text="name")) == 2  # where no price is named, none is needed
+    assert len(load_items(path, text="name")) == 2  # without a price column no price is needed
 
 
 @pytest.mark.parametrize(
@@ -183,7 +181,7 @@ def test_prices_in_other_currencies_are_noted(tmp_path: Path) -> None:
     items = load_items(
         jsonl(tmp_path / "a.jsonl", {"text": "x", "price": "5 €"}, {"text": "y", "price": "$5"}), price="price"
     )
-    assert items.notes == ["1 prices are in another currency than dollars and were taken as they stand"]
+    assert items.notes == ["1 prices are in another currency than dollars and were not converted"]
 
 
 def test_bad_lines_are_rejects_with_their_row(tmp_path: Path) -> None:
@@ -234,12 +232,12 @@ def test_ragged_and_broken_csv_rows_are_rejects_with_their_row(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(("name", "data"), [("a.csv.gz", b'"text"\nLamp\n'), ("a.jsonl.gz", b'{"text": "Lamp"}')])
-def test_a_byte_order_mark_is_no_part_of_the_data(tmp_path: Path, name: str, data: bytes) -> None:
+def test_a_byte_order_mark_is_skipped(tmp_path: Path, name: str, data: bytes) -> None:
     (tmp_path / name).write_bytes(gzip.compress(b"\xef\xbb\xbf" + data))
     assert load_items(tmp_path / name) == [Item("Lamp", row=1)]
 
 
-def test_a_nameless_index_is_no_part_of_every_column(tmp_path: Path) -> None:
+def test_every_column_excludes_a_nameless_index(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text(",name,kind\n0,Lamp,light\n")
     assert load_items(tmp_path / "a.csv", text="*")[0].text == "Lamp\nlight"
 
@@ -247,7 +245,7 @@ def test_a_nameless_index_is_no_part_of_every_column(tmp_path: Path) -> None:
 # ---- Items ---------------------------------------------------------------------------------------------------------
 
 
-def test_rejects_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_rejects_are_written_atomically(tmp_path: Path) -> None:
     items = Items([], rejects=[Reject(3, "no price", "Café"), Reject(None, "x")])
     target = tmp_path / "rejects.jsonl"
     items.write_rejects(target)
@@ -266,11 +264,11 @@ def test_rejects_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
 
 def test_items_survive_copying_and_pickling() -> None:
     items = Items([Item("x", 5.0)], rejects=[Reject(2, "no price")], source="here", notes=["note"])
-    for twin in (copy.copy(items), copy.deepcopy(items), pickle.loads(pickle.dumps(items))):
-        assert (twin, twin.rejects, twin.source, twin.notes) == (items, items.rejects, "here", ["note"])
+    for copied in (copy.copy(items), copy.deepcopy(items), pickle.loads(pickle.dumps(items))):
+        assert (copied, copied.rejects, copied.source, copied.notes) == (items, items.rejects, "here", ["note"])
 
 
-def test_importing_items_brings_in_nothing_heavy() -> None:
+def test_importing_items_imports_no_heavy_library() -> None:
     code = "import sys, fastprice.data.items; print(*{name.partition('.')[0] for name in sys.modules})"
     modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"polars", "pyarrow", "pandas", "numpy", "torch", "datasets"}.intersection(modules)
@@ -279,7 +277,7 @@ def test_importing_items_brings_in_nothing_heavy() -> None:
 # ---- The shared real data ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not DATA.is_dir(), reason="the shared data are not here")
+@pytest.mark.skipif(not DATA.is_dir(), reason="the shared data sets are missing")
 def test_pc_parts() -> None:
     path = DATA / "pc_parts" / "pc_parts_2025-07-23.jsonl.gz"
     items = load_items(path, text="*", price="price", group=["category", "name"])
@@ -290,7 +288,7 @@ def test_pc_parts() -> None:
     assert all(item.group and item.group.count(" | ") >= 1 for item in items)
 
 
-@pytest.mark.skipif(not DATA.is_dir(), reason="the shared data are not here")
+@pytest.mark.skipif(not DATA.is_dir(), reason="the shared data sets are missing")
 def test_walmart_amazon() -> None:
     path = DATA / "er_products" / "walmart_amazon.csv"
     items = load_items(path, text=["title", "brand"], price="price", group="modelno")
@@ -312,19 +310,19 @@ def test_a_csv_field_may_be_longer_than_the_csv_module_allows(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.csv", "a.parquet"])
-def test_rows_come_one_by_one_and_tell_how_far_they_are(tmp_path: Path, name: str) -> None:
-    draw = random.Random(0)
-    path = write(tmp_path / name, [{"name": draw.randbytes(60).hex(), "about": "", "price": n} for n in range(5000)])
+def test_rows_are_read_one_at_a_time_with_the_fraction_read(tmp_path: Path, name: str) -> None:
+    rng = random.Random(0)
+    path = write(tmp_path / name, [{"name": rng.randbytes(60).hex(), "about": "", "price": n} for n in range(5000)])
     with open_items(path, text="name") as rows:
-        shares = [rows.share()]
+        fractions = [rows.fraction_read()]
         for row in rows:
             assert isinstance(row, Item)
-            shares.append(rows.share())
-    assert shares == sorted(shares)
-    assert shares[0] < 0.4 < shares[2500] < shares[-1] == 1  # a little is read ahead
+            fractions.append(rows.fraction_read())
+    assert fractions == sorted(fractions)
+    assert fractions[0] < 0.4 < fractions[2500] < fractions[-1] == 1  # a little is read ahead
 
 
-def test_of_parquet_only_the_columns_asked_for_are_read(tmp_path: Path) -> None:
+def test_only_the_named_columns_of_parquet_are_read(tmp_path: Path) -> None:
     path = write(tmp_path / "a.parquet", ROWS)
     with open_table(path, frozenset({"about", "none"})) as table:
         assert list(table.columns) == ["name", "about", "kind", "price"]

@@ -1,4 +1,4 @@
-"""Reading items: whatever is in a file, no row vanishes and no error takes more than one line."""
+"""Reading items, by random files: no row is lost, and every error is one line."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ OBJECTS = st.dictionaries(st.sampled_from(["name", "price", "a", "b c", "unit_co
 
 @settings(max_examples=150, deadline=None)
 @given(st.lists(OBJECTS | VALUES | st.just("{bad"), max_size=12), st.booleans(), st.sampled_from(["*", "name"]))
-def test_no_row_of_json_lines_vanishes(rows: list, priced: bool, text: str) -> None:
+def test_no_row_of_json_lines_is_lost(rows: list, priced: bool, text: str) -> None:
     lines = [row if isinstance(row, str) else json.dumps(row) for row in rows if row != ""]
     lines = [line.replace("\n", " ") for line in lines if line.strip()]
     lines += [json.dumps({"name": "last", "price": 5})]
@@ -59,7 +59,7 @@ CELLS = st.text(alphabet=st.characters(exclude_categories=["Cs"], exclude_charac
 @settings(max_examples=150, deadline=None)
 @given(st.lists(st.lists(CELLS, min_size=1, max_size=4), max_size=12))
 @example([["x", "\n"], ['"', "5"], ["a\rb", "6", ""]])
-def test_no_row_of_csv_vanishes(rows: list[list[str]]) -> None:
+def test_no_row_of_csv_is_lost(rows: list[list[str]]) -> None:
     rows = [row for row in rows if row != [""]] + [["last", "5"]]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "a.csv"
@@ -74,7 +74,7 @@ def test_no_row_of_csv_vanishes(rows: list[list[str]]) -> None:
 
 @settings(max_examples=150, deadline=None)
 @given(st.binary(max_size=200), st.sampled_from(["a.jsonl", "a.csv", "a.tsv", "a.csv.gz", "a.parquet"]), st.booleans())
-def test_any_bytes_give_items_or_one_line(junk: bytes, name: str, packed: bool) -> None:
+def test_any_bytes_give_items_or_an_error_of_one_line(junk: bytes, name: str, packed: bool) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / name
         path.write_bytes(gzip.compress(junk) if packed else junk)
@@ -87,7 +87,7 @@ def test_any_bytes_give_items_or_one_line(junk: bytes, name: str, packed: bool) 
 
 @settings(max_examples=60, deadline=None)
 @given(st.data())
-def test_damaged_parquet_and_gzip_give_items_or_one_line(data: st.DataObject) -> None:
+def test_damaged_parquet_and_gzip_give_items_or_an_error_of_one_line(data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = write(Path(folder) / data.draw(st.sampled_from(["a.parquet", "a.jsonl.gz"])), ROWS * 20)
         content = bytearray(path.read_bytes())

@@ -1,4 +1,4 @@
-"""Prices out of text and back: a table of what people and models write, and laws that hold for any text."""
+"""Prices in text: a table of what people and models write, and properties that hold for any text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Parts that share no product: laws over random items, near-duplicates, chains, and the shared real data."""
+"""Splitting: properties over random items, near-duplicates, chains of them, and real data."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.paths import SHARED
 
 from fastprice.data.cleaning import clean_items, text_key
 from fastprice.data.items import Item, load_items
-from fastprice.data.splitting import LARGEST, Split, _min_hashes, _shingles, split_items
+from fastprice.data.splitting import MAX_CLUSTER_SHARE, Split, _min_hashes, _shingles, split_items
 from fastprice.errors import ConfigError, DataError
 
 DATA = SHARED / "data"
@@ -46,7 +46,7 @@ def test_no_group_and_no_text_spans_two_parts(items, seed, validation, test, ran
     try:
         split = split_items(items, **options)
     except DataError:
-        # Only when what belongs together cannot fill the parts; without near-duplicates this is easy to check.
+        # Only when the clusters are too few to fill the parts; without near-duplicates this is easy to check.
         assert (
             len({item.group or text_key(item.text) for item in items}) <= 5
             or len({text_key(i.text) for i in items}) <= 20
@@ -66,7 +66,7 @@ def test_no_group_and_no_text_spans_two_parts(items, seed, validation, test, ran
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.integers(1, 12), min_size=12, max_size=60), st.integers(0, 3))
-def test_shares_are_met_within_one_groups_size(sizes: list[int], seed: int) -> None:
+def test_shares_are_met_to_within_the_size_of_one_group(sizes: list[int], seed: int) -> None:
     items = [Item(f"group {g} item {i} {g * 31 + i}", 5.0, str(g)) for g, size in enumerate(sizes) for i in range(size)]
     split = split_items(items, validation=0.2, test=0.2, seed=seed, near_duplicates=False)
     for part in (split.validation, split.test):
@@ -90,7 +90,7 @@ def long_text(product: int, words: int = 60) -> list[str]:
     return [f"w{product * 1000 + index}" for index in range(words)]
 
 
-def test_near_duplicates_stay_together_and_only_when_asked() -> None:
+def test_near_duplicates_stay_together_if_the_option_is_on() -> None:
     items = []
     for product in range(150):
         words = long_text(product)
@@ -109,23 +109,23 @@ def pairs_apart(split: Split) -> int:
     return sum(len(places) > 1 for places in where.values())
 
 
-def test_a_chain_of_near_duplicates_is_not_made_one_giant_cluster() -> None:
+def test_a_chain_of_near_duplicates_is_not_joined_into_one_large_cluster() -> None:
     chain = [Item(" ".join(f"w{word}" for word in range(start, start + 40)), 5.0) for start in range(400)]
     split = split_items(chain)
     assert (len(split.train), len(split.validation), len(split.test)) == (320, 40, 40)
     assert len(split.notes) == 1
-    assert " of 400 items have near-duplicates that may lie in another part" in split.notes[0]
-    assert f"more than {LARGEST * 400:.0f} items" in split.notes[0]
+    assert " of 400 items have near-duplicates that may be in another part" in split.notes[0]
+    assert f"more than {MAX_CLUSTER_SHARE * 400:.0f} items" in split.notes[0]
 
 
-def test_texts_that_are_merely_alike_are_no_near_duplicates() -> None:
-    # Each shares 60 of its 80 words with the next: a Jaccard similarity of 0.6. Were they joined, a note would say so.
-    alike = [Item(" ".join(f"w{word}" for word in range(start, start + 80)), 5.0) for start in range(0, 4000, 20)]
-    assert split_items(alike).notes == []
+def test_texts_of_similarity_0_6_are_not_near_duplicates() -> None:
+    # Each has 60 of its 80 words in common with the next: a Jaccard similarity of 0.6. Joining them would add a note.
+    similar = [Item(" ".join(f"w{word}" for word in range(start, start + 80)), 5.0) for start in range(0, 4000, 20)]
+    assert split_items(similar).notes == []
 
 
-def test_a_giant_chain_leaves_stricter_near_duplicates_joined() -> None:
-    # A chain at 0.8 (a shift by two words), each link of which has a twin that is nearly identical (above 0.95).
+def test_the_nearest_duplicates_within_a_long_chain_stay_joined() -> None:
+    # A chain at 0.8 (a shift by two words), each item of which has a nearly identical copy (above 0.95).
     items = []
     for start in range(0, 600, 4):
         words = [f"w{word}" for word in range(start, start + 80)]
@@ -134,8 +134,8 @@ def test_a_giant_chain_leaves_stricter_near_duplicates_joined() -> None:
     assert len(split_items(items).notes) == 1
 
 
-def test_the_hashes_are_those_of_every_process_and_platform() -> None:
-    # Were they others somewhere, the same file could be split differently there.
+def test_the_hashes_are_the_same_in_every_process_and_on_every_platform() -> None:
+    # With other hashes the same file could be split differently.
     values, starts = _shingles(["a red bicycle with a bell", "a blue bicycle"])
     signatures = _min_hashes(np.split(values, starts[1:]))
     assert signatures.shape == (120, 2)
@@ -150,9 +150,11 @@ def test_equal_hashes_estimate_the_similarity_of_texts() -> None:
     assert (signatures[:, 0] == signatures[:, 1]).mean() == pytest.approx(0.497, abs=0.14)
 
 
-def test_too_few_clusters_and_impossible_shares_are_told() -> None:
+def test_too_few_clusters_and_impossible_shares_are_refused() -> None:
     same = [Item(f"thing {n}", 5.0, "one group") for n in range(50)]
-    with pytest.raises(DataError, match="cannot split 50 items into 3 parts: by group and text, no more than 1"):
+    with pytest.raises(
+        DataError, match="cannot split 50 items into 3 parts: by group and text they have only 1 separable cluster"
+    ):
         split_items(same)
     with pytest.raises(DataError, match="0 items"):
         split_items([])
@@ -162,12 +164,12 @@ def test_too_few_clusters_and_impossible_shares_are_told() -> None:
             split_items(same, validation=validation, test=test)
 
 
-def test_two_huge_groups_still_fill_every_part() -> None:
+def test_three_large_groups_fill_three_parts() -> None:
     items = [Item(f"{group} {n} {n * 97}", 5.0, group) for group in "abc" for n in range(50)]
     assert [len(part) for part in parts(split_items(items, validation=0.1, test=0.8))] == [50, 50, 50]
 
 
-@pytest.mark.skipif(not DATA.is_dir(), reason="the shared data are not here")
+@pytest.mark.skipif(not DATA.is_dir(), reason="the shared data sets are missing")
 def test_craigslist_splits_without_chaining() -> None:
     items = load_items(DATA / "craigslist/craigslist.jsonl.gz", text=["title", "description"], price="price")
     split = split_items(clean_items(items)[:2000])

@@ -1,4 +1,4 @@
-"""Each figure stands under its own heading, in every form of the comparison: cells, terminal, Markdown, HTML report."""
+"""Each figure is under its own heading in every form of the table: cells, terminal, Markdown, HTML report."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def from_report(measured: Evaluation, folder: Path) -> Row:
 
 
 @pytest.mark.parametrize("read", [from_cells, from_terminal, from_markdown, from_report])
-def test_each_figure_stands_under_its_heading(read: Callable[[Evaluation, Path], Row], tmp_path: Path) -> None:
+def test_each_figure_is_under_its_heading(read: Callable[[Evaluation, Path], Row], tmp_path: Path) -> None:
     items = [Item(f"item {n}", price) for n, price in enumerate(TRUTHS)]
     row = read(evaluate_models({"a model": lambda texts: GUESSES}, items, resamples=20), tmp_path)
     assert row["model"] == "a model"

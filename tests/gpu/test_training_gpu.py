@@ -27,12 +27,12 @@ pytestmark = [
 PROGRAM = """
 import json, sys
 from fastprice import PriceEstimator
-from fastprice.data.synthetic import make_catalogue
+from fastprice.data.synthetic import make_synthetic_items
 
 options = json.loads(sys.argv[1])
 estimator = PriceEstimator("nano", epochs=2.0, max_tokens=96, pack_tokens=1024, evaluations=2, **options)
-estimator.fit(make_catalogue(400, seed=1), make_catalogue(60, seed=2))
-texts = [item.text for item in make_catalogue(20, seed=3)]
+estimator.fit(make_synthetic_items(400, seed=1), make_synthetic_items(60, seed=2))
+texts = [item.text for item in make_synthetic_items(20, seed=3)]
 bounds = estimator.predict_interval(texts, 0.8) if estimator.gives_distributions_ else []
 print("FOUND " + json.dumps({
     "losses": [event.loss for event in estimator.training_.events if event.loss is not None],

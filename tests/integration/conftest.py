@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture(scope="session")
 def fitted() -> PriceEstimator:
-    """Trained on the two prices of tests/two_prices.py; `events` is what its training said."""
+    """Trained on the two prices of tests/two_prices.py; `events` are the events of its training."""
     from fastprice import PriceEstimator
 
     events: list[TrainingEvent] = []

@@ -1,4 +1,4 @@
-"""PriceEstimator as a person uses it: fitted on a small catalogue, saved, loaded, cross-validated; the nano base."""
+"""PriceEstimator as a user calls it: fitted on few products, saved, loaded, cross-validated; the nano base."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sklearn.utils.validation import check_is_fitted
 from tests.two_prices import CHEAP, DEAR, two_price_items
 
 from fastprice import BaseModelError, ConfigError, DataError, Item, NotFittedError, PriceEstimator
-from fastprice.data.synthetic import make_catalogue
+from fastprice.data.synthetic import make_synthetic_items
 from fastprice.inference.scorers.merged_decoder import MergedDecoder
 from fastprice.models.peft_engine import PeftEngine
 
@@ -48,8 +48,8 @@ def test_only_adapters_trained(fitted: PriceEstimator) -> None:
     assert all("lora_" in name for name in trainable)
 
 
-def test_saved_and_loaded_it_says_the_same(fitted: PriceEstimator, tmp_path: Path) -> None:
-    texts = [item.text for item in make_catalogue(20, seed=5)]
+def test_saved_and_loaded_it_gives_the_same_estimates(fitted: PriceEstimator, tmp_path: Path) -> None:
+    texts = [item.text for item in make_synthetic_items(20, seed=5)]
     folder = fitted.save(tmp_path / "model")
     loaded = PriceEstimator.load(folder)
     np.testing.assert_array_equal(loaded.predict(texts), fitted.predict(texts))
@@ -138,7 +138,7 @@ def test_it_follows_scikit_learn() -> None:
     assert clone(estimator).get_params() == estimator.get_params()
     with pytest.raises(SklearnNotFitted):
         check_is_fitted(estimator)
-    items = make_catalogue(48, seed=3)
+    items = make_synthetic_items(48, seed=3)
     scores = cross_val_score(estimator.set_params(evaluations=0), items, cv=2, error_score="raise")
     assert scores.shape == (2,)
     assert np.isfinite(scores).all()
@@ -148,7 +148,7 @@ def test_it_follows_scikit_learn() -> None:
 
 
 def test_equal_seeds_give_equal_models() -> None:
-    items = make_catalogue(40, seed=1)
+    items = make_synthetic_items(40, seed=1)
 
     def adapter(seed: int) -> list[np.ndarray]:
         estimator = PriceEstimator(**SMALL, seed=seed).fit(items)
@@ -161,13 +161,13 @@ def test_equal_seeds_give_equal_models() -> None:
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_other_methods_train_save_and_load(method: str, tmp_path: Path) -> None:
-    estimator = PriceEstimator(**SMALL, method=method).fit(make_catalogue(40, seed=1))
-    texts = [item.text for item in make_catalogue(8, seed=2)]
+    estimator = PriceEstimator(**SMALL, method=method).fit(make_synthetic_items(40, seed=1))
+    texts = [item.text for item in make_synthetic_items(8, seed=2)]
     loaded = PriceEstimator.load(estimator.save(tmp_path / "model"))
     np.testing.assert_array_equal(loaded.predict(texts), estimator.predict(texts))
 
 
-def test_every_impossible_setting_is_told_at_once() -> None:
+def test_every_impossible_setting_is_reported_at_once() -> None:
     estimator = PriceEstimator(rank=0, epochs=-1, pack_tokens=100, method="qlora")
     with pytest.raises(ConfigError, match=r"rank.*epochs.*pack_tokens"):
         estimator.fit(two_price_items(4))

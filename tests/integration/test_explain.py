@@ -1,4 +1,4 @@
-"""Explanations: the word that decides comes first, and everything that is shown is what the model said."""
+"""Explanations: the word that decides comes first, and every figure shown is an estimate of the model."""
 
 from __future__ import annotations
 
@@ -49,21 +49,21 @@ def test_the_word_that_decides_comes_first(keyword: PriceEstimator) -> None:
         assert first.share == pytest.approx(first.effect / explanation.estimate)
 
 
-def test_every_effect_is_what_the_model_says_of_the_text_without_the_span(fitted: PriceEstimator) -> None:
+def test_every_effect_is_the_estimate_of_the_text_without_the_span(fitted: PriceEstimator) -> None:
     explanation = fitted.explain("Professional racing bicycle,\n carbon frame", criterion="mse")
     assert explanation.text == "Professional racing bicycle,\ncarbon frame"
     assert [span.text for span in explanation.spans] == ["Professional", "racing", "bicycle,", "carbon", "frame"]
     texts = [explanation.text[: span.start] + explanation.text[span.end :] for span in explanation.spans]
-    said = fitted.predict([explanation.text, "", *texts], criterion="mse")
+    expected = fitted.predict([explanation.text, "", *texts], criterion="mse")
     assert [explanation.estimate, explanation.empty, *(span.without for span in explanation.spans)] == pytest.approx(
-        said.tolist(), rel=1e-3
+        expected.tolist(), rel=1e-3
     )
 
 
 class Counting:
-    """Prices a text by its letters; counts what it is asked; reads 100 words."""
+    """Prices a text by its letters; counts its calls; takes 100 words."""
 
-    asked = 0
+    calls = 0
 
     def prompts(self, texts: list[str]) -> list[object]:
         from fastprice.prompts.template import Prompt
@@ -71,7 +71,7 @@ class Counting:
         return [Prompt([len(text)], max(0, len(text.split()) - 100)) for text in texts]
 
     def distributions(self, prompts: list[object]) -> list[object]:
-        self.asked += len(prompts)
+        self.calls += len(prompts)
         return prompts
 
     def estimates(self, prompts: list[object], criterion: str) -> list[float]:
@@ -86,7 +86,7 @@ def test_long_texts_are_explained_in_runs_of_words_that_the_model_reads() -> Non
     assert explanation.text.split()[-1] == "w99"
     assert len(explanation.spans) == 50
     assert explanation.spans[0].text == "w0 w1"
-    assert estimator.asked == 52
+    assert estimator.calls == 52
     assert "cut" in str(explanation)
     assert explain(estimator, "w " * 100).cut is False
     assert explain(Counting(), "").spans == ()
@@ -132,12 +132,12 @@ def test_plots_go_where_they_can(keyword: PriceEstimator, tmp_path: Path) -> Non
 def test_explain_on_the_command_line(fastprice: Run, keyword: PriceEstimator, tmp_path: Path) -> None:
     folder = keyword.save(tmp_path / "model")
     plot = tmp_path / "p.png"
-    status, said, told = fastprice("explain", "--model", folder, "--item", "golden [red]lamp", "--plot", plot)
-    assert status == 0, told
-    assert "golden [red]lamp" in said
-    assert "golden" in said.splitlines()[-3 if "plot" in said.splitlines()[-1] else -2]
+    status, output, error = fastprice("explain", "--model", folder, "--item", "golden [red]lamp", "--plot", plot)
+    assert status == 0, error
+    assert "golden [red]lamp" in output
+    assert "golden" in output.splitlines()[-3 if "plot" in output.splitlines()[-1] else -2]
     assert plot.is_file()
     for arguments, part in ((("--plot", tmp_path / "p.doc"), ".png"), (("--criterion", "mea"), "mae")):
-        status, _, told = fastprice("explain", "--model", folder, "--item", "x", *arguments)
-        assert (status, told.count("\n")) == (2, 1)
-        assert part in told
+        status, _, error = fastprice("explain", "--model", folder, "--item", "x", *arguments)
+        assert (status, error.count("\n")) == (2, 1)
+        assert part in error

@@ -1,4 +1,4 @@
-"""PriceEstimator with a head, with JSON and with number losses, as a person uses it: fitted, read, saved, loaded."""
+"""PriceEstimator with a head, with JSON and with number losses, as a user calls it: fitted, used, saved, loaded."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from sklearn.base import clone
 
 from fastprice import BaseModelError, ConfigError, Item, PriceEstimator
-from fastprice.data.synthetic import make_catalogue
+from fastprice.data.synthetic import make_synthetic_items
 from fastprice.inference.price_heads import prompt_hidden_states
 
 SMALL = {"max_tokens": 96, "pack_tokens": 256, "validation_items": 24, "learning_rate": 5e-3}
@@ -74,8 +74,8 @@ def test_the_head_sees_states_standardized_by_the_untrained_model(with_head: Pri
     torch.testing.assert_close(with_head._head.deviation, states.std(0, correction=0), rtol=1e-3, atol=1e-4)
 
 
-def test_saved_and_loaded_the_head_says_the_same(with_head: PriceEstimator, tmp_path: Path) -> None:
-    texts = [item.text for item in make_catalogue(10, seed=5)]
+def test_saved_and_loaded_the_head_gives_the_same_estimates(with_head: PriceEstimator, tmp_path: Path) -> None:
+    texts = [item.text for item in make_synthetic_items(10, seed=5)]
     folder = with_head.save(tmp_path / "model")
     loaded = PriceEstimator.load(folder)
     np.testing.assert_array_equal(loaded.predict(texts), with_head.predict(texts))
@@ -117,7 +117,7 @@ def test_kernels_on_and_off_train_alike_also_with_accumulation(settings: dict[st
             gradient_accumulation=2,
             kernels=kernels,
         )
-        estimator.fit(make_catalogue(60, seed=2))
+        estimator.fit(make_synthetic_items(60, seed=2))
         return [event.loss for event in estimator.training_.events if event.loss is not None]
 
     on, off = losses("on"), losses("off")
@@ -137,8 +137,10 @@ def test_json_answers_are_objects_held_to_the_schema() -> None:
         estimator.predict_distribution(items, output="head")
 
 
-def test_what_cannot_be_is_told_in_one_line() -> None:
-    with pytest.raises(ConfigError, match=r"output must be .*price_head must be .*text_loss must be one of"):
+def test_impossible_settings_are_one_line() -> None:
+    with pytest.raises(
+        ConfigError, match=r"output: must be text, json or head, not .*; price_head: must be .*; text_loss: must be ce"
+    ):
         PriceEstimator(output="song", price_head="tail", text_loss="l3").prepare()
     for settings in ({"output": "head"}, {"text_loss": "wasserstein"}):
         with pytest.raises(ConfigError, match="use engine='peft'"):
@@ -166,27 +168,27 @@ def test_the_command_line_trains_and_predicts_with_a_head(
     fastprice: Callable[..., tuple[int, str, str]], tmp_path: Path
 ) -> None:
     data, out = tmp_path / "items.jsonl", tmp_path / "run"
-    rows = [json.dumps({"text": item.text, "price": item.price}) for item in make_catalogue(80, seed=3)]
+    rows = [json.dumps({"text": item.text, "price": item.price}) for item in make_synthetic_items(80, seed=3)]
     data.write_text("\n".join(rows), encoding="utf-8")
-    status, said, told = fastprice(
+    status, output, error = fastprice(
         "train", "--data", data, "--out", out, "--epochs", 0.5, "--set", "model.output=head", "train.evaluations=1",
         "train.text_loss=wasserstein", "train.pack_tokens=512", "model.max_tokens=96",
     )  # fmt: skip
-    assert status == 0, told
-    assert "tuned, text" in said
+    assert status == 0, error
+    assert "tuned, text" in output
     assert (out / "model" / "head.safetensors").is_file()
-    status, said, told = fastprice("predict", "--model", out, "--item", "a fine lamp")
-    assert status == 0, told
-    assert said.startswith("$")
-    status, _, told = fastprice("train", "--data", data, "--out", out, "--set", "model.output=song")
+    status, output, error = fastprice("predict", "--model", out, "--item", "a fine lamp")
+    assert status == 0, error
+    assert output.startswith("$")
+    status, _, error = fastprice("train", "--data", data, "--out", out, "--set", "model.output=song")
     assert status == 2
-    assert "model.output" in told
+    assert "model.output" in error
 
 
 def test_inspect_shows_json(fastprice: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
     data = tmp_path / "items.jsonl"
-    rows = [json.dumps({"text": item.text, "price": item.price}) for item in make_catalogue(40, seed=3)]
+    rows = [json.dumps({"text": item.text, "price": item.price}) for item in make_synthetic_items(40, seed=3)]
     data.write_text("\n".join(rows), encoding="utf-8")
-    status, said, told = fastprice("inspect", "--data", data, "--set", "model.output=json")
-    assert status == 0, told
-    assert said.count('{"price": ') == 3
+    status, output, error = fastprice("inspect", "--data", data, "--set", "model.output=json")
+    assert status == 0, error
+    assert output.count('{"price": ') == 3

@@ -1,4 +1,4 @@
-"""`fastprice train` and what follows it, as a person runs them: files, table, report, predictions."""
+"""`fastprice train` and what follows it, as a user runs them: files, table, report, predictions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from fastprice.data.synthetic import make_catalogue
+from fastprice.data.synthetic import make_synthetic_items
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -19,12 +19,12 @@ QUICK = ("--set", "train.evaluations=2", "train.validation_items=32", "train.pac
 
 @pytest.fixture(scope="module")
 def products(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A catalogue as a person's CSV: several text columns, prices as text, some rows that cannot be used."""
+    """Products as a CSV file of one's own: several text columns, prices as text, some rows that cannot be used."""
     path = tmp_path_factory.mktemp("data") / "products.csv"
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["sku", "title", "details", "asking"])
-        for item in make_catalogue(240, seed=11):
+        for item in make_synthetic_items(240, seed=11):
             title, _, details = item.text.partition("\n")
             writer.writerow([item.group, title, details, f"${item.price:,.2f}"])
         writer.writerow(["x", "a thing without a price", "", "call us"])
@@ -90,53 +90,53 @@ def test_predict_reads_the_columns_that_train_read(
 ) -> None:
     for ending, read in ((".csv", pl.read_csv), (".parquet", pl.read_parquet), (".jsonl", pl.read_ndjson)):
         out = tmp_path / f"prices{ending}"
-        status, said, _ = fastprice("predict", products, "--model", trained, "--out", out)
+        status, output, _ = fastprice("predict", products, "--model", trained, "--out", out)
         assert status == 0
         frame = read(out)
         assert frame.columns == ["row", "estimate", "reason", "text"]
         assert frame["row"].to_list() == list(range(1, 244))
         assert frame.row(242)[:3] == (243, None, "no text")
         assert frame["estimate"].null_count() == 1
-        assert "row 243 has no estimate: no text" in said
+        assert "row 243 has no estimate: no text" in output
         assert frame["estimate"].min() > 0
 
 
-def test_predict_says_prices_of_texts(fastprice: Run, trained: Path) -> None:
-    status, said, _ = fastprice("predict", "--model", trained, "--item", "a fine lamp", "an old [red]bike[/red]")
+def test_predict_prints_the_prices_of_texts(fastprice: Run, trained: Path) -> None:
+    status, output, _ = fastprice("predict", "--model", trained, "--item", "a fine lamp", "an old [red]bike[/red]")
     assert status == 0
-    lines = [line for line in said.splitlines() if line.startswith("$")]
+    lines = [line for line in output.splitlines() if line.startswith("$")]
     assert len(lines) == 2
     assert lines[1].endswith("an old [red]bike[/red]")
 
 
 def test_predict_with_intervals(fastprice: Run, trained: Path, products: Path, tmp_path: Path) -> None:
     out = tmp_path / "prices.csv"
-    status, _, told = fastprice(
+    status, _, error = fastprice(
         "predict", products, "--model", trained, "--out", out, "--interval", 0.8, "--criterion", "rmsle"
     )
-    assert status == 0, told
+    assert status == 0, error
     frame = pl.read_csv(out)
     assert frame.columns == ["row", "estimate", "low", "high", "reason", "text"]
     assert (frame["low"] < frame["high"]).sum() == 242
-    status, said, _ = fastprice("predict", "--model", trained, "--item", "a lamp", "--interval", 0.8)
-    assert " to $" in said
-    status, _, told = fastprice("predict", "--model", trained, "--item", "a lamp", "--interval", 0.9999)
+    status, output, _ = fastprice("predict", "--model", trained, "--item", "a lamp", "--interval", 0.8)
+    assert " to $" in output
+    status, _, error = fastprice("predict", "--model", trained, "--item", "a lamp", "--interval", 0.9999)
     assert status == 2
-    assert "0.9999" in told
+    assert "0.9999" in error
 
 
 def test_evaluate_scores_a_file_with_prices(fastprice: Run, trained: Path, products: Path) -> None:
-    status, said, _ = fastprice("evaluate", products, "--model", trained)
+    status, output, _ = fastprice("evaluate", products, "--model", trained)
     assert status == 0
-    assert "234 items" in said
-    assert "MAE $" in said
+    assert "234 items" in output
+    assert "MAE $" in output
 
 
 def test_the_written_settings_repeat_the_run(fastprice: Run, trained: Path, tmp_path: Path) -> None:
     out = tmp_path / "again"
-    status, said, told = fastprice("train", trained / "config.yaml", "--out", out)
-    assert status == 0, told
-    assert "tuned" in said
+    status, output, error = fastprice("train", trained / "config.yaml", "--out", out)
+    assert status == 0, error
+    assert "tuned" in output
     first, again = (json.loads((run / "results.json").read_text()) for run in (trained, out))
     assert [m["scores"]["mae"] for m in first["evaluation"]["models"]] == [
         m["scores"]["mae"] for m in again["evaluation"]["models"]
@@ -144,28 +144,28 @@ def test_the_written_settings_repeat_the_run(fastprice: Run, trained: Path, tmp_
 
 
 def test_inspect_shows_what_carries_loss(fastprice: Run, trained: Path) -> None:
-    status, said, _ = fastprice("inspect", trained / "config.yaml", "--examples", 2)
+    status, output, _ = fastprice("inspect", trained / "config.yaml", "--examples", 2)
     assert status == 0
-    assert said.count("Price is $") == 2
-    assert "labeled" in said
+    assert output.count("Price is $") == 2
+    assert "labeled" in output
 
 
 def test_the_demo_is_the_same_job_on_the_catalogue(fastprice: Run, tmp_path: Path) -> None:
-    status, said, told = fastprice("demo", "--items", 120, "--out", tmp_path / "demo")
-    assert status == 0, told
-    assert "tuned model" in said
+    status, output, error = fastprice("demo", "--items", 120, "--out", tmp_path / "demo")
+    assert status == 0, error
+    assert "tuned model" in output
     assert (tmp_path / "demo" / "report.html").is_file()
 
 
 def test_training_on_real_parts(fastprice: Run, shared: Path, tmp_path: Path) -> None:
     """The short form of the run in the README: the same command on a few hundred rows."""
     data = shared / "data" / "pc_parts" / "pc_parts_2025-07-23.jsonl.gz"
-    status, said, told = fastprice(
+    status, output, error = fastprice(
         "train", "--data", data, "--text", "*", "--price", "price", "--group", "category", "name", "--limit", 400,
         "--out", tmp_path / "pc", *QUICK,
     )  # fmt: skip
-    assert status == 0, told
-    assert "price_per_gb" in said  # left out, and told
+    assert status == 0, error
+    assert "price_per_gb" in output  # left out, and error
     text = (tmp_path / "pc" / "rejects.jsonl").read_text()
     assert '"no price"' in text
     results = json.loads((tmp_path / "pc" / "results.json").read_text())

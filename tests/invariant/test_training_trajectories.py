@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from fastprice import PriceEstimator
-from fastprice.data.synthetic import make_catalogue
+from fastprice.data.synthetic import make_synthetic_items
 
 
 def losses(**settings: object) -> list[float]:
     options = {"epochs": 2.0, "max_tokens": 96, "pack_tokens": 512, "evaluations": 0, **settings}
-    estimator = PriceEstimator(**options).fit(make_catalogue(80, seed=2))
+    estimator = PriceEstimator(**options).fit(make_synthetic_items(80, seed=2))
     return [event.loss for event in estimator.training_.events if event.loss is not None]
 
 

@@ -89,6 +89,12 @@ def test_more_memory_is_never_slower() -> None:
     assert plan_memory("Llama-3.2-3B", "80GiB").recomputed_layers == 0
 
 
+def test_gradient_accumulation_makes_up_for_a_smaller_micro_batch() -> None:
+    plan = plan_memory("Llama-3.1-8B", "12GiB", engine="fastprice")
+    assert (plan.tokens, plan.gradient_accumulation) == (1024, 4)
+    assert plan_memory("Llama-3.1-8B", "12GiB", engine="fastprice", min_tokens=2048).tokens == 2048
+
+
 def test_method_auto() -> None:
     assert plan_memory("Llama-3.2-1B", "24GiB", method="auto").method == "lora"  # no dequantization, and it fits
     assert plan_memory("Llama-3.1-8B", "12GiB", method="auto").method == "qlora"

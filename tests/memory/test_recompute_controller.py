@@ -264,7 +264,7 @@ class TestTraining:
         from unittest.mock import patch
 
         from fastprice import PriceEstimator
-        from fastprice.data.synthetic import make_catalogue
+        from fastprice.data.synthetic import make_synthetic_items
         from fastprice.training import train as training
 
         options = {"epochs": 1.0, "max_tokens": 96, "pack_tokens": 512, "evaluations": 0, "kernels": "on", **settings}
@@ -278,7 +278,7 @@ class TestTraining:
             return original(*args, **kwargs, options=options)
 
         with patch.object(training, "train", with_meter):
-            return estimator.fit(make_catalogue(60, seed=2))
+            return estimator.fit(make_synthetic_items(60, seed=2))
 
     @staticmethod
     def losses(estimator: Any) -> list[float]:

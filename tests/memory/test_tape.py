@@ -27,16 +27,26 @@ def test_nothing_is_saved_without_a_gradient_or_without_recording() -> None:
         assert tape.total == 0
 
 
-def test_a_second_gradient_is_added_in_place_unless_the_first_is_shared() -> None:
+def test_a_second_gradient_is_added_in_place() -> None:
     tape = Tape()
-    x = tape.source(100)
+    x = tape.source(1000)
     a, b = tape.apply(100, [x]), tape.apply(100, [x])
     total = tape.apply(100, [a, b], passes_gradient=True)
     tape.release(a, b, total)
     tape.peak = Peak()
     tape.backward(total)
-    # the shared incoming gradient, b's result, a's result added to it in place
-    assert tape.peak.total == 300
+    # the shared incoming gradient, x's gradient from b, and that from a, which is added to it
+    assert tape.peak.total == 100 + 1000 + 1000
+
+
+def test_a_second_gradient_is_added_into_a_new_buffer_if_the_first_is_shared() -> None:
+    tape = Tape()
+    x = tape.source(100)
+    doubled = tape.apply(100, [x, x], passes_gradient=True)
+    tape.release(doubled)
+    tape.peak = Peak()
+    tape.backward(doubled)
+    assert tape.peak.total == 100 + 100
 
 
 def test_scratch_counts_only_while_its_operation_runs() -> None:

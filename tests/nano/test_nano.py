@@ -17,10 +17,10 @@ from scripts.make_nano import ANSWER_WEIGHT, EOS, KINDS, documents, make_batch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fastprice
-from fastprice.data.synthetic import make_catalogue, offers
-from fastprice.data.synthetic.draw import pick
-from fastprice.data.synthetic.goods import Choice
-from fastprice.prompts.template import HEAD, TAIL
+from fastprice.data.synthetic import generate_offers, make_synthetic_items
+from fastprice.data.synthetic.categories import ChoiceAttribute
+from fastprice.data.synthetic.random_draws import pick
+from fastprice.prompts.template import PREAMBLE, PRICE_CUE
 
 NANO = Path(fastprice.__file__).parent / "nano"
 
@@ -79,8 +79,8 @@ def test_each_digit_is_one_token_whatever_stands_before_it(tokenizer, digits, be
     assert [tokenizer.decode([token]) for token in tail] == list(digits)
     assert tokenizer.decode(ids[: -len(digits)]) == before
     # A prompt and its answer cost the same tokens apart and together.
-    assert tokenizer(TAIL + digits, add_special_tokens=False)["input_ids"] == (
-        tokenizer(TAIL, add_special_tokens=False)["input_ids"] + tail
+    assert tokenizer(PRICE_CUE + digits, add_special_tokens=False)["input_ids"] == (
+        tokenizer(PRICE_CUE, add_special_tokens=False)["input_ids"] + tail
     )
 
 
@@ -97,13 +97,13 @@ def test_any_text_comes_back(tokenizer, text):
 
 
 def test_the_tokenizer_is_economical(tokenizer):
-    texts = [item.text for item in make_catalogue(300, seed=7)]
+    texts = [item.text for item in make_synthetic_items(300, seed=7)]
     tokens = sum(len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"])
     assert sum(map(len, texts)) / tokens > 2.2
 
 
 def test_it_has_learned_product_text(tokenizer, model):
-    rows = tokenizer([item.text for item in make_catalogue(60, seed=7)])["input_ids"]
+    rows = tokenizer([item.text for item in make_synthetic_items(60, seed=7)])["input_ids"]
     order = torch.Generator().manual_seed(0)
     shuffled = [[row[0], *(row[1:][i] for i in torch.randperm(len(row) - 1, generator=order))] for row in rows]
     real = loss_of(model, rows)
@@ -118,10 +118,10 @@ def test_it_reads_answers_off_the_text(tokenizer, model):
 
     So small a model does not copy unknown words; a coin is right in half of the cases, the shipped weights in 63 %.
     """
-    rng, right, asked = Random(0), [], islice(offers(77), 150)
+    rng, right, asked = Random(0), [], islice(generate_offers(77), 150)
     for offer in asked:
         attribute = pick(rng, [a for a in offer.product.category.attributes if a.name in offer.facts])
-        values = attribute.factors if isinstance(attribute, Choice) else [f"{v:g}" for v in attribute.values]
+        values = attribute.factors if isinstance(attribute, ChoiceAttribute) else [f"{v:g}" for v in attribute.values]
         truth = offer.facts[attribute.name]
         other = pick(rng, [value for value in values if value != truth])
         question = f"What is the {attribute.name}?\n\n{offer.text}\n\n{attribute.name.capitalize()}: "
@@ -145,8 +145,8 @@ def test_no_document_holds_a_price():
         assert not money.search(text), text
         if "$" in text:
             # The price prompt, and nothing after it: no token is an answer.
-            assert text.startswith(HEAD)
-            assert text.endswith(TAIL)
+            assert text.startswith(PREAMBLE)
+            assert text.endswith(PRICE_CUE)
             assert all(part.weight < ANSWER_WEIGHT / 2 for part in document)
             wrappers += 1
     share = 100 * wrappers / 5_000
@@ -155,7 +155,7 @@ def test_no_document_holds_a_price():
 
 def test_what_follows_the_price_prompt_is_not_learned(tokenizer):
     ids, weights = make_batch(tokenizer, 5)
-    tail = tokenizer(TAIL, add_special_tokens=False)["input_ids"]
+    tail = tokenizer(PRICE_CUE, add_special_tokens=False)["input_ids"]
     flat, weight = ids.flatten().tolist(), weights.flatten().tolist()
     ends = [i + len(tail) for i in range(len(flat) - len(tail)) if flat[i : i + len(tail)] == tail]
     assert ends

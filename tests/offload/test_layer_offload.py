@@ -128,6 +128,38 @@ def test_prediction_prefetches_the_first_layers_after_the_last(make_model):
             assert torch.equal(model.eval()(input_ids=ids).logits, expected)
 
 
+def test_a_layer_is_prefetched_as_soon_as_its_device_buffer_is_free(make_model, step):
+    model = make_model().train()
+    transfers = SimulatedTransfers()
+    copies = []
+    hooks = [
+        decoder_layers(model)[2].register_forward_pre_hook(lambda *_: copies.append(len(transfers.copied_bytes))),
+        decoder_layers(model)[2].register_full_backward_pre_hook(lambda *_: copies.append(len(transfers.copied_bytes))),
+    ]
+    with offload_layers(model, [1, 3], device_buffers=1, transfers=transfers):
+        step(model)
+    for hook in hooks:
+        hook.remove()
+    assert copies == [2, 3]  # forward: layers 1 and 3; backward: layer 1 again, after layer 3
+
+
+def test_a_copy_waits_for_the_last_reader_of_its_device_buffer(make_model, step):
+    class Recording(SimulatedTransfers):
+        def copy(self, target, source, after):
+            awaited.setdefault(target.data_ptr(), []).append(after)
+            return super().copy(target, source, after)
+
+    awaited = {}
+    model = make_model().train()
+    with offload_layers(model, 5, device_buffers=2, transfers=Recording()):
+        step(model)
+    for first, *later in awaited.values():
+        assert first is None
+        assert len(later) in (2, 4)  # layers 1 and 3; layers 0, 2 and 4
+        assert None not in later
+        assert len(set(later)) == len(later)  # a new event after each visit
+
+
 def test_weights_are_nan_outside_their_visit(make_model):
     model = make_model(layers=5, adapters=False)
     linear = next(frozen_linears(decoder_layers(model)[2]))

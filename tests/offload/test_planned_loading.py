@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fastprice import PriceEstimator, split_items
-from fastprice.data.synthetic import make_catalogue
+from fastprice.data.synthetic import make_synthetic_items
 from fastprice.errors import ConfigError, TrainingError
 from fastprice.memory.planner import find_plan
 from fastprice.models.base_models import load_config
@@ -43,7 +43,7 @@ def smallest_budget(engine: str) -> int:
 
 @pytest.fixture(scope="module")
 def split():
-    return split_items(make_catalogue(70, seed=3))
+    return split_items(make_synthetic_items(70, seed=3))
 
 
 @pytest.fixture

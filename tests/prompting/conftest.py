@@ -6,7 +6,7 @@ import pytest
 
 from fastprice import PriceEstimator, split_items
 from fastprice.data.splitting import Split
-from fastprice.data.synthetic import make_catalogue
+from fastprice.data.synthetic import make_synthetic_items
 
 
 @pytest.fixture(scope="session")
@@ -16,4 +16,4 @@ def nano() -> PriceEstimator:
 
 @pytest.fixture(scope="session")
 def split() -> Split:
-    return split_items(make_catalogue(90, seed=5))
+    return split_items(make_synthetic_items(90, seed=5))

@@ -1,4 +1,4 @@
-"""`fastprice compare` and what it measures."""
+"""The comparison of strategies, and `fastprice compare`."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from rich.console import Console
 from fastprice import ConfigError, Item, PriceEstimator
 from fastprice.config import read_config
 from fastprice.data.splitting import Split
-from fastprice.data.synthetic import make_catalogue
+from fastprice.data.synthetic import make_synthetic_items
 from fastprice.evaluation.metrics import score
-from fastprice.prompting import choose_strategy
-from fastprice.prompting.compare import Comparison, Entry, compare_strategies
+from fastprice.prompting import make_strategy
+from fastprice.prompting.compare import StrategyComparison, StrategyResult, compare_strategies
 from fastprice.prompting.few_shot import FewShot
 from fastprice.prompting.retrieval import Retrieval
 from fastprice.run import prepare_items, train_and_evaluate
@@ -33,7 +33,7 @@ def write_products(path: Path, count: int) -> Path:
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["text", "price", "sku"])
-        writer.writerows([item.text, item.price, item.group] for item in make_catalogue(count, seed=6))
+        writer.writerows([item.text, item.price, item.group] for item in make_synthetic_items(count, seed=6))
     return path
 
 
@@ -44,21 +44,21 @@ def products(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_strategies_and_baselines_are_ranked_on_the_same_items(nano: PriceEstimator, split: Split) -> None:
     seen: list[tuple[str, int]] = []
-    strategies = [choose_strategy(name) for name in ("zero-shot", "retrieval:2")]
+    strategies = [make_strategy(name) for name in ("zero-shot", "retrieval:2")]
     comparison = compare_strategies(
         nano, strategies, split.train, [], split.test, on_items=lambda name, more: seen.append((name, more))
     )
-    names = [entry.name for entry in comparison.entries]
+    names = [entry.name for entry in comparison.results]
     assert sorted(names) == ["constant (median)", "median of retrieval:2", "retrieval:2", "zero-shot"]
-    errors = [float(entry.scores.mae) for entry in comparison.entries]
+    errors = [float(entry.scores.mae) for entry in comparison.results]
     assert errors == sorted(errors)
-    by_name = {entry.name: entry for entry in comparison.entries}
+    by_name = {entry.name: entry for entry in comparison.results}
     truths = np.array([item.price for item in split.test])
     zero_shot = np.abs(nano.predict(split.test) - truths).mean()
     assert float(by_name["zero-shot"].scores.mae) == pytest.approx(zero_shot)
     constant = np.abs(np.median([item.price or 0 for item in split.train]) - truths).mean()
     assert float(by_name["constant (median)"].scores.mae) == pytest.approx(constant)
-    best, worst = comparison.entries[0], comparison.entries[-1]
+    best, worst = comparison.results[0], comparison.results[-1]
     difference = comparison.difference(worst, best)
     assert float(difference) == pytest.approx(errors[-1] - errors[0])
     assert difference.low <= float(difference) <= difference.high
@@ -69,15 +69,15 @@ def test_strategies_and_baselines_are_ranked_on_the_same_items(nano: PriceEstima
     assert json.loads(json.dumps(comparison.as_dict()))["entries"][0]["to_best"]["value"] == 0
 
 
-def test_the_table_is_whole_in_80_columns() -> None:
+def test_the_table_fits_80_columns() -> None:
     truths = np.array([250.0, 300.0, 800.0] * 40)
     names = ["median of retrieval:16", "few-shot:16", "[red]mine[/red]"]
     entries = []
     for name, factor in zip(names, (0.5, 0.45, 0.01), strict=True):
         guesses = truths * factor
-        asked = (1.23, 0.5, 1234.0, 123.4)
-        entries.append(Entry(name, guesses, score(truths, guesses), *asked, held=1.0, width=990.0))
-    comparison = Comparison(truths, entries, "mae")
+        costs = (1.23, 0.5, 1234.0, 123.4)
+        entries.append(StrategyResult(name, guesses, score(truths, guesses), *costs, coverage=1.0, median_width=990.0))
+    comparison = StrategyComparison(truths, entries, "mae")
     out = io.StringIO()
     Console(file=out, width=80).print(comparison.table())
     shown = out.getvalue()
@@ -89,11 +89,11 @@ def test_the_table_is_whole_in_80_columns() -> None:
     assert words.index("few-shot:16") < words.index("[red]mine[/red]")
 
 
-def test_hits_rank_from_the_most_and_names_must_differ(nano: PriceEstimator, split: Split) -> None:
-    comparison = compare_strategies(nano, [choose_strategy("zero-shot")], split.train, [], split.test, criterion="hits")
-    hits = [float(entry.scores.hit_rate) for entry in comparison.entries]
+def test_hits_are_ranked_from_the_highest_and_names_must_differ(nano: PriceEstimator, split: Split) -> None:
+    comparison = compare_strategies(nano, [make_strategy("zero-shot")], split.train, [], split.test, criterion="hits")
+    hits = [float(entry.scores.hit_rate) for entry in comparison.results]
     assert hits == sorted(hits, reverse=True)
-    assert "median of retrieval:4" in [entry.name for entry in comparison.entries]
+    assert "median of retrieval:4" in [entry.name for entry in comparison.results]
     with pytest.raises(ConfigError, match="'few-shot:2' is named more than once"):
         compare_strategies(nano, [FewShot(2), FewShot(2)], split.train, [], split.test)
     with pytest.raises(ConfigError, match="did you mean 'rmsle'"):
@@ -101,17 +101,15 @@ def test_hits_rank_from_the_most_and_names_must_differ(nano: PriceEstimator, spl
 
 
 def test_intervals_are_calibrated_for_each_strategy(nano: PriceEstimator, split: Split) -> None:
-    comparison = compare_strategies(
-        nano, [choose_strategy("zero-shot")], split.train, split.train[:12], split.train[:12]
-    )
-    (entry,) = [entry for entry in comparison.entries if entry.name == "zero-shot"]
-    assert entry.held is not None
-    assert entry.held >= 11 / 12, "the interval that 12 items vouch for reaches the farthest of them, but for rounding"
-    assert entry.width is not None
-    assert entry.width > 0
+    comparison = compare_strategies(nano, [make_strategy("zero-shot")], split.train, split.train[:12], split.train[:12])
+    (entry,) = [entry for entry in comparison.results if entry.name == "zero-shot"]
+    assert entry.coverage is not None
+    assert entry.coverage >= 11 / 12, "the interval of 12 calibration items contains all of them, but for rounding"
+    assert entry.median_width is not None
+    assert entry.median_width > 0
 
 
-def test_a_base_is_compared_from_the_command_line(fastprice: Run, products: Path, tmp_path: Path) -> None:
+def test_a_base_model_is_compared_from_the_command_line(fastprice: Run, products: Path, tmp_path: Path) -> None:
     status, shown, said = fastprice(
         "compare", "--data", products, *COLUMNS, "--method", "lora", "--strategies", "zero-shot", "few-shot:2",
         "--items", 6, "--calibrate", 0, "--out", tmp_path / "out", "--plot", tmp_path / "out" / "compare.svg",
@@ -156,12 +154,14 @@ def trained(products: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_runs_model_is_compared_on_the_items_it_has_not_seen(
     fastprice: Run, trained: Path, products: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[Item] = []
+    queried: list[Item] = []
     fit_on: list[Item] = []
-    fit, ask = Retrieval.fit, Retrieval.ask
+    fit, build_prompts = Retrieval.fit, Retrieval.build_prompts
     monkeypatch.setattr(Retrieval, "fit", lambda self, train: fit_on.extend(train) or fit(self, train))
     monkeypatch.setattr(
-        Retrieval, "ask", lambda self, estimator, items: asked.extend(items) or ask(self, estimator, items)
+        Retrieval,
+        "build_prompts",
+        lambda self, estimator, items: queried.extend(items) or build_prompts(self, estimator, items),
     )
     moved = tmp_path / "moved.csv"
     shutil.copy(products, moved)
@@ -169,11 +169,11 @@ def test_a_runs_model_is_compared_on_the_items_it_has_not_seen(
     assert status == 0, said
     split = prepare_items(read_config(trained / "config.yaml")).split
     assert set(fit_on) == set(split.train)
-    assert set(asked) <= set(split.test) | set(split.validation)
-    assert set(split.test) <= set(asked)
+    assert set(queried) <= set(split.test) | set(split.validation)
+    assert set(split.test) <= set(queried)
 
 
-def test_what_would_ask_about_items_it_has_seen_is_refused(
+def test_options_that_would_compare_on_training_items_are_refused(
     fastprice: Run, trained: Path, products: Path, tmp_path: Path
 ) -> None:
     other = write_products(tmp_path / "other.csv", 70)

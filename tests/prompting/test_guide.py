@@ -1,4 +1,4 @@
-"""What docs/prompting.md shows is what runs."""
+"""The code and the command of docs/prompting.md run."""
 
 from __future__ import annotations
 

@@ -5,7 +5,17 @@ from hypothesis import strategies as st
 from fastprice.data.items import Item
 from fastprice.errors import ConfigError, DataError
 from fastprice.models.base_models import load_tokenizer
-from fastprice.prompts.template import FORMS, HEAD, IGNORE, JSON, TAIL, TEXT, answer_text, encode_prompt, encode_row
+from fastprice.prompts.template import (
+    FORMS,
+    IGNORE,
+    JSON,
+    PREAMBLE,
+    PRICE_CUE,
+    TEXT,
+    answer_text,
+    encode_prompt,
+    encode_row,
+)
 
 TOKENIZER = load_tokenizer("nano")
 
@@ -16,7 +26,7 @@ def test_a_row_is_the_prompt_and_then_the_price_alone_carries_loss() -> None:
     assert TOKENIZER.decode(labeled[:-1]) == "130"
     assert labeled[-1] == TOKENIZER.eos_token_id
     assert row.labels[-len(labeled) :] == labeled == row.ids[-len(labeled) :]
-    assert TOKENIZER.decode(row.ids[1 : -len(labeled)]) == f"{HEAD}a red kettle{TAIL}"
+    assert TOKENIZER.decode(row.ids[1 : -len(labeled)]) == f"{PREAMBLE}a red kettle{PRICE_CUE}"
 
 
 def test_training_and_prediction_see_the_same_prompt() -> None:
@@ -30,7 +40,7 @@ def test_training_and_prediction_see_the_same_prompt() -> None:
 def test_whatever_the_text_the_question_and_its_end_survive(text: str, most: int) -> None:
     prompt = encode_prompt(TOKENIZER, text, most)
     wrapper = encode_prompt(TOKENIZER, "", most).ids
-    tail = TOKENIZER(TAIL, add_special_tokens=False)["input_ids"]
+    tail = TOKENIZER(PRICE_CUE, add_special_tokens=False)["input_ids"]
     assert prompt.ids[-len(tail) :] == tail
     assert len(prompt.ids) <= len(wrapper) + most
 
@@ -73,7 +83,7 @@ def test_a_json_row_ends_with_a_bracket_that_carries_loss() -> None:
     labeled = [label for label in row.labels if label != IGNORE]
     assert TOKENIZER.decode(labeled[:-1]) == "130}"
     assert labeled[-1] == TOKENIZER.eos_token_id
-    assert TOKENIZER.decode(row.ids[1 : -len(labeled)]) == f'{HEAD}a red kettle\n\n{{"price": '
+    assert TOKENIZER.decode(row.ids[1 : -len(labeled)]) == f'{PREAMBLE}a red kettle\n\n{{"price": '
     assert row.price == 129.6
 
 

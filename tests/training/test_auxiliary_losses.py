@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fastprice.data.synthetic import make_catalogue
+from fastprice.data.synthetic import make_synthetic_items
 from fastprice.inference.price_heads import head_distributions, make_head
 from fastprice.inference.price_trie import PriceTrie
 from fastprice.models.base_models import load_tokenizer
@@ -21,7 +21,7 @@ from fastprice.training.number_losses import NumberLoss, expected_cost
 from fastprice_kernels import installed
 
 TOKENIZER = load_tokenizer("nano")
-ITEMS = make_catalogue(9, seed=4)
+ITEMS = make_synthetic_items(9, seed=4)
 ROWS = encode_rows(TOKENIZER, ITEMS, 40)
 
 

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from fastprice import PriceEstimator
-from fastprice.data.synthetic import make_catalogue
+from fastprice.data.synthetic import make_synthetic_items
 
 ERRORS = (10.0, 5.0, 20.0)
-PROBES = make_catalogue(3, seed=9)
+PROBES = make_synthetic_items(3, seed=9)
 
 
 def probabilities(estimator: PriceEstimator) -> np.ndarray:
@@ -39,7 +39,7 @@ def test_the_weights_of_the_smallest_error_are_restored(
         return np.array([item.price for item in items]) + ERRORS[len(seen) - 1]
 
     monkeypatch.setattr(estimator, "predict", predict)
-    estimator.fit(make_catalogue(12, seed=1), make_catalogue(12, seed=2))
+    estimator.fit(make_synthetic_items(12, seed=1), make_synthetic_items(12, seed=2))
 
     events = [event for event in estimator.training_.events if event.eval_mae is not None]
     assert [event.eval_mae for event in events] == pytest.approx(ERRORS)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import fastprice.training.cuda_graphs
 from fastprice import PriceEstimator
-from fastprice.data.synthetic import make_catalogue
+from fastprice.data.synthetic import make_synthetic_items
 from fastprice.errors import ConfigError
 from fastprice.models.packed_attention import PACKED_ATTENTION, register_packed_attention
 from fastprice.prompts.packing import PackCollator, StaticShape, pack_rows
@@ -298,7 +298,7 @@ def test_training_with_cuda_graphs_has_the_losses_of_eager_training(monkeypatch:
     def losses(graphs: str) -> list[float]:
         options = {"base": "nano", "epochs": 1.0, "max_tokens": 96, "pack_tokens": 512, "evaluations": 1}
         estimator = PriceEstimator(**options, gradient_accumulation=2, kernels="on", cuda_graphs=graphs)
-        estimator.fit(make_catalogue(100, seed=2), make_catalogue(20, seed=5))
+        estimator.fit(make_synthetic_items(100, seed=2), make_synthetic_items(20, seed=5))
         assert estimator.training_.tokens == tokens.setdefault("all", estimator.training_.tokens)
         return [event.loss for event in estimator.training_.events if event.loss is not None]
 
@@ -315,11 +315,11 @@ def test_training_with_cuda_graphs_has_the_losses_of_eager_training(monkeypatch:
 
 def test_unsupported_graphs_are_refused_when_on_and_skipped_when_auto() -> None:
     options = {"base": "nano", "epochs": 0.1, "max_tokens": 96, "pack_tokens": 512, "evaluations": 0, "kernels": "on"}
-    items = make_catalogue(40, seed=2)
+    items = make_synthetic_items(40, seed=2)
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match="cuda_graphs: on, but there is no CUDA device; use cuda_graphs="):
             PriceEstimator(**options, cuda_graphs="on").fit(items)
-    with pytest.raises(ConfigError, match="cuda_graphs must be auto, on or off, not 'yes'"):
+    with pytest.raises(ConfigError, match="cuda_graphs: must be auto, on or off, not 'yes'"):
         PriceEstimator(cuda_graphs="yes").fit(items)
 
 

@@ -46,12 +46,12 @@ def train_offloaded(folder: str, *, cap_bytes: int, tokens: int, steps: int = 6,
     import torch
 
     from fastprice.benchmarking.step_probe import WARMUP, MeasurementDone, StepProbe
-    from fastprice.data.synthetic import make_catalogue
+    from fastprice.data.synthetic import make_synthetic_items
     from fastprice.estimator import PriceEstimator
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     probe = StepProbe(device, steps, 60.0)
-    items = make_catalogue((WARMUP + steps + 5) * -(-tokens // 60))
+    items = make_synthetic_items((WARMUP + steps + 5) * -(-tokens // 60))
     estimator = PriceEstimator(folder, engine="peft", pack_tokens=tokens, max_memory=cap_bytes or None, **options)
     with probe.loading():
         estimator.prepare()

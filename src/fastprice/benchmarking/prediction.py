@@ -13,7 +13,7 @@ from fastprice.benchmarking.timing import Stopwatch, interleave, ratios, spread_
 from fastprice.benchmarking.workload import draw_rows
 from fastprice.inference.greedy import generate_greedily
 from fastprice.inference.scorers.stock import StockScorer
-from fastprice.prompts.template import HEAD, IGNORE
+from fastprice.prompts.template import IGNORE, PREAMBLE
 
 if TYPE_CHECKING:
     from fastprice.inference.price_decoder import PriceDecoder
@@ -109,7 +109,7 @@ def check_prediction(
 
 def draw_prompts(tokenizer: Any, count: int, vocabulary: int) -> list[list[int]]:
     """`count` prompts: the preamble of every prompt, then as many random tokens as a text has."""
-    question = list(tokenizer(HEAD, add_special_tokens=False)["input_ids"])
+    question = list(tokenizer(PREAMBLE, add_special_tokens=False)["input_ids"])
     rows = draw_rows(count, vocabulary, tokenizer.eos_token_id)
     return [question + row.ids[: row.labels.count(IGNORE)] for row in rows]
 

@@ -18,7 +18,7 @@ from fastprice.errors import ConfigError
 
 if TYPE_CHECKING:
     from fastprice.estimator import PriceEstimator
-    from fastprice.prompting.compare import Comparison
+    from fastprice.prompting.compare import StrategyComparison
     from fastprice.run import PreparedItems
 
 STRATEGIES = ["zero-shot", "few-shot:4", "retrieval:4", "chaining", "tools"]
@@ -45,17 +45,17 @@ def compare(
     plot: Plot = None,
 ) -> None:
     """Rank prompting strategies (zero-shot, few-shot, retrieval, chaining, tools) on unseen items."""
-    from fastprice.data.inputs import draw_items
-    from fastprice.prompting import choose_strategy
-    from fastprice.prompting.compare import check_names, compare_strategies, metric_of
+    from fastprice.data.estimator_inputs import draw_items
+    from fastprice.prompting import make_strategy
+    from fastprice.prompting.compare import check_unique_names, compare_strategies, ranking_metric
     from fastprice.run import prepare_items
 
-    metric_of(criterion)
+    ranking_metric(criterion)
     if model is not None and {"model.base", "model.method"} & set(given):
         raise ConfigError("compare: give --model (a run's) or --base, not both; a run knows its base and method")
     settings = _settings(config, model, given)
-    chosen = [choose_strategy(name, seed=settings.seed) for name in strategies or STRATEGIES]
-    check_names(chosen)
+    chosen = [make_strategy(name, seed=settings.seed) for name in strategies or STRATEGIES]
+    check_unique_names(chosen)
     if out is not None:
         _make_folder(out)
     if plot is not None:
@@ -92,7 +92,9 @@ def compare(
         path = _write(out, settings, str(model or settings.model.base), comparison)
         console.print(f"written: {path}", highlight=False, markup=False)
     if plot is not None:
-        comparison.plot(plot)
+        from fastprice.prompting.plot import plot_comparison
+
+        plot_comparison(comparison, plot)
         console.print(f"plot: {plot}", highlight=False, markup=False)
 
 
@@ -172,7 +174,7 @@ def _make_folder(out: Path) -> None:
         raise ConfigError(f"--out {out}: no folder can be made there ({error.strerror}); name another place") from error
 
 
-def _write(out: Path, settings: RunConfig, model: str, comparison: Comparison) -> Path:
+def _write(out: Path, settings: RunConfig, model: str, comparison: StrategyComparison) -> Path:
     from fastprice import __version__
 
     about = {"model": model, "data": asdict(settings.data), "seed": settings.seed, "fastprice": __version__}

@@ -34,8 +34,7 @@ def predict(
 ) -> None:
     """Estimate the prices of texts, or of the rows of a file of any length.
 
-    With --out each row of the file gives one row there. The file appears when it is complete; until then its parts are
-    in OUT.partial, and the same command continues an interrupted one.
+    With --out each row of the file gives one row there; an interrupted command, given again, goes on from OUT.partial.
     """
     folder = saved_estimator_folder(model)
     if (file is None) == (item is None):

@@ -1,1 +1,1 @@
-"""Items: reading, cleaning and splitting them; prices as people write them; a synthetic catalog."""
+"""Items: reading, cleaning and splitting them; prices in text; a synthetic catalog."""

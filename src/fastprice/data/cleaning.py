@@ -1,13 +1,12 @@
-"""Cleaning of items before they are split: broken text, price range, leaked labels, exact duplicates.
+"""Cleaning of items before they are split: broken text, price range, leaked labels, exact duplicates, in that order.
 
-In that order, and nothing vanishes: each row taken out becomes a `Reject` behind those that loading made. Texts that
-are equal at different prices stay, since both are true; `splitting` keeps them in one part. Near-duplicates stay for
-the same reason.
+No row is lost: each item that is removed becomes a `Reject`, after those that loading made. Equal texts with different
+prices stay, since both are true, and so do near-duplicates; `splitting` puts them into one part.
 
-A label leak is the item's own price written in its text, as a quarter of classified advertisements do ("$80 obo" at a
-price of 80). A model trained on it learns to copy instead of to estimate. What counts as written is what
-`money.find_prices` finds: a number beside a currency or a seller's phrase. A bare number that happens to equal the
-price ("R7 370" at $370) is left alone, and so is a price spelt out in words.
+A label leak is the item's own price in its text, as in a quarter of classified advertisements ("$80 obo" at a price of
+80): a model trained on it learns to copy instead of to estimate. A mention of a price is what `money.find_prices`
+finds, a number beside a currency or a seller's phrase. A bare number that happens to equal the price ("R7 370" at
+$370) is not changed, nor is a price in words.
 """
 
 from __future__ import annotations
@@ -20,15 +19,15 @@ from dataclasses import replace
 from typing import Literal
 
 from fastprice.data.items import Item, Items, Reject
-from fastprice.data.money import find_prices, format_price, mask_prices
+from fastprice.data.money import format_price, mask_prices
 from fastprice.errors import ConfigError
 
 __all__ = ["MASK", "clean_items", "prediction_text", "repair_text", "text_key"]
 
 MASK = "[price]"
-_BLANKS = re.compile(r"[^\S\n]+")
-_LINES = re.compile(r" ?\n[ \n]*")
-_SHOWN = 200
+_SPACES = re.compile(r"[^\S\n]+")
+_LINE_BREAKS = re.compile(r" ?\n[ \n]*")
+_EXCERPT_CHARACTERS = 200  # of the text in a reject
 
 
 def clean_items(
@@ -39,24 +38,30 @@ def clean_items(
     min_chars: int = 3,
     mask: Literal["prices", "own", "off"] = "own",
 ) -> Items:
-    """The items worth learning from, in their order, with repaired and masked texts.
+    """The usable items in their order, with repaired and masked texts; rejects and notes are added to those of `items`.
 
-    min_price, max_price: the dollars an item may cost, both ends included; items without a price (for prediction)
-    pass. min_chars: the least number of characters a text has besides masks. mask: "own" replaces the item's own price
-    by "[price]" (to the cent, or in whole dollars where the other has cents), "prices" every mention of money, "off"
-    nothing. Rejects and notes of `items` are kept and added to. Raises ConfigError for impossible settings.
+    Args:
+        items: items with or without prices (the latter for prediction).
+        min_price, max_price: price range in dollars, both ends included.
+        min_chars: least number of characters of a text, without masks.
+        mask: "own" replaces the item's own price by "[price]" (equal to the cent, or in whole dollars where the other
+            has cents), "prices" every mention of money, "off" nothing.
+
+    Raises ConfigError for an unknown `mask` or an impossible price range.
     """
     if mask not in ("prices", "own", "off"):
-        raise ConfigError(f"mask: {mask!r} is none of 'prices', 'own' and 'off'")
+        raise ConfigError(f"mask {mask!r}: write 'own', 'prices' or 'off'")
     if not 0 <= min_price <= max_price:
-        raise ConfigError(f"min_price {min_price} and max_price {max_price}: need 0 <= min_price <= max_price")
+        raise ConfigError(
+            f"min_price {min_price} and max_price {max_price}: write numbers with 0 <= min_price <= max_price"
+        )
     rejects: list[Reject] = []
-    kept: list[Item] = []
+    clean: list[Item] = []
     first_seen: dict[tuple[str, float | None], Item] = {}
     masked = masked_texts = 0
 
     def reject(item: Item, reason: str) -> None:
-        rejects.append(Reject(item.row, reason, item.text[:_SHOWN]))
+        rejects.append(Reject(item.row, reason, item.text[:_EXCERPT_CHARACTERS]))
 
     for item in items:
         if item.price is not None and not min_price <= item.price <= max_price:
@@ -66,65 +71,61 @@ def clean_items(
         if len(text.replace(MASK, "").strip()) < min_chars:
             reject(item, f"text shorter than {min_chars} characters")
             continue
-        clean = replace(item, text=text)
-        first = first_seen.setdefault((text_key(text), item.price), clean)
-        if first is not clean:
+        cleaned = replace(item, text=text)
+        first = first_seen.setdefault((text_key(text), item.price), cleaned)
+        if first is not cleaned:
             reject(item, "duplicate of " + (f"row {first.row}" if first.row is not None else "an earlier item"))
             continue
         masked, masked_texts = masked + count, masked_texts + bool(count)
-        kept.append(clean)
+        clean.append(cleaned)
     notes = list(items.notes) if isinstance(items, Items) else []
     if masked:
         notes.append(f"masked {masked:,} prices in {masked_texts:,} texts")
     before = items.rejects if isinstance(items, Items) else []
-    return Items(kept, rejects=[*before, *rejects], source=getattr(items, "source", ""), notes=notes)
+    return Items(clean, rejects=[*before, *rejects], source=getattr(items, "source", ""), notes=notes)
 
 
 def repair_text(text: str) -> str:
-    """Composed Unicode (NFC) without control, zero-width or unpaired surrogate characters, its white space collapsed.
+    """`text` as composed Unicode (NFC) without control, zero-width or unpaired surrogate characters.
 
-    Newlines stay, one at a time; every other run of white space becomes one space.
+    A run of white space becomes one newline where it has any, else one space.
     """
-    kept = text.replace("\r\n", "\n").replace("\r", "\n").replace("\t", " ")
-    if not kept.replace("\n", " ").isprintable():  # a quick look that spares most texts the slow one
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").replace("\t", " ")
+    if not lines.replace("\n", " ").isprintable():  # a quick test, so that most texts skip the slow loop
         # Cc control, Cf format (zero-width space, BOM, soft hyphen, direction marks), Cs half surrogate pairs.
-        kept = "".join(c for c in kept if c == "\n" or unicodedata.category(c) not in ("Cc", "Cf", "Cs"))
-    # Composed last: a character taken out may have stood between a letter and its accent.
-    return _LINES.sub("\n", _BLANKS.sub(" ", unicodedata.normalize("NFC", kept))).strip()
+        lines = "".join(c for c in lines if c == "\n" or unicodedata.category(c) not in ("Cc", "Cf", "Cs"))
+    # Composed last: a removed character may have been between a letter and its accent.
+    return _LINE_BREAKS.sub("\n", _SPACES.sub(" ", unicodedata.normalize("NFC", lines))).strip()
 
 
 def prediction_text(text: str, mask: str) -> str:
-    """A text without a known price as `clean_items` leaves the texts it was trained on, given its `mask`.
+    """A text without a known price, cleaned as the training texts were by `clean_items` with the same `mask`.
 
-    "prices" masks every mention of money. "own" masks none: the item's own price is what is asked for, so a mention of
-    it cannot be told from others. (A model trained so has seen mentions of other prices only, and has had no reason to
-    copy one.)
+    "prices" masks every mention of money. "own" masks none: the item's own price is unknown, so a mention of it cannot
+    be distinguished from others. (A model trained with it has seen mentions of other prices only, and has not learned
+    to copy one.)
     """
     repaired = repair_text(text)
     return mask_prices(repaired, MASK)[0] if mask == "prices" else repaired
 
 
 def text_key(text: str) -> str:
-    """What two texts share when they count as equal: the same words, whatever their case and white space."""
+    """The key by which texts count as equal: their words without regard to case and white space."""
     return " ".join(text.casefold().split())
 
 
 def _masked(text: str, price: float | None, mask: str) -> tuple[str, int]:
-    if mask == "off" or (mask == "own" and price is None):
+    if mask == "prices":
+        return mask_prices(text, MASK)
+    if mask == "off" or price is None:
         return text, 0
-    pieces, done, count = [], 0, 0
-    for mention in find_prices(text):
-        if mask == "own" and price is not None and not _same_price(mention.value, price):
-            continue
-        pieces += [text[done : mention.start], MASK]
-        done, count = mention.end, count + 1
-    return "".join([*pieces, text[done:]]), count
+    return mask_prices(text, MASK, only=lambda mentioned: _same_price(mentioned, price))
 
 
-def _same_price(written: float, price: float) -> bool:
-    """To the cent; or one of them in whole dollars, rounded (within 1 %) or with the other's cents cut off."""
-    if abs(written - price) < 0.005:
+def _same_price(mentioned: float, price: float) -> bool:
+    """Equal to the cent; or one of them in whole dollars, rounded (within 1 %) or without the other's cents."""
+    if abs(mentioned - price) < 0.005:
         return True
-    if not (written.is_integer() or float(price).is_integer()):
+    if not (mentioned.is_integer() or float(price).is_integer()):
         return False
-    return abs(written - price) <= min(0.5, 0.01 * price) or math.floor(written) == math.floor(price)
+    return abs(mentioned - price) <= min(0.5, 0.01 * price) or math.floor(mentioned) == math.floor(price)

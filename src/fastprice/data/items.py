@@ -1,17 +1,11 @@
-"""Items, and reading them from a file: JSON Lines, CSV, TSV or Parquet, plain or gzipped.
+"""Items, and reading them from a file: JSON Lines, CSV, TSV or Parquet, the text formats also gzipped.
 
-Every data row of the file becomes one `Item` or one `Reject`, so ``len(items) + len(items.rejects)`` is the number
-of rows, always. A file that cannot be trusted as a whole (not what its ending says, damaged half-way, an unknown
-column, not one usable row) raises `DataError` with one line that names the file, the place and the remedy.
+Every data row of the file becomes one `Item` or one `Reject`, so ``len(items) + len(items.rejects)`` is the number of
+rows. A file that cannot be used as a whole (not what its ending says, damaged, an unknown column, not one usable row)
+raises `DataError`, one line with the file, the place and what to do.
 
-Rows are counted from 1; the header of a CSV is no row, and in JSON Lines the row is the line. Blank lines of a text
-file are no rows. CSV is read by the standard library's reader in strict mode rather than by polars: polars fills short
-rows up without a word and guesses types, where here each ragged row has to be told.
-
-How a row becomes text: strings stand as they are; lists of short strings are joined by ", ", lists with any string
-over 40 characters (paragraphs) by newlines; everything else gets its column's name: ``cas latency: 15``,
-``modules: 2, 8``, ``modular: no``; an object becomes one ``key: value`` line per leaf; nulls, NaN and blanks are
-left out. CSV has no types, so cells that look like a number, true or false get their column's name as well.
+Rows are counted from 1; the header of a CSV is not a row, and in JSON Lines the row is the line. Blank lines of a text
+file are not rows. How a row becomes text is in `fastprice.data.row_text`.
 """
 
 from __future__ import annotations
@@ -29,20 +23,25 @@ from typing import Any
 
 from fastprice.common.files import atomic_file
 from fastprice.data.money import parse_price
-from fastprice.data.readers import Table, open_table, shown
+from fastprice.data.readers import Table, excerpt, open_table
+from fastprice.data.row_text import RowRenderer, cell_text, is_missing
 from fastprice.errors import DataError, nearest_name
 
 __all__ = ["Item", "ItemRows", "Items", "Reject", "load_items", "open_items"]
 
-_PARAGRAPH = 40  # characters from which a string in a list is a paragraph, not a token
-_LABEL_LEAK = re.compile(r"price|msrp|usd|amount|cost(?!um)", re.IGNORECASE)
-_FOREIGN = re.compile(r"[€£¥₹]|\b(?:EUR|GBP|CAD|AUD|NZD|CHF|JPY|CNY|INR)\b")
-_CELL_NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+_FOREIGN_CURRENCY = re.compile(r"[€£¥₹]|\b(?:EUR|GBP|CAD|AUD|NZD|CHF|JPY|CNY|INR)\b")
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """A product: its text, its price in dollars, the group it may not be split from, its row in the source (from 1)."""
+    """A product.
+
+    Attributes:
+        text: what the price is estimated from.
+        price: dollars, or None if unknown.
+        group: items of one group are put into the same part of a split; None: no group.
+        row: number of the row in its source, from 1.
+    """
 
     text: str
     price: float | None = None
@@ -52,7 +51,7 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class Reject:
-    """A row that cannot be used, why, and the first 200 characters of it."""
+    """A row that cannot be used: its number, the reason, and its first 200 characters."""
 
     row: int | None
     reason: str
@@ -60,7 +59,13 @@ class Reject:
 
 
 class Items(list[Item]):
-    """A list of items that remembers the rows it could not use, where it came from, and what a person should know."""
+    """A list of items with the rows that could not be used.
+
+    Attributes:
+        rejects: those rows, with reasons.
+        source: the file, or what else the items are from.
+        notes: messages for a person about the items, one line each.
+    """
 
     def __init__(
         self,
@@ -76,16 +81,16 @@ class Items(list[Item]):
         self.notes = list(notes)
 
     def write_rejects(self, path: str | os.PathLike[str]) -> None:
-        """Write the rejects as JSON Lines of row, reason and text: the whole file, or none of it.
+        """Writes the rejects as JSON Lines of row, reason and text, atomically.
 
         Raises DataError when the file cannot be written.
         """
         try:
-            with atomic_file(path) as half, half.open("w", encoding="utf-8") as lines:
+            with atomic_file(path) as partial, partial.open("w", encoding="utf-8") as lines:
                 for reject in self.rejects:
                     lines.write(json.dumps({"row": reject.row, "reason": reject.reason, "text": reject.text}) + "\n")
         except OSError as error:
-            raise DataError(f"{path}: cannot write the rejects: {error.strerror}") from error
+            raise DataError(f"{path}: cannot write the rejects ({error.strerror}); give another place") from error
 
 
 def load_items(
@@ -96,16 +101,20 @@ def load_items(
     group: str | Sequence[str] | None = None,
     drop: Sequence[str] = (),
 ) -> Items:
-    """Read a file of products.
+    """Reads a file of products.
 
-    text: one column, or several joined by newlines in that order; "*" takes every column but `price`, those in
-    `drop`, a nameless one (an index that pandas wrote), and those whose name says that they hold the price in disguise
-    (price, cost, msrp, usd, amount): these stand in `.notes`. Naming such a column yourself is allowed and noted.
-    price: the column of the price, a number or text such as "$1,299.99". Where it is given, rows without a usable
-    price become rejects; where not, items have no price.
-    group: one column or several (joined by " | "); a row where any of them is missing has no group.
+    Args:
+        path: JSON Lines (.jsonl, .ndjson), CSV, TSV (each also with .gz) or Parquet.
+        text: one column, or several that are joined by newlines in that order; "*" is every column but `price`, those
+            in `drop`, a nameless one (an index that pandas wrote), and those whose names suggest that they contain the
+            price (price, cost, msrp, usd, amount), which are listed in `notes`. Naming such a column is allowed and
+            noted.
+        price: the column of the price, a number or text such as "$1,299.99": rows without a usable price become
+            rejects. None: the items have no price.
+        group: one column or several (joined by " | "); a row where any of them is missing has no group.
+        drop: columns that "*" leaves out.
 
-    Raises DataError: no such file or column, a file that is not what its ending says, nothing usable in it.
+    Raises DataError for a missing file or column, a file that is not what its ending says, or no usable row.
     """
     path = Path(path)
     with open_items(path, text=text, price=price, group=group, drop=drop) as rows:
@@ -117,7 +126,7 @@ def load_items(
                 items.rejects.append(row)
         items.notes += rows.notes()
     if not items:
-        raise DataError(_nothing_usable(items, rows.wanted))
+        raise DataError(_no_usable_row(items, rows.selection))
     return items
 
 
@@ -130,31 +139,32 @@ def open_items(
     group: str | Sequence[str] | None = None,
     drop: Sequence[str] = (),
 ) -> Iterator[ItemRows]:
-    """`load_items` for a file of any length: its rows one after the other, of which none is kept."""
+    """`load_items` for a file of any length: its rows one after the other, without storing them."""
     path = Path(path)
-    wanted = _Columns.of(text, price, group, drop, path)
-    with open_table(path, wanted.needed()) as table:
+    selection = _ColumnSelection.of(text, price, group, drop, path)
+    with open_table(path, selection.columns_to_read()) as table:
         if table.columns:
-            wanted.check(table.columns, path)
-        yield ItemRows(path, wanted, table)
+            selection.check(table.columns, path)
+        yield ItemRows(path, selection, table)
 
 
 class ItemRows:
-    """The rows of a file in their order, each an Item or a Reject, to be gone through once; `open_items` makes it.
+    """The rows of a file in their order, each an Item or a Reject; `open_items` makes it, for one iteration.
 
-    What is wrong with the file as a whole is found out, and raised as DataError, when its last row has been read.
+    `fraction_read()` is how much of the file has been read, from 0 to 1. Problems of the file as a whole raise
+    DataError when its last row has been read.
     """
 
-    def __init__(self, path: Path, wanted: _Columns, table: Table) -> None:
-        self.path, self.wanted, self.share = path, wanted, table.share
+    def __init__(self, path: Path, selection: _ColumnSelection, table: Table) -> None:
+        self.path, self.selection, self.fraction_read = path, selection, table.fraction_read
         self._table = table
-        self._renderer = _Renderer(wanted, typed=table.typed)
-        self._foreign = 0
+        self._renderer = selection.renderer(typed=table.typed)
+        self._foreign_prices = 0
 
     def notes(self) -> list[str]:
-        """What a person should know about the columns of the rows that were read."""
-        foreign = f"{self._foreign:,} prices are in another currency than dollars and were taken as they stand"
-        return self._renderer.notes() + ([foreign] if self._foreign else [])
+        """Messages about the columns and prices of the rows read so far."""
+        foreign = f"{self._foreign_prices:,} prices are in another currency than dollars and were not converted"
+        return self._renderer.notes() + ([foreign] if self._foreign_prices else [])
 
     def __iter__(self) -> Iterator[Item | Reject]:
         path, columns = self.path, self._table.columns
@@ -167,37 +177,37 @@ class ItemRows:
             any_row = True
             yield row
         if not any_row:
-            raise DataError(f"{path}: has {'a header and ' if columns else ''}no rows; is it the right file?")
+            raise DataError(f"{path}: has {'a header and ' if columns else ''}no rows; check that it is the right file")
         if not columns:
             raise DataError(f"{path}: no row is usable; {first}")
-        self.wanted.check(columns, path)
+        self.selection.check(columns, path)
 
     def _row(self, row: int, record: dict[str, Any] | str, problem: str) -> Item | Reject:
         if not isinstance(record, dict):
-            return Reject(row, problem, shown(record))
-        price = self.wanted.price
+            return Reject(row, problem, excerpt(record))
+        price = self.selection.price
         try:
-            body = self._renderer.text(record)
-            amount, problem = _price(record.get(price)) if price is not None else (None, "")
-            together = _group(record, self.wanted.group)
-            problem = problem or ("" if body else "no text")
+            text = self._renderer.text(record)
+            dollars, problem = _price(record.get(price)) if price is not None else (None, "")
+            group = _group(record, self.selection.group)
+            problem = problem or ("" if text else "no text")
         except RecursionError:
-            body, problem = "", "nested too deeply"
+            text, problem = "", "nested too deeply"
         if problem:
-            return Reject(row, problem, shown(body or record))
-        written = record.get(price or "")
-        self._foreign += isinstance(written, str) and bool(_FOREIGN.search(written))
-        return Item(body, amount, together, row)
+            return Reject(row, problem, excerpt(text or record))
+        cell = record.get(price or "")
+        self._foreign_prices += isinstance(cell, str) and bool(_FOREIGN_CURRENCY.search(cell))
+        return Item(text, dollars, group, row)
 
 
-def _nothing_usable(items: Items, wanted: _Columns) -> str:
+def _no_usable_row(items: Items, selection: _ColumnSelection) -> str:
     reason, count = Counter(reject.reason for reject in items.rejects).most_common(1)[0]
     row = next(reject.row for reject in items.rejects if reject.reason == reason)
-    where = f"column {wanted.price!r}, " if "price" in reason else ""
-    where = f"text of {', '.join(map(repr, wanted.text))}, " if reason == "no text" else where
+    where = f"column {selection.price!r}, " if "price" in reason else ""
+    where = f"text of {', '.join(map(repr, selection.text))}, " if reason == "no text" else where
     return (
         f"{items.source}: none of its {len(items.rejects):,} rows is usable; the most frequent reason, in {count:,} of "
-        f"them: {reason} ({where}first in row {row}); name another column or mend the file"
+        f"them: {reason} ({where}first in row {row}); name another column or correct the file"
     )
 
 
@@ -205,7 +215,9 @@ def _nothing_usable(items: Items, wanted: _Columns) -> str:
 
 
 @dataclass(frozen=True)
-class _Columns:
+class _ColumnSelection:
+    """The columns that a call names, checked against each other and then against those of the file."""
+
     text: tuple[str, ...]  # ("*",) for every column
     price: str | None
     group: tuple[str, ...]
@@ -219,7 +231,7 @@ class _Columns:
         group: str | Sequence[str] | None,
         drop: Sequence[str],
         path: Path,
-    ) -> _Columns:
+    ) -> _ColumnSelection:
         def names(value: str | Sequence[str] | None) -> tuple[str, ...]:
             return (value,) if isinstance(value, str) else tuple(dict.fromkeys(value or ()))
 
@@ -227,124 +239,53 @@ class _Columns:
         if not columns.text:
             raise DataError(f"{path}: no text column is named; name one or several, or '*' for all")
         if "*" in columns.text and len(columns.text) > 1:
-            raise DataError(f"{path}: text is '*' (every column) or a list of columns, not both")
+            raise DataError(f"{path}: text is '*' (every column) or a list of columns; give one of them")
         if price in columns.text:
-            raise DataError(f"{path}: column {price!r} is both the price and part of the text; take it out of the text")
+            raise DataError(f"{path}: column {price!r} is both the price and part of the text; remove it from the text")
         if both := columns.drop.intersection(columns.text):
-            raise DataError(f"{path}: column {min(both)!r} is both dropped and part of the text")
+            raise DataError(f"{path}: column {min(both)!r} is both dropped and part of the text; remove it from one")
         return columns
 
-    def needed(self) -> frozenset[str] | None:
-        """The columns to read; None for all."""
+    def columns_to_read(self) -> frozenset[str] | None:
+        """None for all."""
         if self.text == ("*",):
             return None
         return frozenset((*self.text, *self.group, *(() if self.price is None else (self.price,))))
+
+    def renderer(self, *, typed: bool) -> RowRenderer:
+        if self.text == ("*",):
+            return RowRenderer(None, self.drop if self.price is None else self.drop | {self.price}, typed=typed)
+        return RowRenderer(self.text, typed=typed)
 
     def check(self, present: Mapping[str, None], path: Path) -> None:
         text = () if self.text == ("*",) else self.text
         for name in (*text, *((self.price,) if self.price is not None else ()), *self.group, *sorted(self.drop)):
             if name in present:
                 continue
-            names = [shown(other if other.isprintable() else repr(other), 60) for other in present]
+            names = [excerpt(other if other.isprintable() else repr(other), 60) for other in present]
             listed = ", ".join(names[:60]) + (", ..." if len(names) > 60 else "")
-            one = len(names) == 1 and re.search(r"[;\t|,]", names[0])
-            hint = f" (is {one[0]!r} what separates its fields?)" if one else ""
+            separator = len(names) == 1 and re.search(r"[;\t|,]", names[0])
+            hint = f" (are its fields separated by {separator[0]!r}?)" if separator else ""
             raise DataError(f"{path}: no column {name!r}{nearest_name(name, present)}; its columns are: {listed}{hint}")
 
 
-class _Renderer:
-    """Turns records into text, and remembers which columns looked like the price in disguise."""
-
-    def __init__(self, wanted: _Columns, *, typed: bool) -> None:
-        self.wanted = wanted
-        self.typed = typed
-        self.every = wanted.text == ("*",)
-        self.leaks: dict[str, None] = {}
-
-    def text(self, record: Mapping[str, Any]) -> str:
-        names: Iterable[str] = record if self.every else self.wanted.text
-        lines: list[str] = []
-        for name in names:
-            if self.every and (not name or name == self.wanted.price or name in self.wanted.drop):
-                continue
-            lines += self._lines(name, name, record.get(name), nested=False)
-        # Half a surrogate pair can be written in JSON, but not encoded again.
-        return "\n".join(lines).encode("utf-8", "replace").decode("utf-8")
-
-    def notes(self) -> list[str]:
-        if not self.leaks:
-            return []
-        names = ", ".join(self.leaks)
-        if self.every:
-            return [f"left out of the text, since they may hold the price in disguise: {names}"]
-        return [f"the text holds {names}, which may be the price in disguise: the model would learn to copy it"]
-
-    def _lines(self, path: str, name: str, value: Any, *, nested: bool) -> list[str]:
-        """The lines that one value gives; `path` is its full name ("attrs.price"), `name` its own."""
-        if _is_missing(value):
-            return []
-        if _LABEL_LEAK.search(name):
-            self.leaks[path] = None
-            if self.every:
-                return []
-        if isinstance(value, bytes):
-            value = value.decode("utf-8", "replace")
-        label = name.replace("_", " ").strip()
-        if isinstance(value, str):
-            if not self.typed and _CELL_NUMBER.fullmatch(value.strip()):
-                return [f"{label}: {value.strip()}"]
-            if not self.typed and value.strip().lower() in ("true", "false"):
-                return [f"{label}: {_word(value.strip().lower() == 'true')}"]
-            return [f"{label}: {value}" if nested else value]
-        if isinstance(value, dict):
-            return [
-                line
-                for key, inner in value.items()
-                for line in self._lines(f"{path}.{key}", str(key), inner, nested=True)
-            ]
-        if isinstance(value, (list, tuple)):
-            present = [inner for inner in value if not _is_missing(inner)]
-            if any(isinstance(inner, (dict, list, tuple)) for inner in present):
-                return [line for inner in present for line in self._lines(path, name, inner, nested=nested)]
-            words = [_word(inner) for inner in present]
-            if any(len(word) > _PARAGRAPH for word in words):
-                return words
-            texts = all(isinstance(inner, str) for inner in present)
-            joined = ", ".join(words)
-            return [joined if texts and not nested else f"{label}: {joined}"] if words else []
-        return [f"{label}: {_word(value)}"]
-
-
-def _is_missing(value: Any) -> bool:
-    if isinstance(value, float):
-        return not math.isfinite(value)
-    return value is None or (isinstance(value, (str, bytes)) and not value.strip())
-
-
-def _word(value: Any) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
-        return str(int(value))
-    if isinstance(value, bytes):
-        return value.decode("utf-8", "replace")
-    return str(value)
+# ---- Prices and groups -----------------------------------------------------------------------------------------------
 
 
 def _group(record: Mapping[str, Any], names: Sequence[str]) -> str | None:
     values = [record.get(name) for name in names]
-    if not values or any(_is_missing(value) or value in ([], {}) for value in values):
+    if not values or any(is_missing(value) or value in ([], {}) for value in values):
         return None
-    return " | ".join(_word(value).strip() for value in values)
+    return " | ".join(cell_text(value).strip() for value in values)
 
 
 def _price(value: Any) -> tuple[float | None, str]:
-    """The price in dollars, or why the value is none."""
-    if _is_missing(value) and not isinstance(value, float):
+    """(Price in dollars, ""), or (None, why the value is not a price)."""
+    if is_missing(value) and not isinstance(value, float):
         return None, "no price"
     if isinstance(value, bytes):
         value = value.decode("utf-8", "replace")
-    told = shown(value, 40)
+    shown = excerpt(value, 40)
     number: float | None = None
     if isinstance(value, str):
         plain = value.strip()
@@ -360,7 +301,7 @@ def _price(value: Any) -> tuple[float | None, str]:
         except OverflowError:
             number = math.inf
     if number is None:
-        return None, f"price {told!r} is not a price" if isinstance(value, str) else f"price {told} is not a price"
+        return None, f"price {shown!r} is not a price" if isinstance(value, str) else f"price {shown} is not a price"
     if math.isnan(number) or math.isinf(number):
         return None, f"price is {'nan' if math.isnan(number) else 'infinite'}"
     if number <= 0:

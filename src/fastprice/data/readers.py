@@ -1,8 +1,11 @@
-"""Files of rows: JSON Lines, CSV, TSV or Parquet, plain or gzipped, opened by their ending and held to it.
+"""Readers of tables: JSON Lines, CSV, TSV or Parquet, the text formats also gzipped; the file's ending decides.
 
-`open_table` gives columns and rows; a row is `(number, record, problem)`, numbered from 1, where either the record is
-a dict or the problem says why it is none. A file that cannot be trusted as a whole raises DataError. Rows are read as
-they are asked for, and none is kept: a file may be larger than memory.
+`open_table` gives columns and rows. A row is `(number, record, problem)`, numbered from 1, where either the record is a
+dict or the problem says why the row is rejected. A file that is not what its ending says, or is damaged, raises
+DataError. Rows are read one at a time and none is stored, so a file may be larger than memory.
+
+CSV is read by the standard library's reader in strict mode rather than by polars, which fills short rows without a
+message and guesses types; here each ragged row is rejected with its number.
 """
 
 from __future__ import annotations
@@ -24,35 +27,44 @@ from typing import Any
 
 from fastprice.errors import DataError, nearest_name
 
-__all__ = ["Table", "open_table", "shown"]
+__all__ = ["Table", "TableRow", "excerpt", "open_table"]
 
-SHOWN = 200  # characters of a row that its reject keeps
-FIELD_LIMIT = 2**24  # characters of a CSV field; the csv module's own limit is 2**17, less than some descriptions
-_BATCH = 1024  # rows of a Parquet file that are decoded at once
+EXCERPT_CHARACTERS = 200  # of a row in its reject
+FIELD_LIMIT = 2**24  # characters of a CSV field; the csv module's default is 2**17, less than some descriptions
+_PARQUET_BATCH = 1024  # rows that are decoded at once
+
+TableRow = tuple[int, dict[str, Any] | str, str]  # (row number, record, "") or (row number, raw text, problem)
 
 
 @dataclass
 class Table:
-    """Rows to come: (row, record, "") or (row, raw text, problem). `columns` grows while JSON Lines are read.
+    """An open file of rows.
 
-    `share()` is how much of the file has been read, from 0 to 1.
+    Attributes:
+        rows: read when iterated.
+        columns: the names of the columns, in order; of JSON Lines, those of the rows read so far.
+        typed: whether values have types; False for CSV, where all are strings.
+        fraction_read: a function that returns how much of the file has been read, from 0 to 1.
     """
 
-    rows: Iterator[tuple[int, dict[str, Any] | str, str]]
+    rows: Iterator[TableRow]
     columns: dict[str, None] = field(default_factory=dict)
     typed: bool = True
-    share: Callable[[], float] = float
+    fraction_read: Callable[[], float] = float
 
 
 @contextmanager
-def open_table(path: Path, wanted: frozenset[str] | None = None) -> Iterator[Table]:
-    """Open a file of items by its ending; whatever goes wrong in it becomes a DataError that names the file.
+def open_table(path: Path, columns: frozenset[str] | None = None) -> Iterator[Table]:
+    """Open a table by the ending of its file.
 
-    wanted  the columns that a Parquet file is read for; None: all. Text files are read whole, whatever is wanted.
+    columns   those to read of a Parquet file; None: all. Text files are always read whole.
+
+    Raises DataError, which names the file, for one that is missing, damaged or not what its ending says, also while
+    rows are read.
     """
-    _check_there(path)
+    _check_exists(path)
     name = path.name.lower()
-    packed = name.endswith(".gz")
+    gzipped = name.endswith(".gz")
     ending = Path(name.removesuffix(".gz")).suffix
     readers: dict[str, Callable[[io.BufferedReader[Any], Path], Table]] = {
         ".jsonl": _read_jsonl,
@@ -60,22 +72,22 @@ def open_table(path: Path, wanted: frozenset[str] | None = None) -> Iterator[Tab
         ".csv": _read_csv,
         ".tsv": partial(_read_csv, delimiter="\t"),
     }
-    if not packed and ending in (".parquet", ".pq"):
-        with _open_parquet(path, wanted) as table:
+    if not gzipped and ending in (".parquet", ".pq"):
+        with _open_parquet(path, columns) as table:
             yield table
         return
     if ending not in readers:
         raise DataError(
-            f"{path}: its ending is none of .jsonl, .ndjson, .csv, .tsv (each also with .gz) and .parquet; "
-            "convert or rename the file"
+            f"{path}: the ending must be .jsonl, .ndjson, .csv, .tsv (each also with .gz) or .parquet; convert or "
+            "rename the file"
         )
     try:
         with path.open("rb") as raw:
             if not raw.peek(1):
                 raise DataError(f"{path}: the file is empty")
-            if packed and not raw.peek(2).startswith(b"\x1f\x8b"):
-                raise DataError(f"{path}: is not gzip, as its ending says; take .gz off its name or compress it")
-            stream = io.BufferedReader(gzip.GzipFile(fileobj=raw)) if packed else raw
+            if gzipped and not raw.peek(2).startswith(b"\x1f\x8b"):
+                raise DataError(f"{path}: is not gzip, as its ending says; remove .gz from its name or compress it")
+            stream = io.BufferedReader(gzip.GzipFile(fileobj=raw)) if gzipped else raw
             head = stream.peek(4096)[:4096]
             if not head:
                 raise DataError(f"{path}: the file is empty")
@@ -85,18 +97,20 @@ def open_table(path: Path, wanted: frozenset[str] | None = None) -> Iterator[Tab
                 stream.read(len(codecs.BOM_UTF8))
             table = readers[ending](stream, path)
             size = path.stat().st_size
-            table.share = lambda: raw.tell() / size
+            table.fraction_read = lambda: raw.tell() / size
             with _field_limit():
                 yield table
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: the gzip data is damaged or cut off ({error}); fetch or make it again") from error
+        raise DataError(
+            f"{path}: the gzip data is damaged or truncated ({error}); download or create it again"
+        ) from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
 @contextmanager
 def _field_limit() -> Iterator[None]:
-    """The csv module's limit, which is one for the whole process, at `FIELD_LIMIT`."""
+    """Sets the csv module's field limit, which holds for the whole process, to `FIELD_LIMIT`."""
     before = csv.field_size_limit(FIELD_LIMIT)
     try:
         yield
@@ -104,28 +118,28 @@ def _field_limit() -> Iterator[None]:
         csv.field_size_limit(before)
 
 
-def _check_there(path: Path) -> None:
+def _check_exists(path: Path) -> None:
     try:
         if path.is_file():
             return
         if path.is_dir():
-            raise DataError(f"{path}: is a folder, not a file; name a file in it")
+            raise DataError(f"{path}: is a folder, not a file; give a file in it")
         if path.exists():
-            raise DataError(f"{path}: is not an ordinary file")
+            raise DataError(f"{path}: is not a regular file; give a file of rows")
         if not path.parent.is_dir():
-            raise DataError(f"{path}: no such file, and no folder {path.parent} either")
-        beside = [other.name for other in path.parent.iterdir()]
+            raise DataError(f"{path}: no such file, and no folder {path.parent}; check the path")
+        names = [other.name for other in path.parent.iterdir()]
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
-    raise DataError(f"{path}: no such file{nearest_name(path.name, beside)}")
+    raise DataError(f"{path}: no such file{nearest_name(path.name, names)}")
 
 
 def _binary_kind(head: bytes) -> str:
-    """What the first bytes of a file show it to be, if not UTF-8 text."""
+    """What kind of file begins with these bytes and what to do with it; "" for UTF-8 text."""
     for magic, kind in (
-        (b"\x1f\x8b", "gzip; end its name in .gz"),
-        (b"PAR1", "Parquet; end its name in .parquet"),
-        (b"PK\x03\x04", "a zip archive or spreadsheet; unpack or export it first"),
+        (b"\x1f\x8b", "gzip; add .gz to its name"),
+        (b"PAR1", "Parquet; rename it to .parquet"),
+        (b"PK\x03\x04", "a zip archive or spreadsheet; unpack or export it"),
         (b"\xff\xfe", "UTF-16 text; save it as UTF-8"),
         (b"\xfe\xff", "UTF-16 text; save it as UTF-8"),
     ):
@@ -136,14 +150,14 @@ def _binary_kind(head: bytes) -> str:
         utf16 = max(head[::2].count(0), head[1::2].count(0)) > 0.4 * half
         return "UTF-16 text; save it as UTF-8" if utf16 else "binary data"
     if re.match(rb"\s*<(?:!doctype html|html)", head, re.IGNORECASE):
-        return "a web page; fetch the data itself"
+        return "a web page; download the data itself"
     return ""
 
 
 def _read_jsonl(stream: io.BufferedReader[Any], path: Path) -> Table:
     columns: dict[str, None] = {}
 
-    def rows() -> Iterator[tuple[int, dict[str, Any] | str, str]]:
+    def rows() -> Iterator[TableRow]:
         parsed, failed = False, 0
         for number, raw in enumerate(stream, 1):
             if not raw.strip():
@@ -154,16 +168,16 @@ def _read_jsonl(stream: io.BufferedReader[Any], path: Path) -> Table:
                 failed += 1
                 if failed == 5 and not parsed:
                     raise DataError(f"{path}: is not JSON Lines, as its ending says: row {number}: {error}") from error
-                yield number, shown(raw.decode("utf-8", "replace").strip()), f"not JSON: {error}"
+                yield number, excerpt(raw.decode("utf-8", "replace").strip()), f"not JSON: {error}"
                 continue
             parsed = True
             if isinstance(record, dict):
                 columns.update(dict.fromkeys(record))
                 yield number, record, ""
             else:
-                yield number, shown(record), f"not a JSON object but {_json_kind(record)}"
+                yield number, excerpt(record), f"not a JSON object but {_json_kind(record)}"
         if failed and not parsed:
-            raise DataError(f"{path}: is not JSON Lines, as its ending says: no line of it is JSON")
+            raise DataError(f"{path}: is not JSON Lines, as its ending says: no line is JSON; rename or convert it")
 
     return Table(rows(), columns)
 
@@ -175,7 +189,7 @@ def _json_kind(value: Any) -> str:
 
 
 def _read_csv(stream: io.BufferedReader[Any], path: Path, delimiter: str = ",") -> Table:
-    # Bytes that are not UTF-8 survive as lone surrogates, so that the row that holds them can be named.
+    # Bytes that are not UTF-8 become lone surrogates, so that the row that contains them can be named.
     raw: list[str] = []  # the lines of the row being read
 
     def lines() -> Iterator[str]:
@@ -192,13 +206,13 @@ def _read_csv(stream: io.BufferedReader[Any], path: Path, delimiter: str = ",") 
         raise DataError(f"{path}: the header is not UTF-8; save the file as UTF-8")
     if header and header[0].startswith(("{", "[")):
         raise DataError(f"{path}: looks like JSON, not CSV as its ending says; rename it")
-    if doubles := [name for name, count in Counter(header).items() if count > 1]:
-        places = [str(index) for index, name in enumerate(header, 1) if name == doubles[0]]
+    if repeated := [name for name, count in Counter(header).items() if count > 1]:
+        fields = [str(index) for index, name in enumerate(header, 1) if name == repeated[0]]
         raise DataError(
-            f"{path}: the header names column {doubles[0]!r} twice (fields {', '.join(places)}); rename one"
+            f"{path}: the header names column {repeated[0]!r} twice (fields {', '.join(fields)}); rename one"
         )
 
-    def rows() -> Iterator[tuple[int, dict[str, Any] | str, str]]:
+    def rows() -> Iterator[TableRow]:
         number = 0
         while True:
             raw.clear()
@@ -209,22 +223,22 @@ def _read_csv(stream: io.BufferedReader[Any], path: Path, delimiter: str = ",") 
                 return
             except csv.Error as error:
                 number += 1
-                where = f"line {first}" + (f" to {reader.line_num}" if reader.line_num > first else "")
+                lines_read = f"line {first}" + (f" to {reader.line_num}" if reader.line_num > first else "")
                 if "end of data" in str(error) or "field limit" in str(error):
                     size = "to the end of the file" if "end" in str(error) else f"over {FIELD_LIMIT:,} characters"
                     raise DataError(
-                        f"{path}: row {number} ({where}): a field runs {size}; is a quote in it never closed?"
+                        f"{path}: row {number} ({lines_read}): a field runs {size}; check that its quote is closed"
                     ) from error
-                yield number, shown("".join(raw).strip()), f"{where} is not CSV: {error}"
+                yield number, excerpt("".join(raw).strip()), f"{lines_read} is not CSV: {error}"
                 continue
             if not cells:
                 continue
             number += 1
             text = "".join(raw).strip()
             if not _is_utf8(text):
-                yield number, shown(text), f"line {first} is not UTF-8; save the file as UTF-8"
+                yield number, excerpt(text), f"line {first} is not UTF-8; save the file as UTF-8"
             elif len(cells) != len(header):
-                yield number, shown(text), f"{len(cells)} fields where the header has {len(header)}"
+                yield number, excerpt(text), f"{len(cells)} fields where the header has {len(header)}"
             else:
                 yield number, dict(zip(header, cells, strict=True)), ""
 
@@ -240,7 +254,7 @@ def _is_utf8(text: str) -> bool:
 
 
 @contextmanager
-def _open_parquet(path: Path, wanted: frozenset[str] | None) -> Iterator[Table]:
+def _open_parquet(path: Path, columns: frozenset[str] | None) -> Iterator[Table]:
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 
@@ -252,7 +266,7 @@ def _open_parquet(path: Path, wanted: frozenset[str] | None) -> Iterator[Table]:
         kind = _binary_kind(head) or "text"
         raise DataError(f"{path}: is not Parquet, as its ending says, but {kind.split(';')[0]}; rename or convert it")
     try:
-        # A row group may be the whole file: its columns are read piece by piece, not buffered as a whole.
+        # A row group may be the whole file, so its columns are read in pieces, not buffered as a whole.
         file = ParquetFile(path, pre_buffer=False, buffer_size=2**20)
     except (ArrowException, OSError) as error:
         raise _damaged(path, error) from error
@@ -261,29 +275,30 @@ def _open_parquet(path: Path, wanted: frozenset[str] | None) -> Iterator[Table]:
         total = max(1, file.metadata.num_rows)
         read = 0
 
-        def rows() -> Iterator[tuple[int, dict[str, Any] | str, str]]:
+        def rows() -> Iterator[TableRow]:
             import polars
 
             nonlocal read
-            columns = None if wanted is None else [name for name in names if name in wanted]
+            read_columns = None if columns is None else [name for name in names if name in columns]
             try:
-                for batch in file.iter_batches(_BATCH, columns=columns, use_threads=False):
+                for batch in file.iter_batches(_PARQUET_BATCH, columns=read_columns, use_threads=False):
                     for record in polars.DataFrame(polars.from_arrow(batch)).iter_rows(named=True):
                         read += 1
                         yield read, record, ""
             except (ArrowException, OSError, polars.exceptions.PolarsError, polars.exceptions.PanicException) as error:
                 raise _damaged(path, error) from error
 
-        yield Table(rows(), dict.fromkeys(names), share=lambda: read / total)
+        yield Table(rows(), dict.fromkeys(names), fraction_read=lambda: read / total)
 
 
 def _damaged(path: Path, error: BaseException) -> DataError:
-    said = str(error).strip()
-    reason = said.splitlines()[0] if said else type(error).__name__
-    return DataError(f"{path}: the Parquet data is damaged or cut off ({reason}); fetch or make it again")
+    message = str(error).strip()
+    reason = message.splitlines()[0] if message else type(error).__name__
+    return DataError(f"{path}: the Parquet data is damaged or truncated ({reason}); download or create it again")
 
 
-def shown(value: Any, limit: int = SHOWN) -> str:
+def excerpt(value: Any, limit: int = EXCERPT_CHARACTERS) -> str:
+    """At most `limit` characters of a value as text that can be encoded as UTF-8, for messages and rejects."""
     if isinstance(value, (dict, list)):
         try:
             value = json.dumps(value, ensure_ascii=False, default=str)

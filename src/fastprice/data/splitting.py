@@ -1,23 +1,22 @@
-"""Train, validation and test parts that share no product.
+"""Splitting into train, validation and test parts that have no product in common.
 
-Items that belong together are joined first, and whole clusters are dealt out: the same group, the same text (whatever
-its case and white space), and near-duplicates (Jaccard similarity of the sets of three-word shingles, digits kept, of
-at least 0.8). Near-duplicates are found by MinHash with locality-sensitive hashing (Broder 1997; Leskovec, Rajaraman
-and Ullman, Mining of Massive Datasets, chapter 3) and confirmed on the shingles themselves, so none is false; a pair
-at the threshold is compared with a probability of 0.9999. Texts of a dozen words, such as rows of attributes, are
-near-duplicates only when hardly a word differs: one changed word in the middle changes three shingles. What this does
-not see is the same product in other words.
+Items that belong together are joined into clusters first, and clusters are dealt out as a whole: the same group, the
+same text (without regard to case and white space), and near-duplicates (Jaccard similarity of the sets of three-word
+shingles, digits included, of at least 0.8). These are found by MinHash with locality-sensitive hashing (Broder 1997;
+Leskovec, Rajaraman and Ullman, Mining of Massive Datasets, chapter 3) and verified on the shingles, so that none is
+false; a pair at the threshold is compared with a probability of 0.9999. Texts of a dozen words, such as rows of
+attributes, are near-duplicates only when almost no word differs: one changed word in the middle changes three shingles.
+The same product in other words is not found. The part of an item depends on the items' content and the seed, not on
+the order of the rows.
 
 datasketch computes the hashes. Its index, MinHashLSH, returns every text of a bucket, so its work grows with the square
-of the texts that one template has made: 23 s of CPU for 10,000 of them, where a few neighbors in each bucket take 5 s
-and grow linearly. So the buckets are formed here, by sorting.
+of the number of texts from one template: 23 s of CPU for 10,000 of them, where comparing a few neighbors in each bucket
+takes 5 s and grows linearly. So the buckets are formed here, by sorting.
 
-Near-duplication is not transitive: texts from one template can chain, each like the next, into one cluster that holds
-half the data. A cluster of more than `LARGEST` of the items is therefore taken apart again and joined at 0.9, then at
-0.95; what is still too large falls back to its groups and equal texts, and the split's notes say so. Very similar
-items can then stand on both sides.
-
-Which part an item falls into depends on the items' content and the seed, not on the order of the rows.
+Near-duplication is not transitive: texts from one template can chain, each similar to the next, into one cluster of
+half the data. A cluster of more than `MAX_CLUSTER_SHARE` of the items is therefore joined again at 0.9, then at 0.95;
+one that is still too large is reduced to its groups and equal texts, with a note. Very similar items can then be in
+different parts.
 """
 
 from __future__ import annotations
@@ -38,19 +37,19 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from scipy.cluster.hierarchy import DisjointSet
 
-__all__ = ["LARGEST", "Split", "near_duplicates", "split_items"]
+__all__ = ["MAX_CLUSTER_SHARE", "Split", "near_duplicate_mask", "split_items"]
 
-LARGEST = 0.05  # of all items: the largest cluster that near-duplicates may make,
-_SMALL = 20  # or this many items, in a small set, though never more than a quarter of it
-_THRESHOLDS = (0.8, 0.9, 0.95)
-_WORDS = 3  # in a shingle
+MAX_CLUSTER_SHARE = 0.05  # of all items, in one cluster of near-duplicates,
+_MIN_CLUSTER_LIMIT = 20  # or this many items in a small set, but never more than a quarter of it
+_THRESHOLDS = (0.8, 0.9, 0.95)  # Jaccard similarity
+_SHINGLE_WORDS = 3
 _NEIGHBORS = 4  # compared on either side within a bucket
 _BANDS, _ROWS = 24, 5  # a pair of similarity s is compared with probability 1 - (1 - s^5)^24: 0.99994 at 0.8
 
 
 @dataclass(frozen=True)
 class Split:
-    """Three parts, each in the order of the rows, and what a person should know about how they were made."""
+    """Three parts, each in the order of the rows, and messages for a person about how they were made."""
 
     train: list[Item]
     validation: list[Item]
@@ -66,18 +65,24 @@ def split_items(
     seed: int = 0,
     near_duplicates: bool = True,
 ) -> Split:
-    """Deal the items out, never parting a group.
+    """Splits items into three parts without separating a group.
 
-    validation, test: the share of the items in each (0 for none); met within one cluster's size. near_duplicates:
-    join items of nearly the same text as well, at about 0.2 ms of CPU time a text (15,488 rows of attributes
-    2.7 s, 5,565 advertisements 1.4 s). Raises ConfigError for impossible shares and DataError where there are too few
-    clusters to fill the parts.
+    Args:
+        items: with or without prices and groups.
+        validation, test: share of the items in each, 0 for none; met to within the size of one cluster.
+        seed: of the order in which clusters are dealt out.
+        near_duplicates: keep items of nearly the same text together as well, at about 0.2 ms of CPU time a text
+            (15,488 rows of attributes 2.7 s, 5,565 advertisements 1.4 s).
+
+    Raises ConfigError for impossible shares, DataError for too few clusters to fill the parts.
     """
     from scipy.cluster.hierarchy import DisjointSet
 
     if not (0 <= validation < 1 and 0 <= test < 1 and validation + test < 1):
-        raise ConfigError(f"validation {validation} and test {test}: shares from 0, together below 1")
-    # Sorted by content, so that nothing below can depend on the order of the rows.
+        raise ConfigError(
+            f"validation {validation} and test {test}: write shares of at least 0 that sum to less than 1"
+        )
+    # Sorted by content, so that nothing below depends on the order of the rows.
     digests = [_digest(f"{item.group}\n{item.price}\n{text_key(item.text)}") for item in items]
     order = sorted(range(len(items)), key=digests.__getitem__)
     clusters = DisjointSet(range(len(items)))
@@ -94,25 +99,23 @@ def split_items(
     members: dict[int, list[int]] = {}
     for index in order:
         members.setdefault(clusters[index], []).append(index)
-    dealt = sorted(members.values(), key=lambda cluster: _digest(f"{seed} {digests[cluster[0]]}"))
-    wanted = {name: share for name, share in (("test", test), ("validation", validation)) if share > 0}
-    if len(dealt) <= len(wanted):
+    shuffled = sorted(members.values(), key=lambda cluster: _digest(f"{seed} {digests[cluster[0]]}"))
+    shares = {name: share for name, share in (("test", test), ("validation", validation)) if share > 0}
+    if len(shuffled) <= len(shares):
         raise DataError(
-            f"cannot split {len(items)} items into {len(wanted) + 1} parts: by group and text, no more than "
-            f"{len(dealt)} of them may be separated; give more items, a finer group, or ask for fewer parts"
+            f"cannot split {len(items)} items into {len(shares) + 1} parts: by group and text they have only "
+            f"{len(shuffled)} separable clusters; give more items, a finer group or fewer parts"
         )
-    parts: dict[str, list[list[int]]] = {"train": dealt}
-    for later, (name, share) in enumerate(wanted.items()):
-        parts[name], parts["train"] = _take(parts["train"], round(share * len(items)), leave=len(wanted) - later)
+    parts: dict[str, list[list[int]]] = {"train": shuffled}
+    for position, (name, share) in enumerate(shares.items()):
+        to_leave = len(shares) - position
+        parts[name], parts["train"] = _take(parts["train"], round(share * len(items)), to_leave)
     chosen = {name: [items[index] for index in sorted(chain.from_iterable(part))] for name, part in parts.items()}
     return Split(chosen["train"], chosen.get("validation", []), chosen.get("test", []), notes)
 
 
-def near_duplicates(text: str, others: Sequence[str]) -> NDArray[np.bool_]:
-    """Which of `others` are `text` itself or nearly so, as `split_items` sees it: bool (len(others),).
-
-    The same text whatever its case and white space, or a Jaccard similarity of the shingles of at least 0.8.
-    """
+def near_duplicate_mask(text: str, others: Sequence[str]) -> NDArray[np.bool_]:
+    """Which of `others` are equal to `text` or near-duplicates of it, as in `split_items`: bool (len(others),)."""
     import numpy as np
 
     keys = [text_key(text), *map(text_key, others)]
@@ -123,15 +126,15 @@ def near_duplicates(text: str, others: Sequence[str]) -> NDArray[np.bool_]:
     return common >= _THRESHOLDS[0] * (len(own) + sizes - common)
 
 
-def _take(clusters: list[list[int]], target: int, *, leave: int) -> tuple[list[list[int]], list[list[int]]]:
-    """The clusters, in order, that bring a part nearer to `target` items, and the others: at least 1 and `leave`."""
+def _take(clusters: list[list[int]], target: int, to_leave: int) -> tuple[list[list[int]], list[list[int]]]:
+    """(Clusters that bring a part nearer to `target` items, at least 1; the others, at least `to_leave`)."""
     taken: list[list[int]] = []
     left: list[list[int]] = []
-    room = target
+    missing = target
     for cluster in clusters:
-        nearer = len(cluster) < 2 * room and len(taken) < len(clusters) - leave
+        nearer = len(cluster) < 2 * missing and len(taken) < len(clusters) - to_leave
         (taken if nearer else left).append(cluster)
-        room -= len(cluster) if nearer else 0
+        missing -= len(cluster) if nearer else 0
     if not taken:
         smallest = min(left, key=len)
         taken, left = [smallest], [cluster for cluster in left if cluster is not smallest]
@@ -146,10 +149,10 @@ def _digest(text: str) -> str:
 
 
 def _join_near_duplicates(keys: list[str], order: list[int], groups: DisjointSet) -> tuple[DisjointSet, list[str]]:
-    """`groups` with near-duplicates joined wherever the cluster stays small enough, and a note if some did not."""
+    """(`groups` with near-duplicates joined where the cluster stays small enough, notes on the others)."""
     pairs = _similar_pairs([keys[index] for index in order])
     edges = [(order[one], order[other], similarity) for one, other, similarity in pairs]
-    largest = int(min(max(LARGEST * len(keys), _SMALL), len(keys) / 4))
+    largest = int(min(max(MAX_CLUSTER_SHARE * len(keys), _MIN_CLUSTER_LIMIT), len(keys) / 4))
     joined = deepcopy(groups)
     for threshold in _THRESHOLDS:
         near = [(one, other) for one, other, similarity in edges if similarity >= threshold]
@@ -162,10 +165,10 @@ def _join_near_duplicates(keys: list[str], order: list[int], groups: DisjointSet
     edges = [edge for edge in edges if not joined.connected(edge[0], edge[1])]
     if not edges:
         return joined, []
-    apart = len({index for one, other, _ in edges for index in (one, other)})
+    separable = len({index for one, other, _ in edges for index in (one, other)})
     return joined, [
-        f"{apart:,} of {len(keys):,} items have near-duplicates that may lie in another part: joining them would chain "
-        f"more than {largest:,} items together, so only groups and equal texts were kept whole there"
+        f"{separable:,} of {len(keys):,} items have near-duplicates that may be in another part: joining them would "
+        f"chain more than {largest:,} items together, so only groups and equal texts were kept together there"
     ]
 
 
@@ -179,8 +182,6 @@ def _similar_pairs(keys: list[str]) -> list[tuple[int, int, float]]:
     seen: set[tuple[int, int]] = set()
     pairs = []
     for band in range(_BANDS):
-        # Sorted by this band and then the next, so that in a large bucket the likest texts lie side by side. Looking
-        # at a few neighbors only keeps the work linear where all pairs of a bucket would make it quadratic.
         # Sorted by this band and then the next, so that in a large bucket the most similar texts are adjacent.
         # Comparing only a few neighbors keeps the work linear where all pairs of a bucket would make it quadratic.
         order = np.lexsort(np.roll(signatures_KN, -band * _ROWS, axis=0)[2 * _ROWS - 1 :: -1])
@@ -200,7 +201,7 @@ def _similar_pairs(keys: list[str]) -> list[tuple[int, int, float]]:
 
 
 def _shingles(keys: list[str]) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
-    """64-bit hashes of every text's runs of three words, one text behind the other, and where each text starts."""
+    """(64-bit hashes of every text's runs of three words, one text after the other; where each text starts)."""
     import numpy as np
 
     multipliers = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9], dtype=np.uint64)
@@ -208,7 +209,7 @@ def _shingles(keys: list[str]) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
     values, starts, total = [], [], 0
     for key in keys:
         words = key.split() or [""]
-        words += [""] * (_WORDS - len(words))
+        words += [""] * (_SHINGLE_WORDS - len(words))
         hashes = []
         for word in words:
             number = numbers.get(word)
@@ -218,7 +219,7 @@ def _shingles(keys: list[str]) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
                 )
             hashes.append(number)
         line = np.array(hashes, dtype=np.uint64)
-        windows = np.lib.stride_tricks.sliding_window_view(line, _WORDS)
+        windows = np.lib.stride_tricks.sliding_window_view(line, _SHINGLE_WORDS)
         found = np.unique((windows * multipliers).sum(axis=1, dtype=np.uint64))
         values.append(found)
         starts.append(total)
@@ -231,7 +232,7 @@ def _min_hashes(sets: Sequence[NDArray[np.uint64]]) -> NDArray[np.uint32]:
     import numpy as np
     from datasketch import MinHash
 
-    # The upper halves of the shingles are hashes already: datasketch mixes and permutes them, and `int` hashes nothing.
+    # The upper halves of the shingles are hashes already: `int` leaves them as they are, datasketch permutes them.
     halves = ((each >> np.uint64(32)).tolist() for each in sets)
     found = MinHash.generator(halves, num_perm=_BANDS * _ROWS, seed=1, hashfunc=int, scheme="affine32")
     return np.stack([each.hashvalues for each in found], axis=1)

@@ -24,12 +24,12 @@ from matplotlib.patches import PathPatch
 from matplotlib.path import Path as Outline
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
+from fastprice.common.arrays import FloatArray
 from fastprice.evaluation.formats import count_of, dollars, price_tick
 from fastprice.inference.price_distribution import HIT_DOLLARS, HIT_SHARE
 
 if TYPE_CHECKING:
-    from fastprice.common.arrays import FloatArray
-from fastprice.evaluation.evaluate import ModelResult
+    from fastprice.evaluation.evaluate import ModelResult
 
 __all__ = ["HUES", "BandChart", "Chart", "draw_error_by_band", "draw_scatter", "draw_training_curves"]
 

@@ -106,7 +106,7 @@ def _write_whole(path: Path, page: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(path) as half:
-            # "replace": an item's text may hold a lone surrogate, which is no character and has no UTF-8.
+            # "replace": an item's text may have a lone surrogate, which has no UTF-8.
             half.write_bytes(page.encode("utf-8", "replace"))
     except OSError as error:
         raise DataError(f"{path}: cannot write the report: {error.strerror}; name another place for it") from error

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastprice.prompts.template import TEXT, Form
+from fastprice.prompts.template import TEXT, AnswerFormat
 
 __all__ = ["generate_greedily", "greedy_prices"]
 
@@ -53,7 +53,7 @@ def greedy_prices(
     prompts: Sequence[Sequence[int]],
     *,
     batch_size: int = 64,
-    form: Form = TEXT,
+    form: AnswerFormat = TEXT,
     on_batch: Callable[[int], None] | None = None,
 ) -> NDArray[np.float64]:
     """The price that a model writes after each of N prompts (token ids) in its `form`: dollars, float64 (N,).

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fastprice.data.inputs import price_of, text_of
+from fastprice.data.estimator_inputs import price_of, text_of
 from fastprice.data.items import Item
 from fastprice.errors import ConfigError, DataError, NotFittedError
-from fastprice.prompts.template import FORMS, Form, Prompt, encode_prompt
+from fastprice.prompts.template import FORMS, AnswerFormat, Prompt, encode_prompt
 
 if TYPE_CHECKING:
     from fastprice.inference.conformal import Calibration
@@ -270,7 +270,7 @@ class PricePredictor:
             )
 
     @property
-    def form(self) -> Form:
+    def form(self) -> AnswerFormat:
         """How prompts request the price and answers write it (fastprice.prompts.template)."""
         return FORMS["json" if self.output == "json" else "text"]
 

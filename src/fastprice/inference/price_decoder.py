@@ -33,7 +33,7 @@ from fastprice.inference.scorers.merged_decoder import MergedDecoder
 from fastprice.inference.scorers.scorer import Prompts, Scorer
 from fastprice.inference.scorers.stock import StockScorer
 from fastprice.inference.trie_walk import TrieWalk
-from fastprice.prompts.template import TEXT, Form
+from fastprice.prompts.template import TEXT, AnswerFormat
 
 __all__ = [
     "DISTRIBUTION_TOLERANCE",
@@ -62,7 +62,7 @@ class PriceDecoder:
 
     @classmethod
     def of(
-        cls, model: Any, tokenizer: Any, *, max_price: int = 999, form: Form = TEXT, takes_masks: bool = True
+        cls, model: Any, tokenizer: Any, *, max_price: int = 999, form: AnswerFormat = TEXT, takes_masks: bool = True
     ) -> PriceDecoder:
         """The decoder with the fastest scorer that `model` and the free memory allow.
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from fastprice.common.arrays import FloatArray, IntArray
 from fastprice.errors import DataError
-from fastprice.prompts.template import TEXT, Form
+from fastprice.prompts.template import TEXT, AnswerFormat
 
 __all__ = ["PriceTrie"]
 
@@ -46,7 +46,7 @@ class PriceTrie:
     middle_leaf: IntArray
 
     @classmethod
-    def of(cls, tokenizer: Any, max_price: int, form: Form = TEXT) -> PriceTrie:
+    def of(cls, tokenizer: Any, max_price: int, form: AnswerFormat = TEXT) -> PriceTrie:
         """The trie of the prices 1 to `max_price` dollars under `tokenizer`, ended as `form` ends a price.
 
         Raises DataError for a tokenizer without an end token, or one that writes two prices with the same tokens.

@@ -11,12 +11,12 @@ from typing import Any
 from fastprice.common.files import atomic_folder
 from fastprice.errors import BaseModelError, ConfigError
 
-__all__ = ["ADAPTER", "FORMAT", "HEAD", "MANIFEST", "MODEL", "read_manifest", "write_folder"]
+__all__ = ["ADAPTER", "FORMAT", "MANIFEST", "MODEL", "PRICE_HEAD", "read_manifest", "write_folder"]
 
 FORMAT = 1
 MANIFEST = "fastprice.json"
 ADAPTER = "adapter"
-HEAD = "head.safetensors"
+PRICE_HEAD = "head.safetensors"
 MODEL = "model"
 
 

@@ -1,4 +1,4 @@
-"""Text that the model writes before it is asked for a price: greedy, in batches, of bounded length, tokens counted."""
+"""Greedy generation of text before the price: in batches, of limited length, with tokens counted."""
 
 from __future__ import annotations
 
@@ -15,33 +15,37 @@ if TYPE_CHECKING:
 
     from fastprice.estimator import PriceEstimator
 
-__all__ = ["Written", "write"]
+__all__ = ["Completion", "generate_text"]
 
 
 @dataclass(frozen=True, slots=True)
-class Written:
-    """What the model wrote after a prompt, up to `stop` and without it, and the tokens that took."""
+class Completion:
+    """What the model generated after a prompt, up to the stop string and without it; `tokens` counts that as well."""
 
     text: str
     tokens: int
 
 
-def write(estimator: PriceEstimator, prompts: Sequence[Prompt], *, most: int, stop: str) -> list[Written]:
-    """The model's greedy continuation of each prompt, until its end token, `stop`, or `most` tokens.
+def generate_text(
+    estimator: PriceEstimator, prompts: Sequence[Prompt], *, max_tokens: int, stop: str
+) -> list[Completion]:
+    """The greedy completion of each prompt, until the end token, the string `stop`, or `max_tokens` tokens.
 
-    Prompts of like lengths share a batch of `estimator.batch_size`, padded on the left. A row that has stopped waits
-    for its batch, and only its own tokens are counted.
+    Prompts of similar lengths share a batch of `estimator.batch_size`, padded on the left. A row that has stopped stays
+    in its batch, and only its own tokens are counted.
     """
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index].ids))
-    written: dict[int, Written] = {}
+    completions: dict[int, Completion] = {}
     for start in range(0, len(order), estimator.batch_size):
         batch = order[start : start + estimator.batch_size]
-        found = _write_batch(estimator, [prompts[index].ids for index in batch], most, stop)
-        written.update(zip(batch, found, strict=True))
-    return [written[index] for index in range(len(prompts))]
+        found = _generate_batch(estimator, [prompts[index].ids for index in batch], max_tokens, stop)
+        completions.update(zip(batch, found, strict=True))
+    return [completions[index] for index in range(len(prompts))]
 
 
-def _write_batch(estimator: PriceEstimator, prompts: Sequence[Sequence[int]], most: int, stop: str) -> list[Written]:
+def _generate_batch(
+    estimator: PriceEstimator, prompts: Sequence[Sequence[int]], max_tokens: int, stop: str
+) -> list[Completion]:
     import torch
     from transformers import StoppingCriteria, StoppingCriteriaList
 
@@ -56,16 +60,16 @@ def _write_batch(estimator: PriceEstimator, prompts: Sequence[Sequence[int]], mo
             return torch.tensor([stop in text for text in texts], device=input_ids.device)
 
     stopping = StoppingCriteriaList([StopAt()])
-    rows = generate_greedily(estimator.model, tokenizer, prompts, max_new_tokens=most, stopping_criteria=stopping)
-    return [_cut_at(tokenizer, row, stop) for row in rows.cpu().numpy()]
+    rows = generate_greedily(estimator.model, tokenizer, prompts, max_new_tokens=max_tokens, stopping_criteria=stopping)
+    return [_truncated(tokenizer, row, stop) for row in rows.cpu().numpy()]
 
 
-def _cut_at(tokenizer: Any, row: np.ndarray[Any, np.dtype[np.int64]], stop: str) -> Written:
-    """The row up to its end token or `stop`; both count as written, padding after them does not."""
+def _truncated(tokenizer: Any, row: np.ndarray[Any, np.dtype[np.int64]], stop: str) -> Completion:
+    """The row up to its end token or `stop`; both count as generated, padding after them does not."""
     ends = np.flatnonzero(row == tokenizer.eos_token_id)
     own = row[: ends[0]] if len(ends) else row
     text: str = tokenizer.decode(own, skip_special_tokens=True)
     if stop not in text:
-        return Written(text, len(own) + bool(len(ends)))
+        return Completion(text, len(own) + bool(len(ends)))
     tokens = next(count for count in range(1, len(own) + 1) if stop in tokenizer.decode(own[:count]))
-    return Written(text.partition(stop)[0], tokens)
+    return Completion(text.partition(stop)[0], tokens)

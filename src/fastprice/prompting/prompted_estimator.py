@@ -10,126 +10,143 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from fastprice.data.inputs import price_of
+from fastprice.data.estimator_inputs import as_items, price_of
 from fastprice.data.items import Item
 from fastprice.errors import DataError
 from fastprice.inference.conformal import Calibration, calibrate
-from fastprice.prompting.registry import choose_strategy
-from fastprice.prompting.strategy import Strategy, as_items
+from fastprice.prompting.registry import make_strategy
+from fastprice.prompting.strategy import Strategy
 
 if TYPE_CHECKING:
     from fastprice.estimator import PriceEstimator
     from fastprice.inference.price_distribution import PriceDistribution
 
-__all__ = ["Answers", "PromptedEstimator"]
+__all__ = ["PromptedEstimator", "QueryResult"]
 
-_BATCHES = 4  # of items in work at once: memory does not grow with their number, and a progress bar moves
+_BATCHES_AT_ONCE = 4  # of prompts: bounds the memory and gives a progress bar steps
 
 
 @dataclass(frozen=True)
-class Answers:
-    """What asking about N items gave, in their order, and what it took.
+class QueryResult:
+    """The price distributions of N items under a strategy, in their order, and the tokens that they cost.
 
-    distributions                     p(price | prompt)
-    prompt_tokens, generated_tokens   int64 (N,): read and written by the model for each item, over all its calls. The
-                                      digits of prices are not counted: their probabilities are read, none is written
-    cut                               items whose own text was longer than max_tokens
-    tally                             what happened how often ("examples dropped": 3)
+    Attributes:
+        distributions: p(price | prompt) of each item.
+        prompt_tokens: int64 (N,): tokens that the model read for each item, over all its calls.
+        generated_tokens: int64 (N,): tokens that it generated for each item. The digits of prices are not among them:
+            their probabilities are computed, none is generated.
+        texts_cut: number of items whose text was longer than max_tokens.
+        tally: number of events by name ("examples dropped": 3).
     """
 
     distributions: list[PriceDistribution]
     prompt_tokens: NDArray[np.int64]
     generated_tokens: NDArray[np.int64]
-    cut: int
+    texts_cut: int
     tally: Counter[str]
 
 
 class PromptedEstimator:
-    """`estimator` (fitted, loaded, or only prepared) asked by `strategy`, which may show it items of `train`.
+    """Price estimates by `estimator` (fitted, loaded, or only prepared) with the prompts of `strategy`; no training.
 
-    `estimator` must give distributions (`gives_distributions_`). A strategy by name is chosen with `seed`. Nothing is
-    trained.
-    `calibration_` is None until `calibrate`.
+    Args:
+        estimator: one that gives distributions (`gives_distributions_`).
+        strategy: its name, as for `make_strategy`, or an object.
+        train: priced items that the strategy may show as examples.
+        seed: for a strategy by name.
+
+    `calibration_` is None until `calibrate`. Raises ConfigError for an unknown strategy, DataError for too few items.
     """
 
     def __init__(
         self, estimator: PriceEstimator, strategy: Strategy | str, train: Sequence[Item] = (), *, seed: int = 0
     ) -> None:
-        chosen = choose_strategy(strategy, seed=seed) if isinstance(strategy, str) else strategy
+        chosen = make_strategy(strategy, seed=seed) if isinstance(strategy, str) else strategy
         self.estimator = estimator
         self.strategy = chosen.fit(train)
         self.calibration_: Calibration | None = None
-        self._usual = float(np.median([price_of(item) for item in train])) if train else np.nan
+        self._median_price = float(np.median([price_of(item) for item in train])) if train else np.nan
 
     def calibrate(
         self, validation: Sequence[Item], *, on_items: Callable[[int], None] | None = None
     ) -> PromptedEstimator:
-        """Learns how wide intervals must be under this strategy, from priced items that nothing else has seen.
+        """Split-conformal calibration of intervals for this strategy, on priced items that were not used otherwise.
 
-        Raises DataError where no item has both a price and a distribution.
+        `on_items` is called with the number of finished items. Raises DataError for an item without a price, or when
+        no item has a distribution.
         """
-        answers = self.ask(validation, on_items=on_items)
+        result = self.query(validation, on_items=on_items)
         scored = [
             (distribution, price_of(item))
-            for item, distribution in zip(validation, answers.distributions, strict=True)
+            for item, distribution in zip(validation, result.distributions, strict=True)
             if not distribution.is_empty
         ]
         ceiling = self.estimator.ceiling_price_
         self.calibration_ = calibrate([each for each, _ in scored], [price for _, price in scored], ceiling=ceiling)
         return self
 
-    def ask(
+    def query(
         self,
         texts: Sequence[str] | Sequence[Item],
         *,
         tolerance: float | None = None,
         on_items: Callable[[int], None] | None = None,
-    ) -> Answers:
-        """The distributions of texts or items, with their bill; an item's price, if it has one, is never looked at.
+    ) -> QueryResult:
+        """The price distributions of texts or items, with the tokens they cost; prices of items are not read.
 
-        `tolerance` as in `PriceEstimator.distributions`; `on_items` is told how many items are done.
+        `tolerance` as in `PriceEstimator.distributions`; `on_items` is called with the number of finished items.
+        Raises ConfigError when a prompt cannot fit the model's context window.
         """
         items = as_items(texts)
         distributions: list[PriceDistribution] = []
-        read, written = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+        prompt_tokens, generated_tokens = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
         tally: Counter[str] = Counter()
-        cut = 0
-        step = _BATCHES * self.estimator.batch_size
+        texts_cut = 0
+        step = _BATCHES_AT_ONCE * self.estimator.batch_size
         for start in range(0, len(items), step):
-            asked = self.strategy.ask(self.estimator, items[start : start + step])
-            distributions += self.estimator.distributions(asked.prompts, tolerance=tolerance)
-            read.append(asked.prompt_tokens)
-            written.append(asked.generated_tokens)
-            tally.update(asked.tally)
-            cut += sum(prompt.cut > 0 for prompt in asked.prompts)
+            batch = self.strategy.build_prompts(self.estimator, items[start : start + step])
+            distributions += self.estimator.distributions(batch.prompts, tolerance=tolerance)
+            prompt_tokens.append(batch.prompt_tokens)
+            generated_tokens.append(batch.generated_tokens)
+            tally.update(batch.tally)
+            texts_cut += sum(prompt.cut > 0 for prompt in batch.prompts)
             if on_items:
                 on_items(len(distributions))
-        return Answers(distributions, np.concatenate(read), np.concatenate(written), cut, tally)
+        return QueryResult(
+            distributions, np.concatenate(prompt_tokens), np.concatenate(generated_tokens), texts_cut, tally
+        )
 
     def predict(self, texts: Sequence[str] | Sequence[Item], *, criterion: str = "mae") -> NDArray[np.float64]:
         """Prices in dollars, float64 (N,), best for `criterion`; see `PriceEstimator.predict`."""
-        return self.estimates(self.ask(texts).distributions, criterion)
+        return self.estimates(self.query(texts).distributions, criterion)
 
     def predict_distribution(self, texts: Sequence[str] | Sequence[Item]) -> list[PriceDistribution]:
-        """p(price | prompt) within 1e-4 of each exact probability."""
-        return self.ask(texts, tolerance=1e-4).distributions
+        """p(price | prompt) of each text, within about 1e-4 of each exact probability."""
+        from fastprice.inference.price_decoder import DISTRIBUTION_TOLERANCE
+
+        return self.query(texts, tolerance=DISTRIBUTION_TOLERANCE).distributions
 
     def predict_interval(self, texts: Sequence[str] | Sequence[Item], coverage: float = 0.9) -> NDArray[np.float64]:
-        """(low, high) in dollars, float64 (N, 2), that hold `coverage` of unseen prices.
+        """Calibrated intervals (low, high) in dollars, float64 (N, 2), with `coverage` of unseen prices.
 
         Raises DataError before `calibrate`, or when that saw too few items for such a coverage.
         """
-        return self.intervals(self.ask(texts).distributions, coverage)
+        return self.intervals(self.query(texts).distributions, coverage)
 
     def estimates(self, distributions: Sequence[PriceDistribution], criterion: str = "mae") -> NDArray[np.float64]:
-        """The estimate of each for `criterion`, in dollars; for an empty one the fallback or train's median."""
+        """The estimate of each for `criterion`, dollars, float64 (N,).
+
+        An empty distribution gets the estimator's fallback price, or the median price of the training items.
+        """
         prices = self.estimator.estimates(distributions, criterion)
-        return np.where(np.isnan(prices), self._usual, prices)
+        return np.where(np.isnan(prices), self._median_price, prices)
 
     def intervals(self, distributions: Sequence[PriceDistribution], coverage: float = 0.9) -> NDArray[np.float64]:
-        """`predict_interval` for distributions that are known already; the whole range for an empty one."""
+        """`predict_interval` for distributions that are known; an empty one gets the whole range of prices."""
         if self.calibration_ is None:
             raise DataError(f"intervals of {self.strategy.name} are not calibrated yet: call calibrate(validation)")
-        everything = (1.0, self.estimator.ceiling_price_)
-        bounds = [everything if each.is_empty else self.calibration_.interval(each, coverage) for each in distributions]
+        whole_range = (1.0, self.estimator.ceiling_price_)
+        bounds = [
+            whole_range if each.is_empty else self.calibration_.interval(each, coverage) for each in distributions
+        ]
         return np.array(bounds, dtype=np.float64).reshape(-1, 2)

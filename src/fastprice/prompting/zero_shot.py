@@ -1,4 +1,4 @@
-"""Zero-shot: the question and the item's text, as in training. Every other strategy has to beat this one."""
+"""Zero-shot: the question and the item's text, as in training. Every other strategy has to be better than this one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 
 from fastprice.data.items import Item
-from fastprice.prompting.strategy import Asked
+from fastprice.prompting.strategy import PromptBatch
 
 if TYPE_CHECKING:
     from fastprice.estimator import PriceEstimator
@@ -17,14 +17,14 @@ __all__ = ["ZeroShot"]
 
 
 class ZeroShot:
-    """What `PriceEstimator.predict` does."""
+    """The prompts of `PriceEstimator.predict`."""
 
     name = "zero-shot"
 
     def fit(self, train: Sequence[Item]) -> Self:
         return self
 
-    def ask(self, estimator: PriceEstimator, items: Sequence[Item]) -> Asked:
+    def build_prompts(self, estimator: PriceEstimator, items: Sequence[Item]) -> PromptBatch:
         prompts = estimator.prompts(items)
-        read = np.array([len(prompt.ids) for prompt in prompts], dtype=np.int64)
-        return Asked(prompts, read, np.zeros_like(read))
+        lengths = np.array([len(prompt.ids) for prompt in prompts], dtype=np.int64)
+        return PromptBatch(prompts, lengths, np.zeros_like(lengths))

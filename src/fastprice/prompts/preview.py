@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastprice.data.items import Item
 from fastprice.errors import TrainingError
-from fastprice.prompts.template import IGNORE, TEXT, Form, TrainingRow, encode_rows
+from fastprice.prompts.template import IGNORE, TEXT, AnswerFormat, TrainingRow, encode_rows
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,7 +26,7 @@ def inspect_items(
     max_tokens: int,
     console: Console,
     *,
-    form: Form = TEXT,
+    form: AnswerFormat = TEXT,
     examples: int = 3,
 ) -> None:
     """Prints the first `examples` items as the model reads them, and the share of labeled tokens among all.

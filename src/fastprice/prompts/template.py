@@ -31,12 +31,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FORMS",
-    "HEAD",
     "IGNORE",
     "JSON",
-    "TAIL",
+    "PREAMBLE",
+    "PRICE_CUE",
     "TEXT",
-    "Form",
+    "AnswerFormat",
     "Prompt",
     "TrainingRow",
     "answer_text",
@@ -47,8 +47,8 @@ __all__ = [
     "token_ids",
 ]
 
-HEAD = "How much does this cost to the nearest dollar?\n\n"
-TAIL = "\n\nPrice is $"
+PREAMBLE = "How much does this cost to the nearest dollar?\n\n"
+PRICE_CUE = "\n\nPrice is $"
 IGNORE = -100
 # Longer texts are truncated to this many characters per allowed token before tokenization: tokenizing 100,000
 # characters to use 200 tokens is waste. Real texts have 2 to 6 characters a token.
@@ -56,11 +56,11 @@ _CHARACTERS_PER_TOKEN = 40
 
 
 @dataclass(frozen=True, slots=True)
-class Form:
-    """How an answer is written: `tail` ends the prompt, just before the number; `close` follows the number."""
+class AnswerFormat:
+    """How an answer is written: `cue` ends the prompt, just before the number; `close` follows the number."""
 
     name: str
-    tail: str
+    cue: str
     close: str = ""
 
     def end_id(self, tokenizer: Any) -> int:
@@ -84,13 +84,13 @@ class Form:
             # The prompt ended with "Price is $": only what follows without a gap is its number.
             return parse_price(answer.split("\n")[0]) if answer[:1].isdigit() else None
         try:
-            return float(_schema().model_validate_json(self.tail.strip() + answer).price)
+            return float(_schema().model_validate_json(self.cue.strip() + answer).price)
         except ValueError:  # pydantic's ValidationError: not JSON, or not to the schema
             return None
 
 
-TEXT = Form("text", TAIL)
-JSON = Form("json", '\n\n{"price": ', "}")
+TEXT = AnswerFormat("text", PRICE_CUE)
+JSON = AnswerFormat("json", '\n\n{"price": ', "}")
 FORMS = {form.name: form for form in (TEXT, JSON)}
 
 
@@ -132,11 +132,11 @@ def answer_text(price: float) -> str:
     return str(max(1, round(price)))
 
 
-def encode_prompt(tokenizer: Any, text: str, max_tokens: int, form: Form = TEXT) -> Prompt:
+def encode_prompt(tokenizer: Any, text: str, max_tokens: int, form: AnswerFormat = TEXT) -> Prompt:
     """The prompt for `text`, its text truncated to at most `max_tokens` tokens."""
     ids, cut = encode_text(tokenizer, text, max_tokens)
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    return Prompt([*start, *token_ids(tokenizer, HEAD), *ids, *token_ids(tokenizer, form.tail)], cut)
+    return Prompt([*start, *token_ids(tokenizer, PREAMBLE), *ids, *token_ids(tokenizer, form.cue)], cut)
 
 
 def encode_text(tokenizer: Any, text: str, max_tokens: int) -> tuple[list[int], int]:
@@ -147,7 +147,7 @@ def encode_text(tokenizer: Any, text: str, max_tokens: int) -> tuple[list[int], 
     return ids[:max_tokens], max(len(ids) - max_tokens, 0) or int(len(allowed) < len(text))
 
 
-def encode_row(tokenizer: Any, item: Item, max_tokens: int, form: Form = TEXT) -> TrainingRow:
+def encode_row(tokenizer: Any, item: Item, max_tokens: int, form: AnswerFormat = TEXT) -> TrainingRow:
     """The training row of a priced item; raises DataError for an item without a price or a tokenizer without an end.
 
     Number and closing token are tokenized apart, so that a price ends with the same token whatever it is.
@@ -160,7 +160,7 @@ def encode_row(tokenizer: Any, item: Item, max_tokens: int, form: Form = TEXT) -
     return TrainingRow([*prompt.ids, *answer], [IGNORE] * len(prompt.ids) + answer, prompt.cut, item.price)
 
 
-def encode_rows(tokenizer: Any, items: Sequence[Item], max_tokens: int, form: Form = TEXT) -> list[TrainingRow]:
+def encode_rows(tokenizer: Any, items: Sequence[Item], max_tokens: int, form: AnswerFormat = TEXT) -> list[TrainingRow]:
     """`encode_row` for each item, in order."""
     return [encode_row(tokenizer, item, max_tokens, form) for item in items]
 

@@ -15,7 +15,7 @@ import torch
 from fastprice.memory.recompute_controller import RecomputeController
 from fastprice.models.engine import Engine
 from fastprice.models.peft_engine import compute_dtype
-from fastprice.models.saved_folder import HEAD
+from fastprice.models.saved_folder import PRICE_HEAD
 from fastprice.training.auxiliary_losses import PRICE_LABELS, AuxiliaryLosses
 from fastprice.training.cuda_graphs import TOLERANCES, GraphedStep
 
@@ -151,13 +151,13 @@ class _PriceTraining:
         stock: Any = super()
         stock._save(output_dir, state_dict)
         if self._auxiliary is not None and self._auxiliary.price_head is not None:
-            self._auxiliary.price_head.save(Path(output_dir or self.args.output_dir) / HEAD)
+            self._auxiliary.price_head.save(Path(output_dir or self.args.output_dir) / PRICE_HEAD)
 
     def _load_best_model(self) -> None:
         stock: Any = super()
         stock._load_best_model()
         if self._auxiliary is not None and self._auxiliary.price_head is not None:
-            self._auxiliary.price_head.restore(Path(self.state.best_model_checkpoint) / HEAD)
+            self._auxiliary.price_head.restore(Path(self.state.best_model_checkpoint) / PRICE_HEAD)
 
     def evaluate(self, *arguments: Any, metric_key_prefix: str = "eval", **options: Any) -> dict[str, float]:
         assert self._validate is not None

@@ -259,7 +259,7 @@ def test_a_damaged_ledger_and_a_foreign_folder_are_refused(stopped: tuple[Path, 
         run(source, other, model)
 
 
-def test_two_processes_cannot_write_the_same_parts(tmp_path: Path) -> None:
+def test_two_writers_cannot_write_the_same_parts(tmp_path: Path) -> None:
     out = tmp_path / "p.csv"
     with open_parts(out, {}), pytest.raises(ConfigError, match="another process"), open_parts(out, {}):
         pass
@@ -267,12 +267,12 @@ def test_two_processes_cannot_write_the_same_parts(tmp_path: Path) -> None:
         pass
     program = (
         "import sys; from pathlib import Path; from fastprice.inference.batch.parts import open_parts\n"
-        "with open_parts(Path(sys.argv[1]), {}): print('held', flush=True); sys.stdin.read()"
+        "with open_parts(Path(sys.argv[1]), {}): print('locked', flush=True); sys.stdin.read()"
     )
     arguments = [sys.executable, "-c", program, str(out)]
     with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout is not None
-        assert other.stdout.readline() == b"held\n"
+        assert other.stdout.readline() == b"locked\n"
         with pytest.raises(ConfigError, match="another process"), open_parts(out, {}):
             pass
         other.kill()

@@ -1,22 +1,22 @@
-"""Words of the synthetic catalogue that belong to no single category: brands, colours, conditions, sentences.
+"""Words of the synthetic catalog that belong to no single category: brands, colors, conditions, sentences.
 
-The brands are invented. A tier is a factor on the price; what it is worth in a category is `Category.brand_pull`.
+The brands are invented. A brand's factor on the price is raised to the power of `Category.brand_exponent`.
 """
 
 from __future__ import annotations
 
 __all__ = [
-    "BRANDS",
-    "COLOURS",
-    "CONDITIONS",
-    "FILLERS",
+    "BRAND_FACTORS",
+    "COLOR_FACTORS",
+    "CONDITION_FACTORS",
+    "CONDITION_PHRASES",
+    "FILLER_SENTENCES",
     "MODEL_WORDS",
-    "MODES_OF_SALE",
-    "SELLER_TALK",
-    "SHORTHAND",
+    "SELLER_PHRASES",
+    "SELLER_SPELLINGS",
 ]
 
-_TIERS = {"budget": 0.68, "low": 0.85, "middle": 1.0, "upper": 1.25, "premium": 1.6, "luxury": 2.3}
+_TIER_FACTORS = {"budget": 0.68, "low": 0.85, "middle": 1.0, "upper": 1.25, "premium": 1.6, "luxury": 2.3}
 _BRAND_NAMES = {
     "computing": {
         "budget": "Zentivo Klypso Orbulex",
@@ -67,18 +67,18 @@ _BRAND_NAMES = {
         "luxury": "Belmarque",
     },
 }
-_TWO_WORDS = ("Maison Tervane", "Atelier Osmond", "Halden Works", "Coastline Co", "Nine Elms")
+_TWO_WORD_NAMES = ("Maison Tervane", "Atelier Osmond", "Halden Works", "Coastline Co", "Nine Elms")
 
 
-def _brands(family: str) -> dict[str, float]:
-    """Brand name -> price factor, for one family of departments."""
+def _brand_factors(family: str) -> dict[str, float]:
+    """Brand name to its factor on the price, for one family of departments."""
     found: dict[str, float] = {}
     for tier, names in _BRAND_NAMES[family].items():
-        for pair in _TWO_WORDS:
+        for pair in _TWO_WORD_NAMES:
             names = names.replace(pair, pair.replace(" ", "_"))
         for order, name in enumerate(names.split()):
-            # Brands of one tier are not worth exactly the same.
-            found[name.replace("_", " ")] = _TIERS[tier] * (1 + 0.05 * order)
+            # The brands of one tier differ a little.
+            found[name.replace("_", " ")] = _TIER_FACTORS[tier] * (1 + 0.05 * order)
     return found
 
 
@@ -90,8 +90,8 @@ _FAMILIES = {
     "wear": ("fashion", "sport"),
     "life": ("toys", "books", "baby", "beauty", "pet", "music"),
 }
-BRANDS: dict[str, dict[str, float]] = {
-    department: _brands(family) for family, departments in _FAMILIES.items() for department in departments
+BRAND_FACTORS: dict[str, dict[str, float]] = {
+    department: _brand_factors(family) for family, departments in _FAMILIES.items() for department in departments
 }
 
 MODEL_WORDS = (
@@ -101,7 +101,7 @@ MODEL_WORDS = (
     "Pixel",
 )  # fmt: skip
 
-COLOURS: dict[str, float] = {
+COLOR_FACTORS: dict[str, float] = {
     "Black": 1.0,
     "White": 1.01,
     "Silver": 1.02,
@@ -119,7 +119,7 @@ COLOURS: dict[str, float] = {
     "Matte Black": 1.03,
 }
 
-# Condition -> (factor on the price, relative frequency), by how goods of a department change hands.
+# For each department: condition to (factor on the price, relative frequency).
 _SECOND_HAND = {
     "new": (1.0, 62.0),
     "open box": (0.87, 6.0),
@@ -129,14 +129,14 @@ _SECOND_HAND = {
 }
 _WORN = {"new": (1.0, 72.0), "new without tags": (0.85, 8.0), "used": (0.5, 20.0)}
 _FRESH = {"new": (1.0, 100.0)}
-MODES_OF_SALE = {
+CONDITION_FACTORS = {
     "computing": _SECOND_HAND, "devices": _SECOND_HAND, "home": _SECOND_HAND, "tools": _SECOND_HAND,
     "auto": _SECOND_HAND, "music": _SECOND_HAND, "fashion": _WORN, "sport": _WORN, "furniture": _WORN, "garden": _WORN,
     "toys": _WORN, "books": _WORN, "baby": _WORN, "beauty": _FRESH, "pet": _FRESH, "office": _FRESH,
 }  # fmt: skip
 
-# Condition -> how sellers put it.
-CONDITIONS: dict[str, tuple[str, ...]] = {
+# Condition to the phrases that sellers use for it.
+CONDITION_PHRASES: dict[str, tuple[str, ...]] = {
     "new": ("new", "brand new", "new in box", "sealed"),
     "new without tags": ("new without tags", "unworn, no tags", "never used, no packaging"),
     "open box": ("open box", "opened, never used", "open-box return"),
@@ -145,8 +145,8 @@ CONDITIONS: dict[str, tuple[str, ...]] = {
     "for parts": ("for parts or repair", "not working, for parts", "faulty, spares only"),
 }
 
-# Sentences that say nothing about the price, numbers included.
-FILLERS = (
+# Sentences and numbers that have nothing to do with the price.
+FILLER_SENTENCES = (
     "Ships within {} business days.",
     "Returns accepted for {} days.",
     "Stock number {}.",
@@ -163,8 +163,8 @@ FILLERS = (
     "Recycle the packaging where facilities exist.",
 )
 
-# The same in a private seller's voice.
-SELLER_TALK = (
+# The same, as private sellers write.
+SELLER_PHRASES = (
     "selling because we are moving",
     "smoke free home",
     "pick up only, near exit {}",
@@ -180,7 +180,8 @@ SELLER_TALK = (
     "posted {} days ago and still available",
 )
 
-SHORTHAND = {
+# Abbreviations and misspellings of private sellers.
+SELLER_SPELLINGS = {
     "with ": "w/ ",
     "wireless": "wirless",
     "stainless": "stainlss",

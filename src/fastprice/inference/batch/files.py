@@ -94,7 +94,7 @@ def predict_file(
                 nonlocal read
                 for row in source_rows:
                     if row.row is not None and row.row > parts.totals.last_row:
-                        read = rows.share()
+                        read = rows.fraction_read()
                         yield row
 
             estimator = load(model)

@@ -1,9 +1,8 @@
-"""Conversion of units and of currencies, a tool that the model may call.
+"""Conversion of units and currencies for tool calls.
 
 Units are converted by pint; a request may name only those listed here, in any case. **Currencies are converted by a
-fixed table, the euro reference rates that the European Central Bank published for 28 February 2025**: right to about
-as much as exchange rates have moved since, which is enough to tell what a price of another country means and no good
-for payments.
+fixed table, the euro reference rates that the European Central Bank published for 28 February 2025**: off by as much as
+exchange rates have changed since, which is good enough to compare prices of other countries but not for payments.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import re
 from functools import cache
 from typing import TYPE_CHECKING
 
-from fastprice.prompting.calculator import LARGEST, CallError
+from fastprice.prompting.tools.calculator import MAX_MAGNITUDE, ToolError
 
 if TYPE_CHECKING:
     from pint import UnitRegistry
@@ -45,7 +44,7 @@ _UNITS = {
     "money": {name.lower(): name for name in _PER_EURO},
 }  # fmt: skip
 _KINDS = {name: (kind, unit) for kind, units in _UNITS.items() for name, unit in units.items()}
-_LONG = {
+_LONG_NAMES = {
     "inch": "in", "inches": "in", "foot": "ft", "feet": "ft", "yard": "yd", "yards": "yd", "mile": "mi", "miles": "mi",
     "gram": "g", "grams": "g", "ounce": "oz", "ounces": "oz", "pound": "lb", "pounds": "lb", "lbs": "lb",
     "liter": "l", "liters": "l", "litre": "l", "litres": "l", "cups": "cup", "pint": "pt", "pints": "pt",
@@ -56,29 +55,29 @@ _REQUEST = re.compile(r"\s*([\d.,]{1,24})\s*([A-Za-z0-9]{1,8})\s+(?:to|in|->)\s+
 
 
 def convert(request: str) -> float:
-    """What `request` ("50 EUR to USD", "12 oz to kg") asks for, in the unit after "to"; CallError when it cannot be."""
-    asked = _REQUEST.fullmatch(request)
-    if asked is None:
-        raise CallError("write a number, its unit, to, and the other unit, such as 12 oz to kg")
+    """The amount of `request` ("50 EUR to USD", "12 oz to kg") in the unit after "to"; ToolError if impossible."""
+    parsed = _REQUEST.fullmatch(request)
+    if parsed is None:
+        raise ToolError("write a number, its unit, to, and the other unit, such as 12 oz to kg")
     try:
-        amount = float(asked[1].replace(",", ""))
+        amount = float(parsed[1].replace(",", ""))
     except ValueError as error:
-        raise CallError(f"{asked[1]} is not a number") from error
-    kind, unit = _unit(asked[2])
-    other_kind, other = _unit(asked[3])
+        raise ToolError(f"{parsed[1]} is not a number") from error
+    kind, unit = _unit(parsed[2])
+    other_kind, other = _unit(parsed[3])
     if kind != other_kind:
-        raise CallError(f"{asked[2]} is {kind} and {asked[3]} is {other_kind}")
+        raise ToolError(f"{parsed[2]} is {kind} and {parsed[3]} is {other_kind}")
     result = amount / _PER_EURO[unit] * _PER_EURO[other] if kind == "money" else amount * _factor(unit, other)
-    if not abs(result) <= LARGEST:
-        raise CallError("the result is too large")
+    if not abs(result) <= MAX_MAGNITUDE:
+        raise ToolError("the result is too large")
     return result
 
 
 def _unit(name: str) -> tuple[str, str]:
-    """(kind, name) of a unit or currency, whatever its case: pint's name, or the currency's code."""
-    found = _KINDS.get(_LONG.get(name.lower(), name.lower()))
+    """(Kind, name) of a unit or currency in any case: pint's name of the unit, or the currency's code."""
+    found = _KINDS.get(_LONG_NAMES.get(name.lower(), name.lower()))
     if found is None:
-        raise CallError(f"no unit {name}")
+        raise ToolError(f"no unit {name}")
     return found
 
 
@@ -89,7 +88,7 @@ def _factor(unit: str, other: str) -> float:
 
 @cache
 def _registry() -> UnitRegistry[float]:
-    # Imported and read when the first call needs it: 0.6 s.
+    # Imported by the first call that needs it: 0.6 s.
     from pint import UnitRegistry
 
     return UnitRegistry()

@@ -1,6 +1,6 @@
-"""Draws that are the same on every platform and Python version: all of them go through `Random.random()`.
+"""Random draws that are the same on every platform and Python version: all of them go through `Random.random()`.
 
-`Random.choice` and its kin have changed their use of the underlying bits between Python versions before.
+`Random.choice` and similar methods have changed their use of the underlying bits between Python versions.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from random import Random
 from statistics import NormalDist
 from typing import TypeVar
 
-__all__ = ["normal", "pick", "shuffled", "weighted"]
+__all__ = ["pick", "pick_weighted", "shuffled", "standard_normal"]
 
 T = TypeVar("T")
 _NORMAL = NormalDist()
 
 
 def pick(rng: Random, options: Sequence[T]) -> T:
-    """One of `options`, each as likely as the others."""
+    """One of `options`, each with the same probability."""
     return options[int(rng.random() * len(options))]
 
 
-def weighted(rng: Random, weights: Mapping[str, float]) -> str:
+def pick_weighted(rng: Random, weights: Mapping[str, float]) -> str:
     """One of the keys, with probability proportional to its weight."""
     bounds = list(accumulate(weights.values()))
     return list(weights)[min(bisect(bounds, rng.random() * bounds[-1]), len(bounds) - 1)]
@@ -34,6 +34,6 @@ def shuffled(rng: Random, options: Sequence[T]) -> list[T]:
     return [options[place] for _, place in sorted((rng.random(), place) for place in range(len(options)))]
 
 
-def normal(rng: Random) -> float:
-    """A draw from the standard normal distribution (inverse of its cumulative, so one draw of `random()` each)."""
+def standard_normal(rng: Random) -> float:
+    """A draw from the standard normal distribution, by its inverse distribution function: one `random()` each."""
     return _NORMAL.inv_cdf(min(max(rng.random(), 1e-9), 1 - 1e-9))
