@@ -146,6 +146,7 @@ def test_packed_may_have_any_shape_and_strides() -> None:
     spread[:, 0] = packed.view(-1)
     for same in (packed.t(), packed.view(16, 32), spread[:, 0]):
         assert torch.equal(dequantize_nf4(same, state), dequantize_nf4(packed, state))
+        assert read_weight(same, state)[0].packed.is_contiguous(), "the kernels take no strides"
 
 
 def test_an_empty_weight() -> None:
