@@ -1,4 +1,4 @@
-"""Runs that must tell the same story: with the kernels under the model and without, again and again."""
+"""Runs that must have the same losses: with the kernels under the model and without, in packs and accumulated."""
 
 from __future__ import annotations
 

@@ -113,7 +113,7 @@ def test_losses_and_gradients_of_packs_equal_those_of_separate_texts(name: str) 
     for key, parameter in model.named_parameters():
         if key in expected:
             torch.testing.assert_close(
-                parameter.grad, expected[key], **band, msg=lambda told, key=key: f"{key}: {told}"
+                parameter.grad, expected[key], **band, msg=lambda difference, key=key: f"{key}: {difference}"
             )
 
 

@@ -142,9 +142,9 @@ def test_prediction_reads_the_state_that_training_read(model: Any) -> None:
     model.get_base_model().set_attn_implementation("sdpa")
     model.eval()
     prompts = [row.ids[: sum(label == IGNORE for label in row.labels)] for row in ROWS]
-    told: list[int] = []
-    together = head_distributions(model, head, prompts, batch_size=4, on_batch=told.append)
-    assert told == [4, 8, 9]
+    done: list[int] = []
+    together = head_distributions(model, head, prompts, batch_size=4, on_batch=done.append)
+    assert done == [4, 8, 9]
     for prompt, found in zip(prompts, together, strict=True):
         with torch.no_grad():
             states = model(input_ids=torch.tensor([prompt]), output_hidden_states=True).hidden_states[-1]

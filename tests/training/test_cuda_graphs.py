@@ -210,7 +210,7 @@ def test_replays_train_as_eager_steps_do(way: str) -> None:
 
 
 class Flawed(TapeCapture):
-    """A tape whose replays go wrong as asked."""
+    """A tape whose replays go wrong in one chosen way."""
 
     def __init__(self, flaw: str, model: nn.Module) -> None:
         super().__init__()
@@ -242,7 +242,7 @@ class Flawed(TapeCapture):
 
 
 @pytest.mark.parametrize(
-    ("flaw", "told"),
+    ("flaw", "reason"),
     [
         ("stale weights", "another (loss|gradient)"),
         ("overwrites", "another gradient"),
@@ -252,13 +252,13 @@ class Flawed(TapeCapture):
         ("cannot be recorded", r"cannot be captured \(operation not permitted when stream is capturing\)"),
     ],
 )
-def test_a_wrong_replay_is_noticed_once_and_training_stays_eager(flaw: str, told: str) -> None:
+def test_a_wrong_replay_is_noticed_once_and_training_stays_eager(flaw: str, reason: str) -> None:
     eager, model = model_with_kernels(), model_with_kernels()
     graphed = GraphedStep(
         step_of(model), trained(model), tolerance=TOLERANCES[torch.bfloat16], capture=lambda: Flawed(flaw, model)
     )
     first, second, *others = batches()
-    with pytest.warns(UserWarning, match=f"CUDA graphs stay off: .*{told}") as caught:
+    with pytest.warns(UserWarning, match=f"CUDA graphs stay off: .*{reason}") as caught:
         got = [graphed(first), graphed(second)]
     assert len(caught) == 1
     got += [graphed(batch) for batch in others]
@@ -340,13 +340,13 @@ def test_reasons_that_steps_cannot_be_captured(monkeypatch: pytest.MonkeyPatch) 
     model = model_with_kernels()
     assert unsupported_reason(model, "peft", **good) is None
     assert "lengths on the host" in str(unsupported_reason(model, "unsloth", **good))
-    for change, told in (
+    for change, reason in (
         ({"kernels": False}, "kernels are off"),
         ({"processes": 2}, "2 processes"),
         ({"dtype": torch.float16}, "fp16"),
         ({"dtype": torch.float32}, "varlen_attn does not run"),
     ):
-        assert told in str(unsupported_reason(model, "peft", **{**good, **change}))
+        assert reason in str(unsupported_reason(model, "peft", **{**good, **change}))
     hook = model.get_decoder().layers[1].register_forward_pre_hook(lambda *_: None)
     assert "offloaded layers" in str(unsupported_reason(model, "peft", **good))
     hook.remove()

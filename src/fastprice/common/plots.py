@@ -19,7 +19,7 @@ ENDINGS = (".png", ".svg", ".pdf")
 
 
 def check_plot(path: str | os.PathLike[str]) -> Path:
-    """`path`, where a plot can be written to it; to be asked before the work that the plot shows.
+    """`path`, where a plot can be written to it; call it before the work whose result is plotted.
 
     Raises ConfigError for another ending, a folder in its place or one that is not there, MissingDependencyError
     without matplotlib.
