@@ -67,14 +67,13 @@ class PriceEstimator(EstimatorConfig, PricePredictor, RegressorMixin, BaseEstima
     docs/reference/settings.md); `fit` checks them. It follows scikit-learn: `get_params`, `set_params`, `clone`,
     `cross_val_score(estimator, items)`.
 
-    After `fit`:
-
-    fallback_price_  median training price, for a text without an estimate
-    ceiling_price_   largest training price, and the largest that is estimated
-    training_        fastprice.training.train.TrainingResult
-    cut_             number of training texts that were shortened to `max_tokens`
-    calibration_     fastprice.inference.conformal.Calibration of the intervals; None without validation items
-    plan_            fastprice.memory.MemoryPlan; None without `max_memory`
+    Attributes:
+        fallback_price_: after `fit`, the median training price in dollars, for a text without an estimate.
+        ceiling_price_: the largest training price, and the largest that is estimated.
+        training_: the fastprice.TrainingResult.
+        cut_: number of training texts that were truncated to `max_tokens`.
+        calibration_: the fastprice.Calibration of the intervals; None without validation items.
+        plan_: the fastprice.MemoryPlan; None without `max_memory`.
     """
 
     # scikit-learn's, not the dataclass's: estimators are compared and hashed by identity.
@@ -115,12 +114,17 @@ class PriceEstimator(EstimatorConfig, PricePredictor, RegressorMixin, BaseEstima
     ) -> PriceEstimator:
         """Fine-tunes on `train`; keeps the weights with the smallest error in dollars on `validation`.
 
-        train       Items with prices; or texts, with their prices as second argument (scikit-learn's `fit(X, y)`)
-        validation  Items with prices, or None: the last weights are kept
-        on_event    called with every logged fastprice.training.callbacks.TrainingEvent
-        on_trainer  called with TRL's trainer when it is ready to train, to add callbacks to it, say
+        Args:
+            train: Items with prices; or texts, with their prices as second argument (scikit-learn's `fit(X, y)`).
+            validation: Items with prices; None: the last weights are kept.
+            on_event: called with every logged fastprice.TrainingEvent.
+            on_trainer: called with TRL's trainer before its first step, to add callbacks to it, say.
 
-        Raises DataError for items without a price, ConfigError, BaseModelError, TrainingError.
+        Raises:
+            DataError: an item without a price.
+            ConfigError: impossible settings.
+            BaseModelError: a base that cannot be loaded.
+            TrainingError: training that cannot continue.
         """
         from fastprice.training.step_options import StepOptions
         from fastprice.training.train import train as run_training

@@ -83,10 +83,11 @@ _Parts = dict[str, int]
 class MemoryEstimate:
     """Peak bytes, and their parts at that moment (name -> bytes, adding up to `peak_bytes`).
 
-    moment       the moment of the step at which the peak falls: "forward", "loss head", "backward", "optimizer"
-    host_bytes   pinned host memory besides: inputs of layers at level "offload", weights of offloaded layers and of an
-                 embedding beside them
-    step         the same breakdown at the highest point of each moment, in the order of the step
+    Attributes:
+        moment: the moment of the step at which the peak falls: "forward", "loss head", "backward", "optimizer".
+        host_bytes: pinned host memory besides: inputs of layers at level "offload", weights of offloaded layers and of
+            an embedding beside them.
+        step: the same breakdown at the highest point of each moment, in the order of the step.
     """
 
     peak_bytes: int
@@ -160,17 +161,21 @@ def estimate_memory(
 ) -> MemoryEstimate:
     """Peak GPU memory of fine-tuning `base` (folder, hub id, shipped name, or transformers configuration).
 
-    tokens             tokens of a micro-batch in all, in `sequences` texts of equal length
-    recompute          a recompute level for every layer ("none", "selective", "full", "offload"), counts of levels
-                       ("12 full, 20 selective"), the level of each layer, or the number of layers to recompute in full
-                       (the first ones)
-    loss_head          "full": logits for all positions; "completion": for the `labeled` share of them, in chunks
-    offloaded_layers   frozen layers whose weights are on the host and prefetched; with any, the rows of an embedding
-                       that is not tied to lm_head come from the host too
-    phase              "train", or "eval": a forward pass with a KV cache; "completion" then means the logits of one
-                       position of each text
+    Args:
+        base: a folder, hub id, shipped name, or transformers configuration.
+        tokens: of a micro-batch in all, in `sequences` texts of equal length.
+        recompute: a recompute level for every layer ("none", "selective", "full", "offload"), counts of levels
+            ("12 full, 20 selective"), the level of each layer, or the number of layers to recompute in full (the first
+            ones).
+        loss_head: "full": logits for all positions; "completion": for the `labeled` share of them, in chunks.
+        offloaded_layers: frozen layers whose weights are on the host and prefetched; with any, the rows of an embedding
+            that is not tied to lm_head come from the host too.
+        phase: "train", or "eval": a forward pass with a KV cache; "completion" then means the logits of one position of
+            each text.
 
-    Raises ConfigError for impossible settings, BaseModelError for a base that cannot be read.
+    Raises:
+        ConfigError: impossible settings.
+        BaseModelError: a base that cannot be read.
     """
     check_method(method)
     _check_choice("optimizer", optimizer, tuple(OPTIMIZERS))

@@ -47,11 +47,12 @@ LABELED = 4 / 180  # price texts: about 4 tokens of the price in 180
 class MemoryPlan:
     """A way to train `base` in `gpu_bytes` of memory.
 
-    tokens                   of a micro-batch; `gradient_accumulation` micro-batches make the requested optimizer step
-    levels                   the recompute level of each layer, first one first
-    offloaded_layers         layers whose frozen weights are on the host; `resident_layers` are the others
-    tokens_per_second        what this plan cannot exceed on the GPU named `gpu`: its arithmetic limit, no prediction
-    best_tokens_per_second   the same limit for the same model with memory to spare
+    Attributes:
+        tokens: of a micro-batch; `gradient_accumulation` micro-batches make the requested optimizer step.
+        levels: the recompute level of each layer, first one first.
+        offloaded_layers: layers whose frozen weights are on the host; `resident_layers` are the others.
+        tokens_per_second: what this plan cannot exceed on the GPU named `gpu`: its arithmetic limit, no prediction.
+        best_tokens_per_second: the same limit for the same model with memory to spare.
     """
 
     base: str

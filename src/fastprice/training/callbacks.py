@@ -23,10 +23,14 @@ __all__ = ["EventLog", "Progress", "StopOnNonFinite", "TrainingEvent"]
 class TrainingEvent:
     """What was logged at one step of a run; None for what was not measured then.
 
-    loss                mean negative log-likelihood of a labeled token (nats) since the last event, plus the weighted
-                        auxiliary losses (means over texts)
-    eval_mae            validation error in dollars
-    tokens_per_second   trained tokens over training time, without evaluations; seconds_left: of training
+    Attributes:
+        step: optimizer steps done, of `steps`.
+        loss: mean negative log-likelihood of a labeled token (nats) since the last event, plus the weighted auxiliary
+            losses (means over texts).
+        eval_mae: validation error in dollars.
+        learning_rate: of that step.
+        tokens_per_second: trained tokens over training time, without evaluations.
+        seconds_left: of training, without evaluations.
     """
 
     step: int

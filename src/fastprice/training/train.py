@@ -47,12 +47,14 @@ _LIBRARIES = r"(accelerate|bitsandbytes|datasets|peft|torch|transformers|trl|uns
 class TrainingResult:
     """What a training did.
 
-    events              every logged TrainingEvent
-    best_step           the step whose weights were restored, best_mae its validation error in dollars; None without
-                        evaluations
-    tokens, seconds     trained tokens, and the time of the steps without evaluations
-    recompute           the recompute levels at the end; None: the engine's own, or none on a CPU
-    recompute_changes   each change of them on the way and its reason
+    Attributes:
+        events: every logged TrainingEvent.
+        best_step: the step whose weights were restored; None without evaluations.
+        best_mae: its validation error in dollars; None without evaluations.
+        tokens: trained tokens.
+        seconds: time of the steps, without evaluations.
+        recompute: the recompute levels at the end; None: the engine's own, or none on a CPU.
+        recompute_changes: each change of them on the way and its reason.
     """
 
     events: list[TrainingEvent]
