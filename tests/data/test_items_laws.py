@@ -69,7 +69,8 @@ def test_no_row_of_csv_is_lost(rows: list[list[str]]) -> None:
     assert len(items) + len(items.rejects) == len(rows)
     for row, item in ((rows[item.row - 1], item) for item in items):
         assert len(row) == 2
-        assert row[0].strip() in item.text
+        # A CSV file has no booleans: a cell that spells one is written as a word, as those of JSON Lines are.
+        assert {"true": "yes", "false": "no"}.get(row[0].strip().lower(), row[0].strip()) in item.text
 
 
 @settings(max_examples=150, deadline=None)
