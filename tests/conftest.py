@@ -7,12 +7,16 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
+import hypothesis
 import pytest
 from tests.paths import SHARED
 
 # Before any Hugging Face import: look-ups on the hub then fail at once instead of after a minute of retries.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# A first example may import a library, and processes share the cores: the time of one example says nothing here.
+hypothesis.settings.register_profile("fastprice", deadline=None)
+hypothesis.settings.load_profile("fastprice")
 
 _CPU = pytest.StashKey[ExitStack]()
 
