@@ -42,7 +42,7 @@ def main() -> None:
         data, group = options.data, options.group
         if data is None:
             data, group = Path(folder) / "products.csv", "sku"
-            write_synthetic_csv(data, 240)
+            write_synthetic_csv(data, 160)
 
         items = fastprice.load_items(data, text=options.text, price=options.price, group=group)
         items = fastprice.clean_items(items)

@@ -28,7 +28,7 @@ def read_items(options: argparse.Namespace) -> fastprice.Items:
         return fastprice.clean_items(items)
     from fastprice.data.synthetic import make_synthetic_items
 
-    return fastprice.clean_items(make_synthetic_items(240, seed=2))
+    return fastprice.clean_items(make_synthetic_items(150, seed=2))
 
 
 def main() -> None:
