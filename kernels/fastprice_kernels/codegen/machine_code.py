@@ -58,6 +58,7 @@ class Requirements:
 
     Attributes:
         store_bits: the least width of a store to global memory.
+        narrow_stores: how many stores need not be so wide, such as those of one number a row.
         shared_stores: the most instructions that store to shared memory, through which layouts are converted.
         fma: False forbids fp32 fused multiply-adds, where bit-equality needs two roundings.
         tensor_cores: True requires at least one tensor-core instruction.
@@ -66,6 +67,7 @@ class Requirements:
     """
 
     store_bits: int | None = None
+    narrow_stores: int = 0
     shared_stores: int | None = None
     fma: bool = True
     tensor_cores: bool = False
@@ -108,9 +110,10 @@ class MachineCode:
     """Figures of the machine code of one case for one target.
 
     `spills` counts instructions that access thread-local memory (LDL, STL), `store_bits` is the width of the narrowest
-    store to global memory (None where there is none), `shared_bytes` the shared memory of one block, `shared_stores`
-    the instructions that write it, `layout_changes` the `convert_layout`s left in Triton's IR, `fma` the FFMA
-    instructions, `tensor_cores` the matrix instructions by name, `instructions` all instructions except padding.
+    store to global memory apart from the case's `narrow_stores` (None where there is none), `shared_bytes` the shared
+    memory of one block, `shared_stores` the instructions that write it, `layout_changes` the `convert_layout`s left in
+    Triton's IR, `fma` the FFMA instructions, `tensor_cores` the matrix instructions by name, `instructions` all
+    instructions except padding.
     """
 
     case: str
@@ -227,7 +230,7 @@ def _read(case: CompileCase, target: int, printed: str, ttgir: str, dynamic_shar
         shared_bytes=dynamic_shared,
         shared_stores=opcodes["STS"] + opcodes["STSM"],
         layout_changes=ttgir.count("ttg.convert_layout"),
-        store_bits=min(store_bits, default=None),
+        store_bits=next(iter(sorted(store_bits)[case.requirements.narrow_stores :]), None),
         fma=opcodes["FFMA"] + opcodes["FFMA2"],
         tensor_cores={name: n for name, n in opcodes.items() if _TENSOR_CORE.match(name)},
         instructions=count,

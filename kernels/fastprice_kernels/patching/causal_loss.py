@@ -28,8 +28,8 @@ from fastprice_kernels.ops.completion_cross_entropy import (
     mean_loss,
     shift_labels,
 )
+from fastprice_kernels.patching.decoder_layer import ROWS
 from fastprice_kernels.patching.installation import PATCH
-from fastprice_kernels.patching.last_layer import ROWS
 from fastprice_kernels.patching.structure import logit_transform
 
 __all__ = ["LossPatch", "loss_forward", "output_class", "unsupported_loss"]

@@ -3,9 +3,9 @@
 `install` replaces the `forward` of single modules, on the instance: names, parameters, state dicts and classes do not
 change, and `uninstall` deletes the attribute. Replaced are: q, k and v of an attention layer, which share one product
 with x; gated MLPs; every other LoRA layer on a `Linear` or an NF4 `Linear4bit`, and every such `Linear4bit` without an
-adapter; optionally the loss (causal_loss.py) and the last layer (last_layer.py). On an Unsloth model its fused
-functions are replaced instead (unsloth_functions.py); layers that it did not fuse (with a bias, as in Qwen2) are
-treated as any others, and its last layer is left alone.
+adapter; norms, residual additions and rotary embeddings (norms.py, decoder_layer.py, rotary.py); optionally the loss
+(causal_loss.py), and with it the last layer at labeled positions. On an Unsloth model its fused functions are replaced
+instead (unsloth_functions.py); layers that it did not fuse (with a bias, as in Qwen2) are treated as any others.
 
 What a layer computes is read at each call; what the kernels cannot compute exactly runs on the stock path, with one
 warning. So do up to 16 rows without gradient on a 4-bit layer (generation), for which bitsandbytes has a kernel.
@@ -27,23 +27,31 @@ from torch import nn
 
 from fastprice_kernels.patching import cpu_faults, unsloth_functions
 from fastprice_kernels.patching.causal_loss import LossPatch, loss_forward, output_class, unsupported_loss
+from fastprice_kernels.patching.decoder_layer import LayerPatch, layer_forward
 from fastprice_kernels.patching.forwards import linear_forward, mlp_forward, shared_forward
 from fastprice_kernels.patching.installation import PATCH, Installation, InstallReport, Options, Patch
-from fastprice_kernels.patching.last_layer import layer_forward
 from fastprice_kernels.patching.linear_layers import Layer, compatible, has_hooks, is_candidate, read_layer
+from fastprice_kernels.patching.norms import NormPatch, norm_forward
+from fastprice_kernels.patching.rotary import attention_forward, unsupported_attention
 from fastprice_kernels.patching.structure import (
+    ATTENTION,
+    FEED_FORWARD,
     MLP,
+    OUTPUT,
     QKV,
     activation_of,
+    decoder_layers,
     is_gated_mlp,
-    last_decoder_layer,
+    layer_norms,
     logit_transform,
-    unsupported_last_layer,
+    norm_kind,
 )
 
 __all__ = ["InstallReport", "install", "installed", "uninstall"]
 
 _INSTALLATION = "_fastprice_installation"
+_REPLACED = "a forward that something else replaced"
+_OTHER_LAYER = "its code is not x + attention(norm(x)), then x + mlp(norm(x))"
 _ACCELERATE = "_original_forward"  # the attribute with the forward that accelerate wraps
 
 
@@ -93,6 +101,9 @@ def install(
     if unsloth_functions.is_unsloth(model):
         _install_unsloth(model, made, done)
     _install_layers(model, made, done)
+    if not made.unsloth:  # whose layers have fused norms and rotary embeddings of their own
+        _install_norms(model, made)
+        _install_decoder_layers(model, made)
     if loss_head:
         _install_loss(model, made)
     model.__dict__[_INSTALLATION] = made
@@ -182,13 +193,52 @@ def _install_layers(model: nn.Module, made: Installation, done: set[nn.Module]) 
             continue
         found = read_layer(module)
         if _is_replaced(module):
-            made.report.skipped[name] = "a forward that something else replaced"
+            made.report.skipped[name] = _REPLACED
         elif isinstance(found, Layer):
             take([name], [module], linear_forward, Patch(made, _recomputed_around(model, name)), "lora_linear")
         else:
             reason = found or "an adapter that is merged or disabled"
             made.report.skipped[name] = reason + _stock_fault(module)
         done.update(module.modules())  # a base layer is not a candidate of its own
+
+
+def _install_norms(model: nn.Module, made: Installation) -> None:
+    for name, module in model.named_modules():
+        found = None if _is_replaced(module) else norm_kind(module)
+        if found is not None:
+            _replace(made, [name], module, "forward", MethodType(norm_forward, module), NormPatch(*found), "norm")
+
+
+def _install_decoder_layers(model: nn.Module, made: Installation) -> None:
+    """Rotary embeddings, and residual additions with the norms behind them."""
+    names = {module: name for name, module in model.named_modules()}
+    for layer in decoder_layers(_causal(model)):
+        attention = getattr(layer, ATTENTION, None)
+        if isinstance(attention, nn.Module):
+            name = names[attention]
+            reason = _REPLACED if _is_replaced(attention) else unsupported_attention(type(attention))
+            if reason is None:
+                ours = MethodType(attention_forward(type(attention)), attention)
+                _replace(made, [name], attention, "forward", ours, None, "rotary embedding")
+            else:
+                made.report.skipped[name] = f"rotary embedding: {reason}"
+        norms = None if _is_replaced(layer) else layer_norms(type(layer))
+        if norms is None:
+            reason = (
+                _REPLACED if _is_replaced(layer) else "its code is not x + attention(norm(x)), then x + mlp(norm(x))"
+            )
+            made.report.skipped[names[layer]] = f"residual additions: {reason}"
+            continue
+        _replace(
+            made, [names[layer]], layer, "forward", MethodType(layer_forward, layer), LayerPatch(norms), "add norm"
+        )
+        for norm, part, projections in (
+            (norms.before_attention, ATTENTION, QKV),
+            (norms.before_feed_forward, FEED_FORWARD, MLP[:2]),
+        ):
+            patch, reader = getattr(layer, norm).__dict__.get(PATCH), getattr(layer, part)
+            if isinstance(patch, NormPatch):
+                patch.feeds_projections = all(hasattr(reader, projection) for projection in projections)
 
 
 def _is_replaced(module: nn.Module) -> bool:
@@ -235,9 +285,14 @@ def _replace(
     made.report.replaced.update(dict.fromkeys(names, kernel))
 
 
-def _install_loss(model: nn.Module, made: Installation) -> None:
+def _causal(model: nn.Module) -> Any:
+    """The causal language model, without PEFT around it."""
     get_base = getattr(model, "get_base_model", None)
-    causal: Any = get_base() if get_base is not None else model
+    return get_base() if get_base is not None else model
+
+
+def _install_loss(model: nn.Module, made: Installation) -> None:
+    causal = _causal(model)
     names = {module: name for name, module in model.named_modules()}
     name = names[causal] or type(causal).__name__
     if made.unsloth:
@@ -257,14 +312,24 @@ def _install_loss(model: nn.Module, made: Installation) -> None:
         return
     rows = False
     if made.options.last_layer:
-        layer = last_decoder_layer(causal)
-        reason = unsupported_last_layer(layer)
-        if layer is not None and reason is None:
-            ours = MethodType(layer_forward, layer)
-            _replace(made, [names[layer]], layer, "forward", ours, None, "last layer at labeled positions")
-            rows = True
-        else:
+        reason = _restrict_last_layer(causal)
+        rows = reason is None
+        if reason is not None:
             made.report.skipped[f"{name}, last layer"] = f"the last layer: {reason}"
     patch = LossPatch(causal.__dict__.get("forward"), rows, *logit_transform(causal), output_class())
     ours = MethodType(loss_forward(type(causal)), causal)
     _replace(made, [name], causal, "forward", ours, patch, "completion_cross_entropy")
+
+
+def _restrict_last_layer(causal: Any) -> str | None:
+    """Sets the last layer to run at labeled positions alone, or returns the reason why it cannot."""
+    layers = decoder_layers(causal)
+    if not layers:
+        return "the decoder has no list of layers"
+    patch = layers[-1].__dict__.get(PATCH)
+    if not isinstance(patch, LayerPatch):
+        return _REPLACED if _is_replaced(layers[-1]) else _OTHER_LAYER
+    if not isinstance(getattr(getattr(layers[-1], ATTENTION), OUTPUT, None), nn.Module):
+        return f"its attention has no {OUTPUT}"
+    patch.takes_rows = True
+    return None

@@ -5,6 +5,8 @@ from __future__ import annotations
 from fastprice_kernels.reference.cross_entropy import completion_cross_entropy
 from fastprice_kernels.reference.lora import activation, glu, lora_linear, lora_mlp
 from fastprice_kernels.reference.nf4 import dequantize_nf4, matmul_fp32
+from fastprice_kernels.reference.norms import norm
+from fastprice_kernels.reference.rotary import rotate
 
 __all__ = [
     "activation",
@@ -14,4 +16,6 @@ __all__ = [
     "lora_linear",
     "lora_mlp",
     "matmul_fp32",
+    "norm",
+    "rotate",
 ]
