@@ -4,8 +4,8 @@
     "rms_plus_one"   y = x / rms * (1 + w)         Gemma's: one rounding, at the end
     "layer"          y = (x - mean) / std * w + b  Ba et al., "Layer Normalization", 2016
 
-`add_norm` is for a sum that is used twice, as in a decoder layer: s = x + r goes on as the residual stream and y =
-norm(s) into the projections. Its backward takes the gradients of both. Saved are the input of the norm (s), which the
+`add_norm` is for a residual stream, which is used twice: s = x + r goes on, and y = norm(s) into the projections. Its
+backward takes the gradients of both, so that autograd need not add them. Saved are the input of the norm (s), which the
 residual stream holds anyway, and one or two fp32 numbers a row: no fp32 copy of the rows, as the stock code saves.
 
 Elements to move for T x W: `norm` forward 1 read and 1 written, backward 2 and 1; `add_norm` forward 2 and 2, backward
@@ -249,12 +249,12 @@ def norm_dtype(x: torch.dtype, weight: torch.dtype, kind: str) -> torch.dtype:
 
 
 class _Norm(torch.autograd.Function):
-    """From x (T, W), the residual or None, weight and bias: s = x + residual (x itself without), and y."""
+    """From x (T, W), the residual or None, weight and bias: s = x + residual (x itself without) if `keep`, and y."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, kind: str,
-        dtype: torch.dtype,
+        dtype: torch.dtype, keep: bool,
     ) -> Any:  # fmt: skip
         rows, width = x.shape
         y = torch.empty(rows, width, dtype=dtype, device=x.device)
@@ -265,7 +265,9 @@ class _Norm(torch.autograd.Function):
         ctx.save_for_backward(x if total is None else total, weight, statistics)
         ctx.kind, ctx.bias_dtype = kind, None if bias is None else bias.dtype
         ctx.set_materialize_grads(False)
-        return y if total is None else (total, y)
+        if not keep:
+            return y
+        return x.detach() if total is None else total, y
 
     @staticmethod
     @once_differentiable
@@ -273,7 +275,7 @@ class _Norm(torch.autograd.Function):
         x, weight, statistics = ctx.saved_tensors
         dtotal, dy = gradients if len(gradients) == 2 else (None, gradients[0])
         if dy is None:  # the norm's output was not used
-            return dtotal, dtotal, None, None, None, None, None
+            return dtotal, dtotal if ctx.needs_input_grad[1] else None, *[None] * 6
         parameters = None
         if any(ctx.needs_input_grad[2:4]):
             programs = min(_PROGRAMS, max(1, x.shape[0])) if x.is_cuda else 1
@@ -286,7 +288,7 @@ class _Norm(torch.autograd.Function):
             sums = parameters.sum(0)
             dweight = sums[0].to(weight.dtype) if ctx.needs_input_grad[2] else None
             dbias = sums[1].to(ctx.bias_dtype) if ctx.needs_input_grad[3] else None
-        return dx, dx if ctx.needs_input_grad[1] else None, dweight, dbias, None, None, None
+        return dx, dx if ctx.needs_input_grad[1] else None, dweight, dbias, *[None] * 4
 
 
 def norm(
@@ -306,22 +308,22 @@ def norm(
     """
     _check(x, None, weight, bias, kind)
     dtype = norm_dtype(x.dtype, weight.dtype, kind) if dtype is None else dtype
-    y: Tensor = _Norm.apply(x.reshape(-1, x.shape[-1]).contiguous(), None, weight, bias, eps, kind, dtype)
+    y: Tensor = _Norm.apply(x.reshape(-1, x.shape[-1]).contiguous(), None, weight, bias, eps, kind, dtype, False)
     return y.view(x.shape)
 
 
 def add_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, kind: str = "rms", bias: Tensor | None = None,
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, *, kind: str = "rms", bias: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """s = x + residual, rounded to their common dtype, and its norm: (s, y), both (..., W).
 
-    Arguments and errors as for `norm`; `residual` has the shape and dtype of x.
+    Arguments and errors as for `norm`; `residual` has the shape and dtype of x. Without one s is x, in its memory.
     """
     _check(x, residual, weight, bias, kind)
     dtype = norm_dtype(x.dtype, weight.dtype, kind) if dtype is None else dtype
-    flat = [each.reshape(-1, x.shape[-1]).contiguous() for each in (x, residual)]
-    total, y = _Norm.apply(*flat, weight, bias, eps, kind, dtype)
+    flat = [None if each is None else each.reshape(-1, x.shape[-1]).contiguous() for each in (x, residual)]
+    total, y = _Norm.apply(*flat, weight, bias, eps, kind, dtype, True)
     return total.view(x.shape), y.view(x.shape)
 
 

@@ -52,9 +52,10 @@ def layer_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -
         raise TypeError(f"{type(self).__name__} at labeled positions takes its arguments by name, got {len(args)} more")
     norms = patch.norms
     attention, feed_forward = getattr(self, ATTENTION), getattr(self, FEED_FORWARD)
-    normed, residual, hook = getattr(self, norms.before_attention)(hidden_states), hidden_states, None
+    residual, normed = add_norm(getattr(self, norms.before_attention), hidden_states)
+    hook = None
     if rows is not None:
-        residual = _gather(hidden_states, rows)
+        residual = _gather(residual, rows)
         hook = getattr(attention, OUTPUT).register_forward_pre_hook(lambda _, inputs: _gather(inputs[0], rows))
     try:
         attended, _ = attention(hidden_states=normed, **kwargs)

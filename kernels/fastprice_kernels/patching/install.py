@@ -229,9 +229,8 @@ def _install_decoder_layers(model: nn.Module, made: Installation) -> None:
             )
             made.report.skipped[names[layer]] = f"residual additions: {reason}"
             continue
-        _replace(
-            made, [names[layer]], layer, "forward", MethodType(layer_forward, layer), LayerPatch(norms), "add norm"
-        )
+        ours = MethodType(layer_forward, layer)
+        _replace(made, [names[layer]], layer, "forward", ours, LayerPatch(norms), "residual additions")
         for norm, part, projections in (
             (norms.before_attention, ATTENTION, QKV),
             (norms.before_feed_forward, FEED_FORWARD, MLP[:2]),
@@ -314,7 +313,9 @@ def _install_loss(model: nn.Module, made: Installation) -> None:
     if made.options.last_layer:
         reason = _restrict_last_layer(causal)
         rows = reason is None
-        if reason is not None:
+        if reason is None:
+            made.report.replaced[names[decoder_layers(causal)[-1]]] = "last layer at labeled positions"
+        else:
             made.report.skipped[f"{name}, last layer"] = f"the last layer: {reason}"
     patch = LossPatch(causal.__dict__.get("forward"), rows, *logit_transform(causal), output_class())
     ours = MethodType(loss_forward(type(causal)), causal)

@@ -42,11 +42,11 @@ def norm_forward(self: Any, x: Tensor) -> Tensor:
     return y
 
 
-def add_norm(norm: Any, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-    """`x + residual`, and what the module `norm` makes of it: in one kernel where the norm runs on ours."""
+def add_norm(norm: Any, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`x + residual` (or x), and what the module `norm` makes of it: in one kernel where the norm runs on ours."""
     patch = norm.__dict__.get(PATCH)
-    if not isinstance(patch, NormPatch) or has_hooks(norm) or x.dtype != residual.dtype:
-        total = x + residual
+    if not isinstance(patch, NormPatch) or has_hooks(norm) or (residual is not None and x.dtype != residual.dtype):
+        total = x if residual is None else x + residual
         return total, norm(total)
     total, y = ops.add_norm(x, residual, **_arguments(norm, patch, x))
     _announce(norm, patch, total, y)

@@ -47,6 +47,7 @@ def attention_forward(kind: type) -> Callable[..., Any]:
         return rotate_(q, k, cos, sin, form)
 
     names = {**stock.__globals__, ROTARY: apply_rotary_pos_emb}
+    del names["__name__"]  # by which torch.compile would look the names up in the library's module
     forward = FunctionType(stock.__code__, names, stock.__name__, stock.__defaults__, stock.__closure__)
     forward.__kwdefaults__ = stock.__kwdefaults__
     return forward

@@ -50,6 +50,17 @@ def poisoned(shape, dtype):
     return torch.full(shape, float("nan"), dtype=dtype)
 
 
+def test_without_a_residual_the_rows_themselves_go_on_and_their_gradients_are_added():
+    x = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
+    weight = torch.rand(8, dtype=torch.float64)
+    total, y = add_norm(x, None, weight, EPS)
+    assert total.data_ptr() == x.data_ptr()
+    dtotal, dy = torch.randn(2, 3, 8, dtype=torch.float64)
+    (got,) = torch.autograd.grad((total, y), x, (dtotal, dy))
+    (want,) = torch.autograd.grad(reference.norm(x, weight, EPS, "rms"), x, dy)
+    torch.testing.assert_close(got, want + dtotal)
+
+
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("dtype", BANDS)
 @pytest.mark.parametrize("kind", NORMS)
@@ -159,11 +170,15 @@ def test_compiles_without_graph_breaks():
     x, r, w = torch.randn(4, 6), torch.randn(4, 6), torch.randn(6)
 
     def function(x, r):
-        total, y = add_norm(x * 2, r, w, EPS)
-        return total + y
+        total, y = add_norm(*add_norm(x * 2, None, w, EPS), w, EPS)
+        return total + y * r
 
     compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    for each in (x, r):
+        each.requires_grad_()
     torch.testing.assert_close(compiled(x, r), function(x, r))
+    got, want = (torch.autograd.grad(f(x, r).sum(), (x, r)) for f in (compiled, function))
+    torch.testing.assert_close(got, want)
 
 
 @pytest.mark.parametrize(

@@ -130,6 +130,9 @@ def test_compiles_without_graph_breaks():
 
     compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(q, k), function(q, k))
+    leaf = q.clone().requires_grad_()
+    got, want = (torch.autograd.grad(f(leaf, k), leaf)[0] for f in (compiled, function))
+    torch.testing.assert_close(got, want)
 
 
 @pytest.mark.parametrize(

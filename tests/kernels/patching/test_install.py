@@ -75,7 +75,8 @@ def test_gradients_agree_on_every_architecture(kind, nf4, augmented):
     kernels = list(report.replaced.values())
     assert [kernels.count(k) for k in ("lora_qkv", "lora_mlp", "lora_linear")] == [3 * LAYERS, LAYERS, LAYERS]
     assert "completion_cross_entropy" in kernels
-    assert not report.skipped
+    left = "residual additions: its code is not x + attention(norm(x)), then x + mlp(norm(x))"
+    assert set(report.skipped.values()) == ({left} if kind in ("cohere", "granite") else set())
     assert_close(got, want, 2e-5)
 
 
@@ -107,7 +108,7 @@ def test_uninstall_restores_everything(kind):
     want, want_gradients = train(make(kind), 3)
     model = make(kind)
     before = {name: dict(module.__dict__) for name, module in model.named_modules()}
-    install(model, loss_head=True, last_layer=kind == "llama")
+    install(model, loss_head=True, last_layer=True)
     uninstall(model)
     uninstall(model)  # once more: nothing to do
     for name, module in model.named_modules():

@@ -60,11 +60,11 @@ def test_unsupported_layers_stay_stock_with_one_warning(settings, reason):
     with pytest.warns(UserWarning, match=f"leaves these on the stock path: .*{reason}") as caught:
         report = install(model)
     assert len(caught) == 1
-    assert not report.replaced
+    assert set(report.replaced.values()) == {"norm", "rotary embedding", "residual additions"}
     assert set(report.skipped.values()) == {next(iter(report.skipped.values()))}
     assert reason in str(report)
     torch.manual_seed(1)
-    assert all(torch.equal(a, b) for a, b in zip(gradients(model), want, strict=True))
+    assert_close(gradients(model), want, 2e-5)  # other norms, the same random masks
 
 
 def test_a_later_dropout_runs_the_stock_path_with_one_warning():
@@ -79,7 +79,7 @@ def test_a_later_dropout_runs_the_stock_path_with_one_warning():
     assert len(caught) == 1
     uninstall(model)
     torch.manual_seed(3)
-    assert all(torch.equal(a, b) for a, b in zip(got, gradients(model), strict=True))
+    assert_close(got, gradients(model), 2e-5)
 
 
 def test_a_second_adapter_runs_the_stock_path():
@@ -119,7 +119,7 @@ def test_plain_four_bit_models_without_adapters():
     (want,) = torch.autograd.grad(model(inputs_embeds=embeddings).logits.sum(), embeddings)
     with installed(model) as report:
         (got,) = torch.autograd.grad(model(inputs_embeds=embeddings).logits.sum(), embeddings)
-    assert set(report.replaced.values()) == {"lora_qkv", "lora_mlp", "lora_linear"}
+    assert {"lora_qkv", "lora_mlp", "lora_linear"} <= set(report.replaced.values())
     assert_close([got], [want], 1e-5)
 
 
