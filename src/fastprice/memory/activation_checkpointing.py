@@ -6,7 +6,7 @@
 
 Losses and gradients are the same numbers at every level: recomputed tensors come from the same operations on the same
 values, under the autocast state and the random number generator state of the forward pass. "none" leaves a layer as it
-is and "selective" is described in selective_recompute.py. "full" is `torch.utils.checkpoint`, non-reentrant, around the
+is; "selective" and "mlp" are described in selective_recompute.py. "full" is `torch.utils.checkpoint`, non-reentrant, around the
 layer's `__call__`: the backward pass runs the whole call again, with its forward pre-hooks and (unless it stops early,
 once every saved tensor is there) its forward hooks. Code that swaps the storage of weights must have put the layer's
 own weights in place by then; a full-backward pre-hook of the layer runs before. "offload" does the same from a copy of
@@ -77,7 +77,8 @@ class ActivationCheckpointing:
         self._original = [
             {name: layer.__dict__.get(name, _MISSING) for name in _LAYER_ATTRIBUTES} for layer in self.layers
         ]
-        self._selective: dict[int, SelectiveRecompute] = {}
+        self._preserve_rng_state = preserve_rng_state
+        self._selective: dict[int, tuple[str, SelectiveRecompute]] = {}  # and its level
         self.levels: tuple[str, ...] = ()
         self.set_levels(levels)
 
@@ -88,15 +89,17 @@ class ActivationCheckpointing:
             layer.__dict__["gradient_checkpointing"] = level in self._checkpoint_functions
             if level in self._checkpoint_functions:
                 layer.__dict__["_gradient_checkpointing_func"] = self._checkpoint_functions[level]
-            if level == "selective" and i not in self._selective:
-                self._selective[i] = SelectiveRecompute(layer)
-            elif level != "selective" and i in self._selective:
-                self._selective.pop(i).remove()
+            if i in self._selective and self._selective[i][0] != level:
+                self._selective.pop(i)[1].remove()
+            if level in ("selective", "mlp") and i not in self._selective:
+                self._selective[i] = level, SelectiveRecompute(
+                    layer, mlp=level == "mlp", preserve_rng_state=self._preserve_rng_state
+                )
         self.levels = levels
 
     def remove(self) -> None:
         """Restores the model; a second call does nothing."""
-        for selective in self._selective.values():
+        for _, selective in self._selective.values():
             selective.remove()
         self._selective.clear()
         for layer, original in zip(self.layers, self._original, strict=True):

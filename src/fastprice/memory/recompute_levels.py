@@ -2,6 +2,7 @@
 
     none        nothing: every tensor that autograd saves stays in GPU memory
     selective   what is cheap to compute: norms with their fp32 copies, and the product inside the MLP
+    mlp         that, and gate and up: half of what a layer saves, for a fifth more work
     full        the whole forward pass of the layer; only its input is saved
     offload     the whole forward pass; its input is saved in pinned host memory
 
@@ -26,7 +27,7 @@ __all__ = [
     "parse_recompute_levels",
 ]
 
-RECOMPUTE_LEVELS = ("none", "selective", "full", "offload")
+RECOMPUTE_LEVELS = ("none", "selective", "mlp", "full", "offload")
 _COUNT_AND_LEVEL = re.compile(r"([0-9]{1,6}) +([a-z]+)")
 
 
