@@ -138,7 +138,7 @@ def test_levels_are_estimated_layer_by_layer() -> None:
     for engine in ("peft", "fastprice"):
         by_level = [estimate(level, engine=engine).peak_bytes for level in RECOMPUTE_LEVELS]
         assert by_level == sorted(by_level, reverse=True)
-        assert len(set(by_level)) == 4
+        assert len(set(by_level)) == 5
         # Recomputing the first layers costs less memory than recomputing the last ones.
         first, last = ["full"] * 16 + ["none"] * 16, ["none"] * 16 + ["full"] * 16
         assert estimate(first, engine=engine).peak_bytes < estimate(last, engine=engine).peak_bytes
@@ -172,10 +172,10 @@ def test_two_offloaded_layers_are_on_the_device() -> None:
         ({"sequences": 9, "tokens": 8}, "sequences: 9"),
         ({"recompute": 33}, "recompute: 33 is not a whole number from 0 to 32"),
         ({"recompute": ["none"] * 31}, "recompute: 31 levels given for a model of 32 layers"),
-        ({"recompute": ["cheap"] * 32}, "recompute: 'cheap' is not one of none, selective, full, offload"),
+        ({"recompute": ["cheap"] * 32}, "recompute: 'cheap' is not one of none, selective, mlp, full, offload"),
         ({"recompute": ["full"] * 32, "engine": "unsloth"}, "recomputes every layer itself"),
         ({"recompute": "selective", "engine": "unsloth"}, "recomputes every layer itself"),
-        ({"recompute": "some"}, "recompute: 'some' is neither one of none, selective, full, offload"),
+        ({"recompute": "some"}, "recompute: 'some' is neither one of none, selective, mlp, full, offload"),
         ({"optimizer": "adamw_tarch"}, "did you mean 'adamw_torch'?"),
         ({"method": "qlorra"}, "did you mean 'qlora'?"),
         ({"engine": "unslot"}, "did you mean 'unsloth'?"),

@@ -18,6 +18,7 @@ from tests.paths import DOCS
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastprice.memory.estimate import saved_bytes
+from fastprice.memory.recompute_levels import RECOMPUTE_LEVELS
 
 STEPS: list[dict[str, Any]] = [
     {"base": "Llama-3.2-1B", "method": "qlora", "tokens": 1024, "recompute": "none", "loss_head": "completion"},
@@ -44,7 +45,7 @@ def test_the_estimate_agrees_with_the_real_model_code(settings: dict[str, Any]) 
 
 
 MIXED_LEVELS = [
-    ("Llama-3.1-8B", "lora", ("offload", "full", "selective", "none")), ("gemma-2-2b", "qlora", ("selective",) * 4),
+    ("Llama-3.1-8B", "lora", ("offload", "full", "mlp", "none")), ("gemma-2-2b", "qlora", ("selective",) * 4),
     ("Llama-3.1-8B", "qlora", ("offload",) * 4), ("Qwen3-8B", "lora", ("none", "selective", "offload", "full")),
 ]  # fmt: skip
 
@@ -70,7 +71,7 @@ def test_a_layer_saves_exactly_the_estimated_bytes(base: str, method: str) -> No
                     vocabulary=256)  # fmt: skip
         return simulated_saved_bytes(step) - _weight_bytes(step)
 
-    for level in ("none", "selective", "full", "offload"):
+    for level in RECOMPUTE_LEVELS:
         estimate = saved_bytes(base, level, method=method, tokens=1024, sequences=2)
         assert saved((level,) * 3) - saved((level,) * 2) == estimate
 

@@ -23,6 +23,9 @@ At recompute level "selective" (selective_recompute.py) the norms save their inp
 is not saved, gate and up are (4i), and the input of down is not:
 
     layer's input, sum after attention 4h       attention as above       gate, up 4i       adapters 14r
+
+At level "mlp" gate and up are not saved either. With fastprice's kernels (`fused`) a norm saves its input (2h), q and k
+are rotated in place, and the LoRA functions save their input and the rank-r products.
 """
 
 from __future__ import annotations
@@ -44,7 +47,8 @@ class MicroBatch:
     tokens      in all, in `sequences` texts of equal length
     method      "qlora", "lora" or "full", with adapters of `rank`
     fused       fastprice's kernels instead of PEFT's layers
-    selective   norms and the product inside the MLP are recomputed (recompute level "selective")
+    selective   norms and the product inside the MLP are recomputed (recompute levels "selective" and "mlp")
+    mlp         gate and up too (level "mlp")
     """
 
     tokens: int
@@ -53,6 +57,7 @@ class MicroBatch:
     rank: int
     fused: bool = False
     selective: bool = False
+    mlp: bool = False
 
     @property
     def residual_bytes(self) -> int:
@@ -106,6 +111,11 @@ def _rms(tape: Tape, shape: ModelShape, batch: MicroBatch, x: Value, width: int,
         plain = replace(batch, selective=False)
         return tape.recompute(lambda inner, x: _rms(inner, shape, plain, x, width, rows, source), [x])
     elements = rows * width
+    if batch.fused:
+        statistics = tape.allocate(4 * rows, "temporary")
+        y = tape.apply(source * elements, [x], saves=[x, statistics])
+        tape.release(statistics)
+        return y
     full = 4 * elements
     x32 = tape.view(x) if source == 4 else tape.apply(full, [x])
     # pow(2), mean, rsqrt; its backward holds the mean's gradient, 2 x, their product, all (T, h) in fp32.
@@ -183,9 +193,8 @@ def _attention(tape: Tape, shape: ModelShape, batch: MicroBatch, x: Value, cache
     if shape.family.query_key_norms:
         q = replace_value(tape, q, _rms(tape, shape, batch, q, shape.head_dim, batch.tokens * shape.heads, 2))
         k = replace_value(tape, k, _rms(tape, shape, batch, k, shape.head_dim, batch.tokens * shape.key_heads, 2))
-    rotated_q, rotated_k = _rotated(tape, q), _rotated(tape, k)
-    tape.release(q, k)
-    q, k = rotated_q, rotated_k
+    if not batch.fused:  # whose kernel rotates in place
+        q, k = replace_value(tape, q, _rotated(tape, q)), replace_value(tape, k, _rotated(tape, k))
     if cache:  # copies, which the caller counts
         tape.allocate(k.size + v.size, "cache")
     if shape.softcap and not cache:
@@ -244,6 +253,15 @@ def _capped_attention(tape: Tape, shape: ModelShape, batch: MicroBatch, q: Value
 def _mlp(tape: Tape, shape: ModelShape, batch: MicroBatch, x: Value) -> Value:
     gate_proj, up_proj, down_proj = shape.linears[4:]
     inner = 2 * batch.tokens * shape.inner
+    if batch.fused and batch.mlp:
+        # One function saves x and the rank-r products; backward computes gate and up again.
+        buffer = dequantized_bytes(max(each.weights for each in shape.linears[4:])) if batch.method == "qlora" else 0
+        low = tape.allocate(3 * 2 * batch.tokens * batch.rank, "temporary")
+        inner_buffers = tape.allocate(3 * inner, "temporary")
+        y = tape.apply(2 * batch.tokens * shape.width, [x], saves=[x, low], trainable=True, scratch=buffer,
+                       backward_scratch=3 * inner + buffer, scratch_kind="dequantized")  # fmt: skip
+        tape.release(low, inner_buffers)
+        return y
     if batch.fused:
         # One function saves x, gate, up and three rank-r products; backward overwrites gate and up and needs one more
         # buffer of their size.
@@ -255,6 +273,10 @@ def _mlp(tape: Tape, shape: ModelShape, batch: MicroBatch, x: Value) -> Value:
                        scratch=buffer, backward_scratch=inner + buffer, scratch_kind="dequantized")  # fmt: skip
         tape.release(gate, up, low, product_buffer)
         return y
+    if batch.mlp:
+        plain = replace(batch, mlp=False)
+        product = tape.recompute(lambda inner, x: _gate_up_product(inner, shape, plain, x), [x])
+        return replace_value(tape, product, _linear(tape, down_proj, batch, product))
     gate = _linear(tape, gate_proj, batch, x, batch.residual_bytes)
     if batch.selective:
         up = _linear(tape, up_proj, batch, x, batch.residual_bytes)
@@ -269,6 +291,13 @@ def _mlp(tape: Tape, shape: ModelShape, batch: MicroBatch, x: Value) -> Value:
     y = _linear(tape, down_proj, batch, product)
     tape.release(product)
     return y
+
+
+def _gate_up_product(tape: Tape, shape: ModelShape, batch: MicroBatch, x: Value) -> Value:
+    gate, up = (_linear(tape, linear, batch, x, batch.residual_bytes) for linear in shape.linears[4:6])
+    product = _product(tape, gate, up)
+    tape.release(gate, up)
+    return product
 
 
 def _product(tape: Tape, gate: Value, up: Value) -> Value:

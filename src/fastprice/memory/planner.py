@@ -2,8 +2,8 @@
 
 For every micro-batch size (the requested one, its half, ...; gradient accumulation makes up for it) the planner chooses
 recompute levels (recompute_levels.py): selective recomputation first, which costs a few per cent of a step and frees a
-quarter to a half of what is saved; then full recomputation of as few layers as possible, at the cost of their forward
-pass; and where even the inputs are too many, offloading of as few inputs as possible. If that does not fit and layer
+quarter to a half of what is saved; then gate and up, and the whole of as few layers as possible, at the cost of their
+forward pass; and where even the inputs are too many, offloading of as few inputs as possible. If that does not fit and layer
 offload is allowed, it offloads the frozen weights of as few layers as possible. Of all plans that fit it takes the one
 with the most tokens a second by the limits of roofline.py.
 """
@@ -19,7 +19,7 @@ from typing import Any
 from fastprice.errors import ConfigError
 from fastprice.memory.byte_sizes import GIB, format_gib, parse_bytes
 from fastprice.memory.estimate import MemoryEstimate, estimate_memory
-from fastprice.memory.recompute_levels import format_recompute_levels
+from fastprice.memory.recompute_levels import RECOMPUTE_LEVELS, format_recompute_levels
 from fastprice.memory.roofline import Gpu, TrainingStep, find_gpu, step_seconds
 from fastprice.models.shapes import ModelShape, read_shape, shipped_names
 
@@ -222,14 +222,15 @@ def plan_table(
 def format_plan_table(
     rows: Sequence[tuple[str, Sequence[MemoryPlan | None]]], sizes: Sequence[str | int] = GPU_SIZES
 ) -> str:
-    """`plan_table` in Markdown: tokens of the micro-batch, and how many layers are at recompute level "selective" (s),
-    recomputed in full (f), of these with their input offloaded (i), and have their weights offloaded (w)."""
+    """`plan_table` in Markdown: tokens of the micro-batch, and how many layers are at recompute level "selective" (s)
+    and "mlp" (m), recomputed in full (f), of these with their input offloaded (i), and have their weights offloaded (w)."""
 
     def cell(plan: MemoryPlan | None) -> str:
         if plan is None:
             return "-"
         counts = {
             "s": plan.levels.count("selective"),
+            "m": plan.levels.count("mlp"),
             "f": plan.recomputed_layers,
             "i": plan.levels.count("offload"),
             "w": plan.offloaded_layers,
@@ -246,25 +247,26 @@ def format_plan_table(
 def choose_recompute_levels(layers: int, fits: Callable[[tuple[str, ...]], bool]) -> tuple[str, ...] | None:
     """The levels that cost the least time of those that fit; None if none do.
 
-    As few layers at "offload" as possible, then as few at "full", then as few at "selective": the first layers, whose
+    As few layers at "offload" as possible, then as few at "full", at "mlp", at "selective": the first layers, whose
     backward pass comes when the others have released their activations.
     """
+    heavy_first = RECOMPUTE_LEVELS[:0:-1]
 
-    def arranged(offload: int, full: int, selective: int) -> tuple[str, ...]:
+    def arranged(ends: Sequence[int]) -> tuple[str, ...]:
         """Levels whose runs end at these layers."""
-        ends = (("offload", offload), ("full", full), ("selective", selective), ("none", layers))
         levels: list[str] = []
-        for level, end in ends:
+        for level, end in zip((*heavy_first, RECOMPUTE_LEVELS[0]), (*ends, layers), strict=True):
             levels += [level] * (end - len(levels))
         return tuple(levels)
 
-    offload = _smallest(range(layers + 1), lambda count: fits(arranged(count, layers, layers)))
-    if offload is None:
-        return None
-    full = _smallest(range(offload, layers), lambda count: fits(arranged(offload, count, layers)))
-    full = layers if full is None else full
-    selective = _smallest(range(full, layers), lambda count: fits(arranged(offload, full, count)))
-    return arranged(offload, full, layers if selective is None else selective)
+    ends = [layers] * len(heavy_first)
+    least = 0
+    for i in range(len(heavy_first)):
+        end = _smallest(range(least, layers + 1), lambda count, i=i: fits(arranged([*ends[:i], count, *ends[i + 1 :]])))
+        if end is None:  # not even the heaviest level for every layer fits
+            return None
+        ends[i] = least = end
+    return arranged(ends)
 
 
 def _candidates(base: Any, budget: int, options: PlanOptions) -> Iterator[MemoryPlan]:
@@ -317,6 +319,7 @@ def _plan_micro_batch(
         text_tokens=options.text_tokens,
         offloaded_layers=offloaded_layers,
         selective_layers=counts["selective"],
+        mlp_layers=counts["mlp"],
         offloaded_inputs=counts["offload"],
         fused=options.engine != "peft",
     )

@@ -97,7 +97,7 @@ class CandidateLevels:
     ) -> None:
         allowed = RECOMPUTE_LEVELS if offload else RECOMPUTE_LEVELS[:-1]
         if estimate is None:
-            self.candidates = [(level,) * layers for level in allowed[2:]]
+            self.candidates = [(level,) * layers for level in allowed[allowed.index("full") :]]
         else:
             self.candidates = [(allowed[0],) * layers]
             for level, next_level in pairwise(allowed):

@@ -5,7 +5,7 @@ forward and 2 for the gradient of its input; a recomputed layer costs its forwar
 for their own gradient. Attention over a text of S tokens costs 2 S q operations forward (half the square, scores and
 values), as much again where recomputed, and 2.5 times that backward. A 4-bit base is dequantized once in each pass over
 a layer, which reads the packed weights and writes them in 16 bits. Selective recomputation reads and writes each norm
-once more, and reads gate and up and writes their product.
+once more, and reads gate and up and writes their product; at level "mlp" the products of gate and up run again.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class TrainingStep:
     recomputed_layers  whose forward pass runs twice     rank         of the LoRA adapters (methods "qlora", "lora")
     text_tokens        mean tokens of a text             fused        fastprice's kernels, whose MLP saves no product
     selective_layers   at recompute level "selective"    offloaded_inputs   layers at recompute level "offload"
-    offloaded_layers   whose weights are on the host
+    offloaded_layers   whose weights are on the host     mlp_layers   at recompute level "mlp"
     """
 
     tokens: int
@@ -83,6 +83,7 @@ class TrainingStep:
     text_tokens: int = 180
     offloaded_layers: int = 0
     selective_layers: int = 0
+    mlp_layers: int = 0
     offloaded_inputs: int = 0
     fused: bool = False
 
@@ -93,9 +94,10 @@ def flops_per_token(shape: ModelShape, step: TrainingStep) -> float:
     weight_gradient = 2.0 if step.method == "full" else 0.0
     linear = (4 + weight_gradient + recomputed) * shape.layers * shape.layer_linear_weights
     adapters = 0.0 if step.method == "full" else (6 + recomputed) * shape.layers * shape.adapter_weights(step.rank)
+    gate_up = 2 * step.mlp_layers * sum(linear.weights for linear in shape.linears[4:6])
     head = (4 + weight_gradient) * shape.lm_head_weights * step.labeled
     attention = (3.5 + recomputed / 2) * 2 * step.text_tokens * shape.query_width * shape.layers
-    return linear + adapters + head + attention
+    return linear + adapters + gate_up + head + attention
 
 
 def step_seconds(shape: ModelShape, step: TrainingStep, gpu: Gpu) -> float:
@@ -110,9 +112,12 @@ def step_seconds(shape: ModelShape, step: TrainingStep, gpu: Gpu) -> float:
     selective = 2 * residual_bytes * shape.family.layer_norms * shape.width + (0 if step.fused else 6 * shape.inner)
     if shape.family.query_key_norms:
         selective += 4 * (shape.query_width + shape.key_width)
-    seconds += step.tokens * step.selective_layers * selective / gpu.bandwidth
+    seconds += step.tokens * (step.selective_layers + step.mlp_layers) * selective / gpu.bandwidth
     layer = shape.layer_linear_weights
     if step.method == "qlora":
-        seconds += (2 * shape.layers + step.recomputed_layers) * layer * (NF4_BYTES + 2) / gpu.bandwidth
+        passes = (2 * shape.layers + step.recomputed_layers) * layer
+        if not step.fused:  # the kernels dequantize gate and up once for the recomputation and the gradient
+            passes += step.mlp_layers * sum(linear.weights for linear in shape.linears[4:6])
+        seconds += passes * (NF4_BYTES + 2) / gpu.bandwidth
     inputs = step.offloaded_inputs * step.tokens * residual_bytes * shape.width
     return max(seconds, (2 * step.offloaded_layers * layer * NF4_BYTES + inputs) / gpu.pcie)

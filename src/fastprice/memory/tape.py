@@ -59,7 +59,7 @@ class _Recomputation:
     """Operations that run again, on a tape of their own, when the first of their `users` needs their output."""
 
     function: Callable[..., Value]
-    inputs: tuple[Value, ...]
+    inputs: tuple[Value, ...]  # those with a recomputation of their own are computed again, the others were saved
     users: int = 0
     tape: Tape | None = None
     leaves: tuple[Value, ...] = ()
@@ -159,7 +159,11 @@ class Tape:
         if not self.record:
             return Value(output.buffer, output.size, None)
         recomputation = output.buffer.recomputation = _Recomputation(function, tuple(inputs))
-        self._save([value.buffer for value in inputs])
+        for value in inputs:
+            if value.buffer.recomputation is None:
+                self._save([value.buffer])
+            else:
+                value.buffer.recomputation.users += 1
         input_gradients = _gradients_of(inputs)
         if not input_gradients:
             return Value(output.buffer, output.size, None)
@@ -229,15 +233,17 @@ class Tape:
         """Computes the output again, with its graph, unless it is there."""
         if recomputation.tape is None:
             recomputation.tape = tape = Tape(parent=self)
-            recomputation.leaves = tuple(
-                Value(
-                    value.buffer,
-                    value.size,
-                    None if value.operation is None else tape._add_operation((), False, (), ()),
-                )
-                for value in recomputation.inputs
-            )
-            recomputation.output = recomputation.function(tape, *recomputation.leaves)
+            leaves = []
+            for value in recomputation.inputs:
+                buffer, inner = value.buffer, value.buffer.recomputation
+                if inner is not None:
+                    self._run_recomputation(inner)
+                    assert inner.output is not None
+                    buffer = inner.output.buffer
+                operation = None if value.operation is None else tape._add_operation((), False, (), ())
+                leaves.append(Value(buffer, value.size, operation))
+            recomputation.leaves = tuple(leaves)
+            recomputation.output = recomputation.function(tape, *leaves)
 
     def _backward_through(self, recomputation: _Recomputation, gradient: Buffer) -> list[Buffer]:
         """The gradients of the recomputation's inputs; `gradient` stays alive until they are there."""
@@ -255,7 +261,12 @@ class Tape:
         recomputation.users -= 1
         if recomputation.users == 0:
             output = [] if recomputation.output is None else [recomputation.output]
-            self.release(*recomputation.inputs, *output)
+            self.release(*output)
+            for value in recomputation.inputs:
+                if value.buffer.recomputation is None:
+                    self.release(value)
+                else:
+                    self._release_user(value.buffer.recomputation)
 
     def _save(self, buffers: Sequence[Buffer]) -> None:
         for buffer in buffers:
