@@ -71,7 +71,12 @@ class MicroBatch:
 
 
 def dequantized_bytes(weights: int) -> int:
-    """Bytes of a linear layer's weights in bf16, and of the fp32 scales computed for them."""
+    """Bytes of a linear layer's weights in bf16, as fastprice's kernel writes them."""
+    return 2 * weights
+
+
+def _dequantized_with_scales(weights: int) -> int:
+    """The same as bitsandbytes writes them, which computes their fp32 scales first."""
     return 2 * weights + 4 * -(-weights // NF4_BLOCK)
 
 
@@ -109,7 +114,10 @@ def norm_forward(tape: Tape, shape: ModelShape, batch: MicroBatch, x: Value, *, 
 def _rms(tape: Tape, shape: ModelShape, batch: MicroBatch, x: Value, width: int, rows: int, source: int) -> Value:
     if batch.selective:
         plain = replace(batch, selective=False)
-        return tape.recompute(lambda inner, x: _rms(inner, shape, plain, x, width, rows, source), [x])
+        statistics = [tape.allocate(4 * rows, "temporary")] if batch.fused else []
+        y = tape.recompute(lambda inner, x: _rms(inner, shape, plain, x, width, rows, source), [x], saves=statistics)
+        tape.release(*statistics)
+        return y
     elements = rows * width
     if batch.fused:
         statistics = tape.allocate(4 * rows, "temporary")
@@ -145,9 +153,9 @@ def _linear(tape: Tape, linear: Linear, batch: MicroBatch, x: Value, x_width: in
         tape.release(xb, weight)
         return y
     if batch.fused:
-        return _fused_linear(tape, linear, batch, x)
+        return _fused_group(tape, [linear], batch, x)[0]
     if batch.method == "qlora":
-        buffer = dequantized_bytes(linear.weights)
+        buffer = _dequantized_with_scales(linear.weights)
         base = tape.apply(result, [x], scratch=buffer, backward_scratch=buffer, scratch_kind="dequantized")
         # PEFT clones the output of a 4-bit layer.
         base = replace_value(tape, base, tape.apply(result, [base], passes_gradient=True))
@@ -175,21 +183,32 @@ def _linear(tape: Tape, linear: Linear, batch: MicroBatch, x: Value, x_width: in
     return y
 
 
-def _fused_linear(tape: Tape, linear: Linear, batch: MicroBatch, x: Value) -> Value:
-    """One autograd function that saves x and the rank-r product, and holds no weight beyond its use."""
-    buffer = dequantized_bytes(linear.weights) if batch.method == "qlora" else 0
-    low = tape.allocate(2 * batch.tokens * batch.rank, "temporary")
-    result = 2 * batch.tokens * linear.outputs
-    y = tape.apply(result, [x], saves=[x, low], trainable=True, scratch=buffer, backward_scratch=buffer,
-                   scratch_kind="dequantized")  # fmt: skip
+def _fused_group(tape: Tape, linears: Sequence[Linear], batch: MicroBatch, x: Value) -> list[Value]:
+    """Projections of one input as one autograd function, which saves x and the rank-r products of all of them.
+
+    It runs backward when the gradients of all results are there, and makes one gradient of x. On the tape the first
+    result's operation stands for the function, which runs last.
+    """
+    low = tape.allocate(2 * batch.tokens * batch.rank * len(linears), "temporary")
+    sizes = [2 * batch.tokens * linear.outputs for linear in linears]
+    dense = [dequantized_bytes(linear.weights) if batch.method == "qlora" else 0 for linear in linears]
+    first = tape.apply(sizes[0], [x], saves=[x, low], trainable=True, scratch=dense[0],
+                       backward_scratch=max(dense) + sum(sizes[1:]), scratch_kind="dequantized")  # fmt: skip
+    others = [
+        tape.apply(size, [], trainable=True, scratch=scratch, scratch_kind="dequantized")
+        for size, scratch in zip(sizes[1:], dense[1:], strict=True)
+    ]
     tape.release(low)
-    return y
+    return [first, *others]
 
 
 def _attention(tape: Tape, shape: ModelShape, batch: MicroBatch, x: Value, cache: bool) -> Value:
     width = batch.residual_bytes
     q_proj, k_proj, v_proj, o_proj = shape.linears[:4]
-    q, k, v = (_linear(tape, linear, batch, x, width) for linear in (q_proj, k_proj, v_proj))
+    if batch.fused and batch.method != "full":
+        q, k, v = _fused_group(tape, (q_proj, k_proj, v_proj), batch, x)
+    else:
+        q, k, v = (_linear(tape, linear, batch, x, width) for linear in (q_proj, k_proj, v_proj))
     if shape.family.query_key_norms:
         q = replace_value(tape, q, _rms(tape, shape, batch, q, shape.head_dim, batch.tokens * shape.heads, 2))
         k = replace_value(tape, k, _rms(tape, shape, batch, k, shape.head_dim, batch.tokens * shape.key_heads, 2))
@@ -253,26 +272,8 @@ def _capped_attention(tape: Tape, shape: ModelShape, batch: MicroBatch, q: Value
 def _mlp(tape: Tape, shape: ModelShape, batch: MicroBatch, x: Value) -> Value:
     gate_proj, up_proj, down_proj = shape.linears[4:]
     inner = 2 * batch.tokens * shape.inner
-    if batch.fused and batch.mlp:
-        # One function saves x and the rank-r products; backward computes gate and up again.
-        buffer = dequantized_bytes(max(each.weights for each in shape.linears[4:])) if batch.method == "qlora" else 0
-        low = tape.allocate(3 * 2 * batch.tokens * batch.rank, "temporary")
-        inner_buffers = tape.allocate(3 * inner, "temporary")
-        y = tape.apply(2 * batch.tokens * shape.width, [x], saves=[x, low], trainable=True, scratch=buffer,
-                       backward_scratch=3 * inner + buffer, scratch_kind="dequantized")  # fmt: skip
-        tape.release(low, inner_buffers)
-        return y
-    if batch.fused:
-        # One function saves x, gate, up and three rank-r products; backward overwrites gate and up and needs one more
-        # buffer of their size.
-        gate, up = _fused_linear(tape, gate_proj, batch, x), _fused_linear(tape, up_proj, batch, x)
-        buffer = dequantized_bytes(down_proj.weights) if batch.method == "qlora" else 0
-        low = tape.allocate(2 * batch.tokens * batch.rank, "temporary")
-        product_buffer = tape.allocate(inner, "temporary")
-        y = tape.apply(2 * batch.tokens * shape.width, [gate, up], saves=[gate, up, low], trainable=True,
-                       scratch=buffer, backward_scratch=inner + buffer, scratch_kind="dequantized")  # fmt: skip
-        tape.release(gate, up, low, product_buffer)
-        return y
+    if batch.fused and batch.method != "full":
+        return _fused_mlp(tape, shape, batch, x)
     if batch.mlp:
         plain = replace(batch, mlp=False)
         product = tape.recompute(lambda inner, x: _gate_up_product(inner, shape, plain, x), [x])
@@ -290,6 +291,22 @@ def _mlp(tape: Tape, shape: ModelShape, batch: MicroBatch, x: Value) -> Value:
     tape.release(active, up)
     y = _linear(tape, down_proj, batch, product)
     tape.release(product)
+    return y
+
+
+def _fused_mlp(tape: Tape, shape: ModelShape, batch: MicroBatch, x: Value) -> Value:
+    """One function that saves x, gate, up and three rank-r products; its backward overwrites gate and up and needs one
+    more buffer of their size. At level "mlp" it saves neither, and computes them again."""
+    inner = 2 * batch.tokens * shape.inner
+    gate, up, product = (tape.allocate(inner, "temporary") for _ in range(3))
+    low = tape.allocate(3 * 2 * batch.tokens * batch.rank, "temporary")
+    dense = 0
+    if batch.method == "qlora":
+        dense = max(dequantized_bytes(linear.weights) for linear in shape.linears[4:])
+    saved = [x, low] if batch.mlp else [x, low, gate, up]
+    y = tape.apply(2 * batch.tokens * shape.width, [x], saves=saved, trainable=True, scratch=dense,
+                   backward_scratch=(3 if batch.mlp else 1) * inner + dense, scratch_kind="dequantized")  # fmt: skip
+    tape.release(gate, up, product, low)
     return y
 
 

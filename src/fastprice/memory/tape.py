@@ -152,8 +152,10 @@ class Tape:
         operation = self._add_operation(input_gradients, passes_gradient, saved, workspaces, recomputations)
         return Value(buffer, size, operation)
 
-    def recompute(self, function: Callable[..., Value], inputs: Sequence[Value]) -> Value:
-        """`function(tape, *inputs)`, which saves its inputs alone and runs again in the backward pass."""
+    def recompute(
+        self, function: Callable[..., Value], inputs: Sequence[Value], *, saves: Sequence[Buffer] = ()
+    ) -> Value:
+        """`function(tape, *inputs)`, which saves its inputs and `saves` and runs again in the backward pass."""
         detached = (Value(value.buffer, value.size, None) for value in inputs)
         output = function(Tape(record=False, parent=self), *detached)
         if not self.record:
@@ -168,7 +170,8 @@ class Tape:
         if not input_gradients:
             return Value(output.buffer, output.size, None)
         recomputation.users = 1
-        operation = self._add_operation(input_gradients, False, (), (), (), recomputation)
+        self._save(saves)
+        operation = self._add_operation(input_gradients, False, tuple(saves), (), (), recomputation)
         return Value(output.buffer, output.size, operation)
 
     def view(self, value: Value) -> Value:

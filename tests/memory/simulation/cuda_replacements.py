@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from fastprice.memory.activation_offload import ActivationOffload
 from fastprice.models.packed_attention import packed_attention
 
-__all__ = ["UncountedOffload", "flash_attention", "linear4bit"]
+__all__ = ["UncountedOffload", "flash_attention", "give_quant_states", "linear4bit"]
 
 
 class UncountedOffload(ActivationOffload):
@@ -87,6 +88,8 @@ def linear4bit(layer: nn.Linear) -> nn.Module:
             cast: Tensor = weight.to(dtype)
             return cast
 
+    # The kernels know the class by its name.
+    _Linear4bit.__module__, _Linear4bit.__qualname__ = "bitsandbytes.nn.modules", "Linear4bit"
     quantized = _Linear4bit(
         layer.in_features, layer.out_features, bias=False, compute_dtype=torch.bfloat16, device="meta"
     )
@@ -105,3 +108,15 @@ def linear4bit(layer: nn.Linear) -> nn.Module:
     ):
         quantized.register_buffer(name, torch.empty(size, dtype=dtype, device="meta"))
     return quantized
+
+
+def give_quant_states(model: nn.Module) -> None:
+    """Gives each `linear4bit` of the model the quant state that the kernels read, of its own buffers."""
+    for module in model.modules():
+        if "nested_absmax" in module._buffers:
+            layer: Any = module
+            layer.weight.quant_state = SimpleNamespace(
+                quant_type="nf4", blocksize=64, dtype=torch.bfloat16, shape=(layer.out_features, layer.in_features),
+                absmax=layer.absmax, code=layer.code, offset=layer.offset,
+                state2=SimpleNamespace(code=layer.nested_code, absmax=layer.nested_absmax, blocksize=256),
+            )  # fmt: skip

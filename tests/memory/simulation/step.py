@@ -16,16 +16,16 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from accelerate.utils import convert_outputs_to_fp32
-from tests.memory.simulation.cuda_replacements import UncountedOffload, flash_attention, linear4bit
+from tests.memory.simulation.cuda_replacements import UncountedOffload, flash_attention, give_quant_states, linear4bit
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
@@ -40,6 +40,7 @@ from fastprice.memory.recompute_levels import expand_recompute
 from fastprice.models.adapters import lora_config
 from fastprice.models.parts import plain_model
 from fastprice.models.shapes import settings_of
+from fastprice_kernels import installed
 
 __all__ = ["LiveBytes", "SimulatedStep", "build_model", "simulated_peak_bytes", "simulated_saved_bytes"]
 
@@ -50,6 +51,7 @@ _ATTENTION = "fastprice_simulated"
 class SimulatedStep:
     """One training step: the arguments of `estimate_memory` that it is simulated and estimated with.
 
+    engine               "peft", or "fastprice": with the kernels installed, but TRL's loss
     layers, vocabulary   in place of the model's own, for a quick simulation (None: the model's)
     """
 
@@ -62,6 +64,7 @@ class SimulatedStep:
     rank: int = 16
     labeled: float = 1.0
     phase: str = "train"
+    engine: str = "peft"
     layers: int | None = None
     vocabulary: int | None = None
 
@@ -75,7 +78,7 @@ class SimulatedStep:
         """The estimate that the simulation checks."""
         return estimate_memory(
             self.settings, method=self.method, rank=self.rank, tokens=self.tokens, sequences=self.sequences,
-            recompute=self.recompute, loss_head=self.loss_head, labeled=self.labeled, phase=self.phase,
+            recompute=self.recompute, loss_head=self.loss_head, labeled=self.labeled, phase=self.phase, engine=self.engine,
         )  # fmt: skip
 
 
@@ -192,8 +195,13 @@ def _train(model: Any, step: SimulatedStep, live: LiveBytes) -> int:
     length = -(-step.tokens // step.sequences)
     lengths = tuple(min(length, step.tokens - start) for start in range(0, step.tokens, length))
     levels = expand_recompute(step.recompute, inner.config.num_hidden_layers)
-    checkpointing = ActivationCheckpointing(inner, levels, offload=UncountedOffload())
-    with _chunked_loss_over(round(step.labeled * step.tokens)), checkpointing:
+    with ExitStack() as stack:
+        if step.engine == "fastprice":
+            give_quant_states(model)
+            with unset_fake_temporarily():  # it tries the model's functions on numbers
+                stack.enter_context(installed(model))
+        stack.enter_context(_chunked_loss_over(round(step.labeled * step.tokens)))
+        stack.enter_context(ActivationCheckpointing(inner, levels, offload=UncountedOffload()))
         loss = _loss(model, ids, positions, labels, lengths)
         saved = live.bytes
         loss.backward()
