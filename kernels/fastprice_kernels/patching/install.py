@@ -4,8 +4,8 @@
 change, and `uninstall` deletes the attribute. Replaced are: q, k and v of an attention layer, which share one product
 with x; gated MLPs; every other LoRA layer on a `Linear` or an NF4 `Linear4bit`, and every such `Linear4bit` without an
 adapter; optionally the loss (causal_loss.py) and the last layer (last_layer.py). On an Unsloth model its fused
-functions are replaced instead (unsloth_functions.py); layers that it did not fuse (with a bias, as in Qwen2) are
-treated as any others, and its last layer is left alone.
+functions are replaced instead (unsloth_functions.py), loss and last layer as its code has them (unsloth_layers.py);
+layers that it did not fuse (with a bias, as in Qwen2) are treated as any others.
 
 What a layer computes is read at each call; what the kernels cannot compute exactly runs on the stock path, with one
 warning. So do up to 16 rows without gradient on a 4-bit layer (generation), for which bitsandbytes has a kernel.
@@ -25,7 +25,7 @@ from typing import Any
 
 from torch import nn
 
-from fastprice_kernels.patching import cpu_faults, unsloth_functions
+from fastprice_kernels.patching import cpu_faults, unsloth_functions, unsloth_layers
 from fastprice_kernels.patching.causal_loss import LossPatch, loss_forward, output_class, unsupported_loss
 from fastprice_kernels.patching.forwards import linear_forward, mlp_forward, shared_forward
 from fastprice_kernels.patching.installation import PATCH, Installation, InstallReport, Options, Patch
@@ -240,27 +240,17 @@ def _install_loss(model: nn.Module, made: Installation) -> None:
     causal: Any = get_base() if get_base is not None else model
     names = {module: name for name, module in model.named_modules()}
     name = names[causal] or type(causal).__name__
-    if made.unsloth:
-        reason = unsloth_functions.unsupported_loss(causal)
-        if reason is None:
-            places = unsloth_functions.patch([unsloth_functions.LOSS])
-            made.unsloth = (*made.unsloth, unsloth_functions.LOSS)
-            made.report.replaced.update(dict.fromkeys(places, "completion_cross_entropy"))
-        else:
-            made.report.skipped[name] = reason
-        if made.options.last_layer:
-            made.report.skipped[f"{name}, last layer"] = "the last layer of an Unsloth model, whose code is Unsloth's"
-        return
-    reason = unsupported_loss(causal)
+    theirs = bool(made.unsloth)
+    reason = unsloth_layers.unsupported_loss(causal) if theirs else unsupported_loss(causal)
     if reason is not None:
         made.report.skipped[name] = f"output layer and loss: {reason}"
         return
     rows = False
     if made.options.last_layer:
         layer = last_decoder_layer(causal)
-        reason = unsupported_last_layer(layer)
+        reason = unsloth_layers.unsupported_last_layer(layer) if theirs else unsupported_last_layer(layer)
         if layer is not None and reason is None:
-            ours = MethodType(layer_forward, layer)
+            ours = MethodType(unsloth_layers.layer_forward if theirs else layer_forward, layer)
             _replace(made, [names[layer]], layer, "forward", ours, None, "last layer at labeled positions")
             rows = True
         else:
