@@ -35,7 +35,8 @@ from fastprice_kernels.patching.structure import logit_transform
 __all__ = ["LossPatch", "loss_forward", "output_class", "unsupported_loss"]
 
 POSITIONS = "label_positions"
-_LOSS_ARGUMENTS = ("labels", "shift_labels", "num_items_in_batch", "ignore_index", "logits_to_keep", "num_logits_to_keep")
+_KEEP = ("logits_to_keep", "num_logits_to_keep")  # the second in Unsloth's forwards
+_LOSS_ARGUMENTS = ("labels", "shift_labels", "num_items_in_batch", "ignore_index", *_KEEP)
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ def loss_forward(kind: type[nn.Module]) -> Callable[..., Any]:
         kwargs.update(zip(names, args, strict=False))
         positions = kwargs.pop(POSITIONS, None)
         has_labels = kwargs.get("labels") is not None or kwargs.get("shift_labels") is not None
-        keep = [kwargs.get(name, 0) for name in ("logits_to_keep", "num_logits_to_keep")]
+        keep = [kwargs.get(name, 0) for name in _KEEP]
         wants_logits = any(isinstance(each, Tensor) or each for each in keep) or kwargs.get("return_dict") is False
         if not has_labels or wants_logits or kwargs.get("output_router_logits"):
             return stock(self, **kwargs) if patch.previous is None else patch.previous(**kwargs)

@@ -65,7 +65,9 @@ def unsupported_last_layer(layer: nn.Module | None) -> str | None:
         return f"its attention has no {OUTPUT}"
     if _APPLY_OUTPUT not in attention.__dict__ and _stock_output(attention) is None:
         return f"its attention does not call {_APPLY_OUTPUT}"
-    return None if _norm_options(type(layer)) is not None else "its code is not x + attention(norm(x)), then x + mlp(norm(x))"
+    if _norm_options(type(layer)) is None:
+        return "its code is not x + attention(norm(x)), then x + mlp(norm(x))"
+    return None
 
 
 def layer_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
