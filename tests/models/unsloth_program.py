@@ -26,6 +26,7 @@ import unsloth.models.mistral as mistral
 import unsloth.models.qwen2 as qwen2
 import unsloth.models.qwen3 as qwen3
 from tests.kernels.adapted_models import COMMON, CONFIGS, LAYERS, VOCABULARY, make
+from tests.memory.simulation.step import LiveBytes
 from torch import nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from unsloth.utils import attention_dispatch, packing
@@ -132,20 +133,12 @@ def as_unsloth(model: Any, kind: str, rotary: Any, *, fused_mlp: bool = True) ->
 
 
 def saved_bytes(model: Any, batch: dict[str, Any]) -> int:
-    """Bytes of the distinct tensors that autograd saves for the backward pass, beside weights."""
-    weights = {each.untyped_storage().data_ptr() for each in (*model.parameters(), *model.buffers())}
-    storages: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    """Bytes that a forward pass leaves alive for its backward pass."""
+    with LiveBytes() as live:
         loss = model(**batch, use_cache=False, num_items_in_batch=ITEMS).loss
+        found: int = live.bytes
     del loss
-    return sum(storages.values())
+    return found
 
 
 def examine(kind: str, model: Any, want: list[torch.Tensor]) -> dict[str, Any]:
@@ -238,7 +231,6 @@ def restoration(model: Any) -> dict[str, Any]:
 def contract() -> dict[str, Any]:
     fast = unsloth.FastLanguageModel
     homes = {"get_packed_info_from_kwargs": packing, "run_attention": attention_dispatch}
-    called = {**llama.__dict__, "resolve": llama.resolve_logit_transforms}
     return {
         "signatures": {name: list(inspect.signature(getattr(fast, name)).parameters) for name in REQUIRED},
         "required": REQUIRED,
@@ -246,7 +238,7 @@ def contract() -> dict[str, Any]:
         "packed required": PACKED_FUNCTIONS,
         "context": list(inspect.signature(attention_dispatch.AttentionContext).parameters),
         "config": list(inspect.signature(attention_dispatch.AttentionConfig).parameters),
-        "norm": list(inspect.signature(called["fast_rms_layernorm"]).parameters),
+        "norm": list(inspect.signature(llama.fast_rms_layernorm).parameters),
         "transforms": llama.resolve_logit_transforms(transformers.Gemma2Config(final_logit_softcapping=30.0)),
         "checkpoint": torch.utils.checkpoint.checkpoint.__module__,
         "layer": issubclass(llama.LlamaDecoderLayer, transformers.modeling_layers.GradientCheckpointingLayer),

@@ -119,7 +119,8 @@ def _norm_options(kind: type[nn.Module]) -> tuple[dict[str, Any], dict[str, Any]
         return Symbol(name, x)
 
     function = inspect.unwrap(kind.forward)
-    code = FunctionType(function.__code__, {**_globals(function), _NORM: norm}, None, function.__defaults__)
+    names = {**_globals(function), _NORM: norm}
+    code = FunctionType(function.__code__, names, None, function.__defaults__, function.__closure__)
     layer = SimpleNamespace(**dict(zip(NORMS, NORMS, strict=True)), **{FEED_FORWARD: symbolic_function(FEED_FORWARD)})
     setattr(layer, ATTENTION, lambda hidden_states, **_: (Symbol(ATTENTION, hidden_states), None, None))
     x = Symbol("x")
