@@ -20,12 +20,10 @@ __all__ = [
     "MLP",
     "OUTPUT",
     "QKV",
-    "Symbol",
     "activation_of",
     "is_gated_mlp",
     "last_decoder_layer",
     "logit_transform",
-    "symbolic_function",
     "unsupported_last_layer",
 ]
 
@@ -41,34 +39,33 @@ FACTOR = "logit_scale"  # Cohere's factor of the logits
 DIVISOR = "logits_scaling"  # Granite's divisor of the logits
 
 
-class Symbol:
+class _Symbol:
     """Stands for a tensor while a module's code is run to see what it computes; + and * commute."""
 
     def __init__(self, *parts: Any) -> None:
         self.parts = parts
 
-    def __mul__(self, other: Symbol) -> Symbol:
-        return Symbol("*", frozenset([self, other]))
+    def __mul__(self, other: _Symbol) -> _Symbol:
+        return _Symbol("*", frozenset([self, other]))
 
-    def __add__(self, other: Symbol) -> Symbol:
-        return Symbol("+", frozenset([self, other]))
+    def __add__(self, other: _Symbol) -> _Symbol:
+        return _Symbol("+", frozenset([self, other]))
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Symbol) and self.parts == other.parts
+        return isinstance(other, _Symbol) and self.parts == other.parts
 
     def __hash__(self) -> int:
         return hash(self.parts)
 
 
-def symbolic_function(name: str) -> Any:
-    """Stands for the module `name`: the symbol of its result, from the symbol of its input."""
-    return lambda x: Symbol(name, x)
+def _function(name: str) -> Any:
+    return lambda x: _Symbol(name, x)
 
 
-def _computes(kind: type[nn.Module], parts: dict[str, Any], want: Symbol) -> bool:
+def _computes(kind: type[nn.Module], parts: dict[str, Any], want: _Symbol) -> bool:
     """Whether `kind.forward` with these parts, called on the symbol x, returns `want`."""
     try:
-        return bool(kind.forward(SimpleNamespace(**parts), Symbol("x")) == want)
+        return bool(kind.forward(SimpleNamespace(**parts), _Symbol("x")) == want)
     except (AttributeError, TypeError):  # it has other parts, or uses them in another way
         return False
 
@@ -76,9 +73,9 @@ def _computes(kind: type[nn.Module], parts: dict[str, Any], want: Symbol) -> boo
 def is_gated_mlp(kind: type[nn.Module]) -> bool:
     """Whether `kind.forward` is `down(act(gate(x)) * up(x))`."""
     gate, up, down = MLP
-    x = Symbol("x")
-    want = Symbol(down, Symbol(ACTIVATION, Symbol(gate, x)) * Symbol(up, x))
-    return _computes(kind, {name: symbolic_function(name) for name in (*MLP, ACTIVATION)}, want)
+    x = _Symbol("x")
+    want = _Symbol(down, _Symbol(ACTIVATION, _Symbol(gate, x)) * _Symbol(up, x))
+    return _computes(kind, {name: _function(name) for name in (*MLP, ACTIVATION)}, want)
 
 
 def activation_of(module: nn.Module) -> str | None:
@@ -108,11 +105,11 @@ def unsupported_last_layer(layer: nn.Module | None) -> str | None:
         return f"the decoder has no list of layers named {LAYERS!r}"
     if "forward" in layer.__dict__:
         return "its forward was replaced by something else"
-    x = Symbol("x")
-    between = x + Symbol(ATTENTION, Symbol(NORMS[0], x))
-    parts = {name: symbolic_function(name) for name in (*NORMS, FEED_FORWARD)}
-    parts[ATTENTION] = lambda hidden_states, **_: (Symbol(ATTENTION, hidden_states), None)
-    if not _computes(type(layer), parts, between + Symbol(FEED_FORWARD, Symbol(NORMS[1], between))):
+    x = _Symbol("x")
+    between = x + _Symbol(ATTENTION, _Symbol(NORMS[0], x))
+    parts = {name: _function(name) for name in (*NORMS, FEED_FORWARD)}
+    parts[ATTENTION] = lambda hidden_states, **_: (_Symbol(ATTENTION, hidden_states), None)
+    if not _computes(type(layer), parts, between + _Symbol(FEED_FORWARD, _Symbol(NORMS[1], between))):
         return "its code is not x + attention(norm(x)), then x + mlp(norm(x))"
     if not isinstance(getattr(getattr(layer, ATTENTION, None), OUTPUT, None), nn.Module):
         return f"its attention has no {OUTPUT}"

@@ -5,7 +5,7 @@ its decoder, and that to its layers and their attention, as transformers' does: 
 layer in the same way (last_layer.py). It differs in three points: a layer returns a tuple, calls a function on its
 norms instead of the norms themselves, and its attention calls `apply_o` instead of its output projection.
 
-What a layer computes is read from its code, run on symbols; the function for its norms and the options that it passes
+What a layer computes is read from its code, run on numbers; the function for its norms and the options that it passes
 are Unsloth's own. Written for Unsloth 2026.10.7; what is not as expected is a reason, in words.
 """
 
@@ -18,18 +18,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastprice_kernels.patching.last_layer import ROWS
-from fastprice_kernels.patching.structure import (
-    ATTENTION,
-    FEED_FORWARD,
-    NORMS,
-    OUTPUT,
-    Symbol,
-    logit_transform,
-    symbolic_function,
-)
+from fastprice_kernels.patching.structure import ATTENTION, FEED_FORWARD, OUTPUT, logit_transform
 
 __all__ = ["layer_forward", "unsupported_last_layer", "unsupported_loss"]
 
+_NORMS = ("input_layernorm", "post_attention_layernorm")  # of a layer: before attention, before the MLP
 _NORM = "fast_rms_layernorm"  # (norm, x, **options): Unsloth's function for the norms of a layer
 _TRANSFORMS = "resolve_logit_transforms"  # (config) -> softcap, factor, divisor of the logits; 0 where there is none
 _APPLY_OUTPUT, _STOCK_OUTPUT = "apply_o", "original_apply_o"  # (attention, x), attached or in the module
@@ -84,7 +77,7 @@ def layer_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -
     options = _norm_options(type(self))
     assert options is not None  # `unsupported_last_layer` said so
     norm = _globals(type(self).forward)[_NORM]
-    first, second = (getattr(self, name) for name in NORMS)
+    first, second = (getattr(self, name) for name in _NORMS)
     attention = getattr(self, ATTENTION)
     attached = attention.__dict__.get(_APPLY_OUTPUT)
     output = _stock_output(attention) if attached is None else attached
@@ -112,23 +105,23 @@ def _stock_output(attention: Any) -> Any:
 def _norm_options(kind: type[nn.Module]) -> tuple[dict[str, Any], dict[str, Any]] | None:
     """The options that a layer's code passes for its two norms; None if it computes anything else than
     x + attention(norm(x)), then x + mlp(norm(x))."""
-    options: dict[str, dict[str, Any]] = {}
+    options: list[dict[str, Any]] = []
 
-    def norm(name: str, x: Symbol, **given: Any) -> Symbol:
-        options[name] = given
-        return Symbol(name, x)
+    def norm(parts: tuple[int, int], x: int, **given: Any) -> int:
+        options.append(given)
+        return parts[0] * x + parts[1]
 
     function = inspect.unwrap(kind.forward)
     names = {**_globals(function), _NORM: norm}
-    code = FunctionType(function.__code__, names, None, function.__defaults__, function.__closure__)
-    layer = SimpleNamespace(**dict(zip(NORMS, NORMS, strict=True)), **{FEED_FORWARD: symbolic_function(FEED_FORWARD)})
-    setattr(layer, ATTENTION, lambda hidden_states, **_: (Symbol(ATTENTION, hidden_states), None, None))
-    x = Symbol("x")
-    between = x + Symbol(ATTENTION, Symbol(NORMS[0], x))
+    first, second = (7, 3), (5, -2)
+    layer = SimpleNamespace(**dict(zip(_NORMS, (first, second), strict=True)))
+    setattr(layer, ATTENTION, lambda hidden_states, **_: (hidden_states**3 + 1, None, None))
+    setattr(layer, FEED_FORWARD, lambda x: x**2 - 4)
+    between = 11 + (7 * 11 + 3) ** 3 + 1
     try:
-        results = code(layer, x)
-        if results[0] == between + Symbol(FEED_FORWARD, Symbol(NORMS[1], between)):
-            return options[NORMS[0]], options[NORMS[1]]
-    except (AttributeError, KeyError, NameError, TypeError, IndexError):  # it uses its parts in another way
+        code = FunctionType(function.__code__, names, None, function.__defaults__, function.__closure__)
+        if code(layer, 11)[0] == between + (5 * between - 2) ** 2 - 4:
+            return options[0], options[1]
+    except (AttributeError, TypeError, IndexError, NameError):  # it uses its parts in another way
         pass
     return None
