@@ -104,6 +104,17 @@ def test_levels_outlive_what_unsloths_trainer_and_generation_switch(found: Any) 
     }
 
 
+def test_training_on_unsloths_layers_takes_the_steps_of_training_on_peft(found: Any) -> None:
+    """With TRL's own trainer: Unsloth's exists only with a GPU."""
+    theirs, stock = found["training"], found["peft training"]
+    assert theirs["losses"] == pytest.approx(stock["losses"], rel=1e-4)
+    assert len(stock["losses"]) > 4
+    assert stock["losses"][-1] < stock["losses"][0]
+    assert (theirs["tokens"], theirs["evaluations"]) == (stock["tokens"], 2)
+    assert theirs["levels"] == ["[True, False, True, True]"]
+    assert stock["levels"] == ["[False, False, False, False]"]
+
+
 def test_uninstall_restores_unsloths_step_bit_for_bit(found: Any) -> None:
     restored = found["restored"]
     assert restored["attributes"]

@@ -9,6 +9,7 @@ of the latter. Unsloth loads no model here, so its functions are attached as its
 from __future__ import annotations
 
 import json
+import random
 import sys
 from types import MethodType
 from typing import Any
@@ -31,10 +32,16 @@ from torch import nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from unsloth.utils import attention_dispatch, packing
 
+from fastprice.config import TrainConfig
 from fastprice.errors import ConfigError
 from fastprice.memory.activation_checkpointing import ActivationCheckpointing
+from fastprice.models.base_models import load_tokenizer
 from fastprice.models.parts import decoder_layers
+from fastprice.models.peft_engine import PeftEngine
 from fastprice.prompts.packing import PackCollator, StaticShape
+from fastprice.prompts.template import TrainingRow
+from fastprice.training.step_options import StepOptions
+from fastprice.training.train import train
 from fastprice_kernels import install, uninstall
 
 CONFIGS["gemma"] = lambda: transformers.GemmaConfig(**COMMON, hidden_activation="gelu_pytorch_tanh")
@@ -228,6 +235,40 @@ def restoration(model: Any) -> dict[str, Any]:
     return {"attributes": same, "bits": bits, "apart": far(during, before)}
 
 
+def training(engine: Any, model: Any, **options: Any) -> dict[str, Any]:
+    """A few steps of `train`, with evaluations between them, which switch to prediction and back."""
+    draw = random.Random(0)
+    rows = []
+    for _ in range(24):
+        ids = [draw.randrange(3, VOCABULARY) for _ in range(draw.randrange(4, 9))]
+        rows.append(TrainingRow(ids, [-100] * (len(ids) - 2) + ids[-2:], cut=0, price=5.0))
+    settings = TrainConfig(learning_rate=1e-2, pack_tokens=24, gradient_accumulation=2, epochs=2.0, evaluations=2)
+    flags: list[list[bool]] = []
+    lengths: list[int] = []
+
+    def validate() -> float:
+        lengths.append(len(flags))
+        return 1.0
+
+    def start(trainer: Any) -> None:
+        decoder_layers(model)[0].mlp.register_forward_pre_hook(lambda module, _: record(module.training))
+
+    def record(trains: bool) -> None:
+        if trains:
+            flags.append([layer.gradient_checkpointing for layer in decoder_layers(model)])
+
+    result = train(
+        engine, model, load_tokenizer("nano"), rows, validate, settings,
+        options=StepOptions(kernels="on", **options), on_trainer=start,
+    )  # fmt: skip
+    return {
+        "losses": [event.loss for event in result.events if event.loss is not None],
+        "tokens": result.tokens,
+        "evaluations": len(lengths),
+        "levels": sorted({str(each) for each in flags}),
+    }
+
+
 def contract() -> dict[str, Any]:
     fast = unsloth.FastLanguageModel
     homes = {"get_packed_info_from_kwargs": packing, "run_attention": attention_dispatch}
@@ -255,7 +296,9 @@ def main() -> None:
     for name, model in models.items():  # before Unsloth changes the classes
         wanted[name] = gradients(model, *separate_texts())
         rotaries[name] = model.get_decoder().rotary_emb
-    two = make("gemma2")
+    two, steps = make("gemma2"), make("llama", seed=4)
+    rotary = steps.get_decoder().rotary_emb
+    found["peft training"] = training(PeftEngine(), make("llama", seed=4))
     for module in list(sys.modules.values()):
         if getattr(module, "__name__", "").startswith("unsloth.models"):
             for name, stand_in in (("fast_rms_layernorm", stand_in_norm), ("fast_rope_embedding", stand_in_rope)):
@@ -268,6 +311,9 @@ def main() -> None:
     found["switches"] = switches(models["llama"])
     as_unsloth(models["restored"], "llama", rotaries["restored"], fused_mlp=False)
     found["restored"] = restoration(models["restored"])
+    as_unsloth(steps, "llama", rotary)
+    read_packs(steps)
+    found["training"] = training(UnslothEngine(), steps, recompute="1 full, 1 none, 2 full")
     gemma2.FastGemma2Model.pre_patch()
     try:
         read_packs(two)
