@@ -38,6 +38,20 @@ def examine() -> list[Finding]:
         )
     if _version("torch"):
         findings += _gpu_findings()
+        findings += _engine_findings()
+    return findings
+
+
+def _engine_findings() -> list[Finding]:
+    """Which engine "auto" takes, with the kernels (the default on CUDA) and without, and why."""
+    from fastprice.models.engine_choice import auto_engine
+    from fastprice.training.step_options import uses_kernels
+
+    name, reason = auto_engine(kernels=uses_kernels("auto"))
+    findings = [Finding("ok", f"engine='auto' is {name}: {reason}")]
+    without, reason = auto_engine(kernels=False)
+    if without != name:
+        findings.append(Finding("ok", f"engine='auto' with kernels='off' is {without}: {reason}"))
     return findings
 
 

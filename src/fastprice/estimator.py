@@ -23,6 +23,7 @@ from fastprice.inference.predictor import PricePredictor
 from fastprice.memory import parse_bytes
 from fastprice.models.adapters import suggested_learning_rate
 from fastprice.models.engine_choice import choose_engine
+from fastprice.models.engine_features import Feature
 from fastprice.models.saved_folder import ADAPTER, MANIFEST, MODEL, PRICE_HEAD, read_manifest, write_folder
 from fastprice.prompts.template import encode_rows
 
@@ -246,17 +247,18 @@ class PriceEstimator(EstimatorConfig, PricePredictor, RegressorMixin, BaseEstima
         self._head.to(self._model.device)
 
     def _choose_engine(self) -> Engine:
-        """The engine; "auto" is peft where Unsloth lacks what the settings need.
+        """The engine that has what the settings need; ConfigError for engine="unsloth" if that lacks it."""
+        from fastprice.training.step_options import uses_kernels
 
-        Unsloth places weights itself, so `max_memory` has no effect on it, and whether it gives the hidden states that
-        price heads and number losses train on is unknown: ConfigError for engine="unsloth" with one of these.
-        """
-        reads_states = self.output == "head" or self.text_loss != "ce"
-        if reads_states and self.engine == "unsloth":
-            needs = "output='head'" if self.output == "head" else f"text_loss={self.text_loss!r}"
-            raise ConfigError(f"engine: 'unsloth' gives no hidden states to train {needs} on; use engine='peft'")
-        needs_peft = reads_states or self.max_memory is not None
-        return choose_engine("peft" if self.engine == "auto" and needs_peft else self.engine)
+        needs: dict[Feature, str] = {}
+        if self.method == "full":
+            needs["full fine-tuning"] = "method='full'"
+        if self.output == "head" or self.text_loss != "ce":
+            needs["hidden states"] = "output='head'" if self.output == "head" else f"text_loss={self.text_loss!r}"
+        # Whether layers must be offloaded is known once the configuration is read, which imports transformers.
+        if self.max_memory is not None and self.engine == "auto":
+            needs["layers on the host"] = f"max_memory={self.max_memory!r}"
+        return choose_engine(self.engine, needs=needs, base=self.base, kernels=uses_kernels(self.kernels))
 
     def _drop_model(self) -> None:
         """Releases the model and the device buffers of its offloaded layers."""

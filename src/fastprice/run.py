@@ -161,11 +161,7 @@ def _check_output_folder(config: RunConfig) -> Path:
 def _load_base_model(config: RunConfig, console: Console) -> PriceEstimator:
     """The estimator with untrained adapters; imports torch, which everything before it does without."""
     from fastprice.estimator import PriceEstimator
-    from fastprice.models.base_models import load_config
-    from fastprice.models.engine_choice import choose_engine
 
-    choose_engine(config.model.engine)
-    load_config(config.model.base)
     console.print(f"base {config.model.base} in {config.model.method}, {_describe_device()}")
     return PriceEstimator(**config.estimator_params()).prepare()
 

@@ -91,7 +91,7 @@ def trained(model: Any) -> dict[str, torch.nn.Parameter]:
 @pytest.mark.parametrize("nf4", [False, True])
 def test_replays_train_as_eager_steps_do(nf4: bool, checkpointing: bool) -> None:
     (eager, eager_step), (model, step) = (model_and_step(nf4=nf4, checkpointing=checkpointing) for _ in range(2))
-    assert unsupported_reason(model, "peft", kernels=True, dtype=torch.bfloat16, processes=1) is None
+    assert unsupported_reason(model, kernels=True, dtype=torch.bfloat16, processes=1) is None
     graphed = GraphedStep(step, trained(model), tolerance=BAND)
     optimizers = [torch.optim.AdamW(trained(each).values(), lr=1e-3) for each in (eager, model)]
     losses = []

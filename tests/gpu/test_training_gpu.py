@@ -24,6 +24,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
+needs_unsloth = pytest.mark.skipif(find_spec("unsloth") is None, reason="unsloth is not installed")
 PROGRAM = """
 import json, sys
 from fastprice import PriceEstimator
@@ -39,6 +40,7 @@ print("FOUND " + json.dumps({
     "prices": estimator.predict(texts).tolist(),
     "bounds": [list(each) for each in bounds],
     "distributions": estimator.gives_distributions_,
+    "recompute": estimator.training_.recompute,
 }))
 """
 
@@ -72,11 +74,17 @@ def trained(folder: Path, options: str) -> dict[str, Any]:
         {"engine": "peft", "kernels": "off"},
         {"engine": "peft", "kernels": "on"},
         {"engine": "peft", "kernels": "on", "cuda_graphs": "on"},
-        {"engine": "peft", "kernels": "on", "recompute": "3 offload, 3 selective"},
+        {"engine": "peft", "kernels": "on", "recompute": "2 offload, 2 selective"},
         {"engine": "peft", "kernels": "on", "output": "head"},
-        pytest.param(
-            {"engine": "unsloth"},
-            marks=pytest.mark.skipif(find_spec("unsloth") is None, reason="unsloth is not installed"),
+        *(
+            pytest.param(options, marks=needs_unsloth)
+            for options in (
+                {"engine": "unsloth"},
+                {"engine": "unsloth", "kernels": "off"},
+                {"engine": "unsloth", "cuda_graphs": "on"},
+                {"engine": "unsloth", "recompute": "full"},
+                {"engine": "unsloth", "recompute": "offload"},
+            )
         ),
     ],
     ids=lambda options: " ".join(f"{name}={value}" for name, value in options.items()),
@@ -88,6 +96,17 @@ def test_it_learns_and_prices_what_it_has_not_seen(folder: Path, options: dict[s
     assert all(0 < price < 1000 for price in found["prices"])
     assert found["distributions"]
     assert all(0 < low <= high for low, high in found["bounds"])
+
+
+@needs_unsloth
+@pytest.mark.parametrize("level", ["full", "offload"])
+def test_levels_on_unsloths_layers_change_the_losses_by_no_more_than_rounding(folder: Path, level: str) -> None:
+    """Its norms write over gradients, which no CPU runs; and levels survive its trainer and the evaluations."""
+    stock, recomputed = (
+        trained(folder, json.dumps({"engine": "unsloth", "recompute": name})) for name in ("none", level)
+    )
+    assert (stock["recompute"], recomputed["recompute"]) == ("none", level)
+    assert recomputed["losses"] == pytest.approx(stock["losses"], rel=2e-2)
 
 
 def test_kernels_change_the_losses_by_no_more_than_rounding(folder: Path) -> None:

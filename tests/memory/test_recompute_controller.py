@@ -329,16 +329,8 @@ class TestTraining:
 
     def test_impossible_settings(self) -> None:
         from fastprice import PriceEstimator
-        from fastprice.training.step_options import count_checkpointable_layers
 
         with pytest.raises(ConfigError, match="recompute: 'fulls' is neither"):
             PriceEstimator(recompute="fulls").prepare()
         with pytest.raises(ConfigError, match="do not add up to the model's"):
             self.fit(recompute="99 full")
-
-        class Unsloth:
-            name = "unsloth"
-
-        with pytest.raises(ConfigError, match="unsloth recomputes every layer itself"):
-            count_checkpointable_layers(make_model(), Unsloth(), "full", cuda_graphs=False)  # type: ignore[arg-type]
-        assert count_checkpointable_layers(make_model(), Unsloth(), "auto", cuda_graphs=False) is None  # type: ignore[arg-type]

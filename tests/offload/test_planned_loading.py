@@ -123,7 +123,7 @@ def test_fitting_again_loads_again(split, transfers):
 def test_a_model_with_offloaded_layers_is_not_captured_in_a_graph(monkeypatch):
     estimator = PriceEstimator(max_memory=smallest_budget("peft"), **SETTINGS).prepare()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert "offloaded" in unsupported_reason(estimator._model, "peft", kernels=True, dtype=torch.bfloat16, processes=1)
+    assert "offloaded" in unsupported_reason(estimator._model, kernels=True, dtype=torch.bfloat16, processes=1)
 
 
 def test_impossible_settings():
@@ -132,13 +132,23 @@ def test_impossible_settings():
     with pytest.raises(ConfigError, match="max_memory: 'much' is not a size"):
         PriceEstimator(max_memory="much", **SETTINGS).prepare()
 
-    class Unsloth:
-        name = "unsloth"
 
+def test_an_engine_without_layers_on_the_host_takes_a_plan_that_needs_none():
+    from fastprice.models.engine_features import UNSLOTH_LACKS
+    from fastprice.models.peft_engine import PeftEngine
     from fastprice.offload.planned_loading import load_planned
 
-    with pytest.raises(ConfigError, match=r"max_memory: the unsloth engine .* use engine='peft'"):
-        load_planned("nano", "24GiB", Unsloth(), method="qlora", rank=4, pack_tokens=400, max_tokens=128, kernels=False)
+    class Unsloth(PeftEngine):  # which loads no model without a GPU
+        name = "unsloth"
+
+        def unsupported(self, feature):
+            return UNSLOTH_LACKS.get(feature)
+
+    sizes = {"method": "qlora", "rank": 4, "pack_tokens": 400, "max_tokens": 128, "kernels": False}
+    planned = load_planned("nano", "24GiB", Unsloth(), **sizes)
+    assert (planned.plan.offloaded_layers, planned.layer_offload) == (0, None)
+    with pytest.raises(ConfigError, match=r"must be on the host, and the unsloth engine .* use engine='peft'"):
+        load_planned("nano", smallest_budget("peft"), Unsloth(), **sizes)
 
 
 def test_max_memory_on_the_command_line(fastprice, tmp_path):

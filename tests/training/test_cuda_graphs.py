@@ -338,21 +338,20 @@ def test_reasons_that_steps_cannot_be_captured(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(fastprice.training.cuda_graphs, "varlen_works", lambda device, dtype: dtype == torch.bfloat16)
     good: dict[str, Any] = {"kernels": True, "dtype": torch.bfloat16, "processes": 1}
     model = model_with_kernels()
-    assert unsupported_reason(model, "peft", **good) is None
-    assert "lengths on the host" in str(unsupported_reason(model, "unsloth", **good))
+    assert unsupported_reason(model, **good) is None
     for change, reason in (
         ({"kernels": False}, "kernels are off"),
         ({"processes": 2}, "2 processes"),
         ({"dtype": torch.float16}, "fp16"),
         ({"dtype": torch.float32}, "varlen_attn does not run"),
     ):
-        assert reason in str(unsupported_reason(model, "peft", **{**good, **change}))
+        assert reason in str(unsupported_reason(model, **{**good, **change}))
     hook = model.get_decoder().layers[1].register_forward_pre_hook(lambda *_: None)
-    assert "offloaded layers" in str(unsupported_reason(model, "peft", **good))
+    assert "offloaded layers" in str(unsupported_reason(model, **good))
     hook.remove()
     model.config.attn_logit_softcapping = 30.0
-    assert "soft-capped scores" in str(unsupported_reason(model, "peft", **good))
+    assert "soft-capped scores" in str(unsupported_reason(model, **good))
     with pytest.warns(UserWarning, match="LoRA dropout"):
         dropped = model_with_kernels(lora_dropout=0.1)
-    assert "dropout" in str(unsupported_reason(dropped, "peft", **good))
+    assert "dropout" in str(unsupported_reason(dropped, **good))
     assert parameter_count(nn.Linear(3, 4)) == 16

@@ -35,7 +35,8 @@ from fastprice_kernels.patching.structure import logit_transform
 __all__ = ["LossPatch", "loss_forward", "output_class", "unsupported_loss"]
 
 POSITIONS = "label_positions"
-_LOSS_ARGUMENTS = ("labels", "shift_labels", "num_items_in_batch", "logits_to_keep", "ignore_index")
+_KEEP = ("logits_to_keep", "num_logits_to_keep")  # the second in Unsloth's forwards
+_LOSS_ARGUMENTS = ("labels", "shift_labels", "num_items_in_batch", "ignore_index", *_KEEP)
 
 
 @dataclass(frozen=True)
@@ -141,8 +142,8 @@ def loss_forward(kind: type[nn.Module]) -> Callable[..., Any]:
         kwargs.update(zip(names, args, strict=False))
         positions = kwargs.pop(POSITIONS, None)
         has_labels = kwargs.get("labels") is not None or kwargs.get("shift_labels") is not None
-        keep = kwargs.get("logits_to_keep", 0)
-        wants_logits = isinstance(keep, Tensor) or bool(keep) or kwargs.get("return_dict") is False
+        keep = [kwargs.get(name, 0) for name in _KEEP]
+        wants_logits = any(isinstance(each, Tensor) or each for each in keep) or kwargs.get("return_dict") is False
         if not has_labels or wants_logits or kwargs.get("output_router_logits"):
             return stock(self, **kwargs) if patch.previous is None else patch.previous(**kwargs)
         return _forward_with_loss(self, patch, positions, kwargs)
@@ -151,7 +152,7 @@ def loss_forward(kind: type[nn.Module]) -> Callable[..., Any]:
 
 
 def _forward_with_loss(self: Any, patch: LossPatch, positions: Tensor | None, kwargs: dict[str, Any]) -> Any:
-    labels, shifted, items, _, ignore = (kwargs.pop(name, None) for name in _LOSS_ARGUMENTS)
+    labels, shifted, items, ignore, *_ = (kwargs.pop(name, None) for name in _LOSS_ARGUMENTS)
     ignore = -100 if ignore is None else ignore
     lm_head = self.get_output_embeddings()
     labels = (shift_labels(labels, ignore) if shifted is None else shifted).to(lm_head.weight.device)

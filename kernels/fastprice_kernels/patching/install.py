@@ -5,7 +5,8 @@ change, and `uninstall` deletes the attribute. Replaced are: q, k and v of an at
 with x; gated MLPs; every other LoRA layer on a `Linear` or an NF4 `Linear4bit`, and every such `Linear4bit` without an
 adapter; norms, residual additions and rotary embeddings (norms.py, decoder_layer.py, rotary.py); optionally the loss
 (causal_loss.py), and with it the last layer at labeled positions. On an Unsloth model its fused functions are replaced
-instead (unsloth_functions.py); layers that it did not fuse (with a bias, as in Qwen2) are treated as any others.
+instead (unsloth_functions.py), loss and last layer as its code has them (unsloth_layers.py); layers that it did not
+fuse (with a bias, as in Qwen2) are treated as any others.
 
 What a layer computes is read at each call; what the kernels cannot compute exactly runs on the stock path, with one
 warning. So do up to 16 rows without gradient on a 4-bit layer (generation), for which bitsandbytes has a kernel.
@@ -18,14 +19,14 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MethodType
 from typing import Any
 
 from torch import nn
 
-from fastprice_kernels.patching import cpu_faults, unsloth_functions
+from fastprice_kernels.patching import cpu_faults, unsloth_functions, unsloth_layers
 from fastprice_kernels.patching.causal_loss import LossPatch, loss_forward, output_class, unsupported_loss
 from fastprice_kernels.patching.decoder_layer import LayerPatch, layer_forward
 from fastprice_kernels.patching.forwards import linear_forward, mlp_forward, shared_forward
@@ -294,43 +295,38 @@ def _install_loss(model: nn.Module, made: Installation) -> None:
     causal = _causal(model)
     names = {module: name for name, module in model.named_modules()}
     name = names[causal] or type(causal).__name__
-    if made.unsloth:
-        reason = unsloth_functions.unsupported_loss(causal)
-        if reason is None:
-            places = unsloth_functions.patch([unsloth_functions.LOSS])
-            made.unsloth = (*made.unsloth, unsloth_functions.LOSS)
-            made.report.replaced.update(dict.fromkeys(places, "completion_cross_entropy"))
-        else:
-            made.report.skipped[name] = reason
-        if made.options.last_layer:
-            made.report.skipped[f"{name}, last layer"] = "the last layer of an Unsloth model, whose code is Unsloth's"
-        return
-    reason = unsupported_loss(causal)
+    theirs = bool(made.unsloth)
+    reason = unsloth_layers.unsupported_loss(causal) if theirs else unsupported_loss(causal)
     if reason is not None:
         made.report.skipped[name] = f"output layer and loss: {reason}"
         return
     rows = False
     if made.options.last_layer:
-        reason = _restrict_last_layer(causal)
+        reason = _restrict_last_layer(made, causal, names)
         rows = reason is None
-        if reason is None:
-            made.report.replaced[names[decoder_layers(causal)[-1]]] = "last layer at labeled positions"
-        else:
+        if reason is not None:
             made.report.skipped[f"{name}, last layer"] = f"the last layer: {reason}"
     patch = LossPatch(causal.__dict__.get("forward"), rows, *logit_transform(causal), output_class())
     ours = MethodType(loss_forward(type(causal)), causal)
     _replace(made, [name], causal, "forward", ours, patch, "completion_cross_entropy")
 
 
-def _restrict_last_layer(causal: Any) -> str | None:
-    """Sets the last layer to run at labeled positions alone, or returns the reason why it cannot."""
+def _restrict_last_layer(made: Installation, causal: Any, names: Mapping[nn.Module, str]) -> str | None:
+    """Lets the last layer run at labeled positions alone, or returns the reason why it cannot."""
     layers = decoder_layers(causal)
     if not layers:
         return "the decoder has no list of layers"
-    patch = layers[-1].__dict__.get(PATCH)
+    last, kernel = layers[-1], "last layer at labeled positions"
+    if made.unsloth:
+        reason = unsloth_layers.unsupported_last_layer(last)
+        if reason is None:
+            _replace(made, [names[last]], last, "forward", MethodType(unsloth_layers.layer_forward, last), None, kernel)
+        return reason
+    patch = last.__dict__.get(PATCH)
     if not isinstance(patch, LayerPatch):
-        return _REPLACED if _is_replaced(layers[-1]) else _OTHER_LAYER
-    if not isinstance(getattr(getattr(layers[-1], ATTENTION), OUTPUT, None), nn.Module):
+        return _REPLACED if _is_replaced(last) else _OTHER_LAYER
+    if not isinstance(getattr(getattr(last, ATTENTION), OUTPUT, None), nn.Module):
         return f"its attention has no {OUTPUT}"
     patch.takes_rows = True
+    made.report.replaced[names[last]] = kernel
     return None

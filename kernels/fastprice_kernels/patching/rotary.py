@@ -20,7 +20,7 @@ from fastprice_kernels.patching.structure import ROTARY, rotary_form
 __all__ = ["attention_forward", "unsupported_attention"]
 
 
-def unsupported_attention(kind: type) -> str | None:
+def unsupported_attention(kind: Any) -> str | None:
     """The reason why the rotary embedding of an attention class cannot be replaced; None if it can."""
     forward = kind.__dict__.get("forward")
     if not isinstance(forward, FunctionType) or hasattr(forward, "__wrapped__"):
@@ -32,7 +32,7 @@ def unsupported_attention(kind: type) -> str | None:
 
 
 @functools.cache
-def attention_forward(kind: type) -> Callable[..., Any]:
+def attention_forward(kind: Any) -> Callable[..., Any]:
     """The forward of an attention class that `unsupported_attention` has no objection to, on our kernel."""
     stock: Any = kind.__dict__["forward"]
     form = rotary_form(stock.__globals__[ROTARY])

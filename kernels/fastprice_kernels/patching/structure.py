@@ -129,7 +129,7 @@ def decoder_layers(causal: Any) -> list[nn.Module]:
 
 
 @functools.cache
-def layer_norms(kind: type[nn.Module]) -> LayerNorms | None:
+def layer_norms(kind: Any) -> LayerNorms | None:
     """The norms of a layer class that computes x + attention(norm(x)), then x + mlp(norm(x)), both of them perhaps
     normalized before they are added; None for one that computes something else."""
     return next((norms for norms in _LAYER_NORMS if _computes_layer(kind, norms)), None)
@@ -162,7 +162,7 @@ def norm_kind(module: nn.Module) -> tuple[str, str] | None:
 
 
 @functools.cache
-def _norm_kind_of(kind: type[nn.Module], eps: str, biased: bool) -> str | None:
+def _norm_kind_of(kind: Any, eps: str, biased: bool) -> str | None:
     """Which norm a class computes, told by rows of very different size and, in bf16, by where it rounds."""
     generator = torch.Generator().manual_seed(0)
     width, value = 96, 0.01

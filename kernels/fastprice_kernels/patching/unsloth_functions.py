@@ -1,11 +1,11 @@
 """Replaces Unsloth's functions by ours, in every module that imported them by name and on the layers of a model.
 
-Written for Unsloth 2026.10.7. `fast_dequantize` and the fused loss are looked up in the importing modules at each call.
-The fused LoRA functions are attached to attention layers and MLPs when a model gets its adapters, and are later found
-again by comparison with the names in the modules (for FSDP): so one function of ours goes to both places. It reads from
-the layer it is called on whether the kernels are installed there, and otherwise, or where they do not support the
-layer, runs Unsloth's own. `matmul_lora` is not replaced: it computes the separate form of lora_products.py with the
-dequantization that is replaced.
+Written for Unsloth 2026.10.7. `fast_dequantize` is looked up in the importing modules at each call. The fused LoRA
+functions are attached to attention layers and MLPs when a model gets its adapters, and are later found again by
+comparison with the names in the modules (for FSDP): so one function of ours goes to both places. It reads from the
+layer it is called on whether the kernels are installed there, and otherwise, or where they do not support the layer,
+runs Unsloth's own. `matmul_lora` is not replaced: it computes the separate form of lora_products.py with the
+dequantization that is replaced. The loss and the last layer are replaced on the model itself (unsloth_layers.py).
 
 The replacement holds for the whole process, from the first model that uses it to the last one. Unsloth is never
 imported here, only found among the loaded modules.
@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from fastprice_kernels.ops.completion_cross_entropy import completion_cross_entropy
 from fastprice_kernels.ops.lora import lora_projections
 from fastprice_kernels.ops.nf4_dequantize import dequantize_nf4
 from fastprice_kernels.patching.forwards import layers_for, mlp, run
@@ -31,10 +30,9 @@ from fastprice_kernels.patching.installation import PATCH
 from fastprice_kernels.patching.linear_layers import read_layer
 from fastprice_kernels.patching.structure import MLP, OUTPUT, QKV
 
-__all__ = ["CORE", "LOSS", "Fused", "find_fused", "is_unsloth", "patch", "unpatch", "unsupported_loss"]
+__all__ = ["CORE", "Fused", "find_fused", "is_unsloth", "patch", "unpatch"]
 
-_UTILS, _LORA, _LOSSES = "unsloth.kernels.utils", "unsloth.kernels.fast_lora", "unsloth_zoo.loss_utils"
-LOSS = "unsloth_fused_ce_loss"
+_UTILS, _LORA = "unsloth.kernels.utils", "unsloth.kernels.fast_lora"
 
 
 @dataclass
@@ -69,12 +67,17 @@ class Fused(NamedTuple):
 
 
 def is_unsloth(model: Any) -> bool:
-    """Whether Unsloth's fused functions are attached to attention layers or MLPs of the model."""
+    """Whether modules of the model run Unsloth's code: its forwards are on their classes, or its fused functions are
+    attached to them."""
     return any(
         "apply_qkv" in module.__dict__
-        or getattr(module.__dict__.get("forward"), "__module__", "").startswith("unsloth.")
+        or any(_comes_from_unsloth(forward) for forward in (type(module).forward, module.__dict__.get("forward")))
         for module in model.modules()
     )
+
+
+def _comes_from_unsloth(function: Any) -> bool:
+    return str(getattr(function, "__module__", "")).startswith("unsloth.")
 
 
 def patch(names: Sequence[str]) -> list[str]:
@@ -132,15 +135,6 @@ def find_fused(module: nn.Module) -> list[Fused]:
                 ours = function.ours if not isinstance(bound, partial) else partial(function.ours, **bound.keywords)
                 found.append(Fused(attribute, MethodType(ours, module), MLP, "lora_mlp"))
     return found
-
-
-def unsupported_loss(causal: nn.Module) -> str | None:
-    """The reason why the loss of an Unsloth model cannot be replaced: its forward must call Unsloth's fused loss."""
-    forward: Any = inspect.unwrap(type(causal).forward)
-    if LOSS not in getattr(forward, "__globals__", {}):
-        return f"the loss of an Unsloth model whose forward does not call {LOSS}"
-    reason = None if _FUNCTIONS[LOSS].users else _mismatch(LOSS)
-    return None if reason is None else f"the loss of an Unsloth model: {reason}"
 
 
 def _is_theirs(module: Any) -> bool:
@@ -215,49 +209,6 @@ def _try(self: Any, x: Tensor, names: Sequence[str], function: Any, **options: A
     return None if layers is None else run(function, x, layers, **options, **patch.arguments)
 
 
-def _loss(stock: Any) -> Any:
-    def unsloth_fused_ce_loss(
-        trainer: Any,
-        hidden_states: Tensor,
-        lm_head_weight: Tensor,
-        lm_head_bias: Tensor | None,
-        labels: Tensor,
-        mask: Tensor | None = None,
-        n_items: Any = None,
-        scaling: Any = None,
-        target_gb: float | None = None,
-        torch_compile: bool = True,
-        **options: Any,
-    ) -> Tensor:
-        given = {name: options.pop(name, None) for name in _LOSS_OPTIONS}
-        if mask is not None or options:
-            result: Tensor = stock(
-                trainer, hidden_states, lm_head_weight, lm_head_bias, labels, mask=mask, n_items=n_items,
-                scaling=scaling, target_gb=target_gb, torch_compile=torch_compile,
-                **options, **{name: value for name, value in given.items() if value is not None},
-            )  # fmt: skip
-            return result
-        # 0 and None both mean that it is not used.
-        softcap, multiply, divide, shift = given.values()
-        return completion_cross_entropy(
-            hidden_states.to(lm_head_weight.dtype),
-            lm_head_weight,
-            labels.to(hidden_states.device),
-            bias=lm_head_bias,
-            num_items=n_items,
-            softcap=softcap or None,
-            logit_scale=(multiply or 1.0) / (divide or 1.0),
-            shift=shift is not False,
-        )
-
-    return unsloth_fused_ce_loss
-
-
-_LOSS_OPTIONS = ("logit_softcapping", "logit_scale_multiply", "logit_scale_divide", "shift_labels")
-_LOSS_PARAMETERS = (
-    "trainer", "hidden_states", "lm_head_weight", "lm_head_bias", "labels", "mask", "n_items", "scaling", "target_gb",
-    "torch_compile",
-)  # fmt: skip
 _ACTIVATIONS = {
     "apply_lora_mlp_swiglu": "silu",
     "apply_lora_mlp_geglu_exact": "gelu",
@@ -270,6 +221,5 @@ _FUNCTIONS = {
     "apply_lora_mlp_swiglu": _Function(_LORA, ("self", "X", "inplace"), _mlp("silu")),
     "apply_lora_mlp_geglu_exact": _Function(_LORA, ("self", "X", "inplace"), _mlp("gelu")),
     "apply_lora_mlp_geglu_approx": _Function(_LORA, ("self", "X"), _mlp("gelu_tanh")),
-    LOSS: _Function(_LOSSES, _LOSS_PARAMETERS, _loss),
 }
-CORE = tuple(name for name in _FUNCTIONS if name != LOSS)
+CORE = tuple(_FUNCTIONS)

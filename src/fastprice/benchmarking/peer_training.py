@@ -175,11 +175,8 @@ def _run_fastprice(
         loaded = engine.load_base(case.folder, method="qlora", max_tokens=case.tokens)
     model = engine.attach(loaded.model, method="qlora", rank=case.rank, alpha=2.0 * case.rank, dropout=0.0, seed=0)
     settings |= {"engine": engine.name, "kernels": peer.kernels, "pack_tokens": case.tokens}
-    if peer.engine == "unsloth":
-        settings["attention"] = unsloth_attention()
-    else:
-        # Packs of one static shape, which graphs need, are served by varlen_attn alone.
-        settings["attention"] = "varlen" if peer.cuda_graphs == "on" else backend(probe.device.type, compute_dtype())
+    # Packs of one static shape, which graphs need, are served by varlen_attn alone.
+    settings["attention"] = "varlen" if peer.cuda_graphs == "on" else backend(probe.device.type, compute_dtype())
     trainers: list[Any] = []
 
     def start(trainer: Any) -> None:

@@ -18,7 +18,7 @@ def plan(
     rank: Annotated[int, typer.Option(help="Rank of the LoRA adapters.", min=1)] = ModelConfig.rank,
     method: Annotated[str, typer.Option(help="qlora, lora, full or auto.")] = ModelConfig.method,
     engine: Annotated[
-        str, typer.Option(help="fastprice (PEFT with fastprice's kernels), peft (without them) or unsloth.")
+        str, typer.Option(help="fastprice (PEFT with fastprice's kernels), peft (without them) or unsloth (with them).")
     ] = "fastprice",
     resident: Annotated[bool, typer.Option("--resident", help="Do not offload frozen layers to the host.")] = False,
     all_: Annotated[bool, typer.Option("--all", help="A table of models and GPU sizes.")] = False,

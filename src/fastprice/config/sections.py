@@ -178,7 +178,8 @@ class ModelConfig:
     method: Method = "qlora"
     """LoRA adapters on an NF4 base, LoRA adapters on a 16-bit base (fp32 on a CPU), or all weights."""
     engine: Literal["auto", "peft", "unsloth"] = "auto"
-    """What loads and tunes the model; auto: unsloth where it is installed and there is a CUDA device, else peft."""
+    """What loads and tunes the model; auto: the faster one by counting bytes, which is peft on fastprice's kernels and
+    without them unsloth, where that runs and has what the settings need."""
     kernels: Switch = "auto"
     """Train with fastprice's Triton kernels; auto: on a CUDA device."""
     output: Literal["text", "json", "head"] = "text"

@@ -92,8 +92,9 @@ class ActivationCheckpointing:
             if i in self._selective and self._selective[i][0] != level:
                 self._selective.pop(i)[1].remove()
             if level in ("selective", "mlp") and i not in self._selective:
-                self._selective[i] = level, SelectiveRecompute(
-                    layer, mlp=level == "mlp", preserve_rng_state=self._preserve_rng_state
+                self._selective[i] = (
+                    level,
+                    SelectiveRecompute(layer, mlp=level == "mlp", preserve_rng_state=self._preserve_rng_state),
                 )
         self.levels = levels
 

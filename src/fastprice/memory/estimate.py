@@ -193,7 +193,9 @@ def estimate_memory(
         raise ConfigError(f"labeled: {labeled!r} is not a share of the tokens, from 0 to 1")
     if engine == "unsloth":
         if recompute not in ("full", "none") and not isinstance(recompute, int):
-            raise ConfigError("recompute: the unsloth engine recomputes every layer itself; levels need engine='peft'")
+            raise ConfigError(
+                "recompute: Unsloth without fastprice recomputes every layer itself; with it, engine='fastprice'"
+            )
         levels = ("offload",) * shape.layers
     else:
         levels = expand_recompute(recompute, shape.layers)

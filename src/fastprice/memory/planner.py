@@ -89,7 +89,7 @@ class MemoryPlan:
         import yaml
 
         kernels = {"fastprice": "on", "peft": "off", "unsloth": "auto"}[self.engine]
-        # With offloaded layers a run plans its recompute levels from the limit too; Unsloth recomputes by itself.
+        # With offloaded layers a run plans its recompute levels from the limit too.
         fitting = (
             {"max_memory": format_gib(self.gpu_bytes)}
             if self.offloaded_layers
@@ -102,7 +102,7 @@ class MemoryPlan:
                 "engine": "unsloth" if self.engine == "unsloth" else "peft",
                 "kernels": kernels,
                 "rank": self.rank,
-                **({} if self.engine == "unsloth" else fitting),
+                **fitting,
             },
             "train": {"pack_tokens": self.tokens, "gradient_accumulation": self.gradient_accumulation},
         }
@@ -135,7 +135,7 @@ class PlanOptions:
     method          "qlora", "lora", "full", or "auto": qlora or lora, whichever is faster
     tokens          tokens of a micro-batch to aim at
     rank            of the adapters
-    engine          "peft", "fastprice" (PEFT with fastprice's kernels) or "unsloth"
+    engine          "peft", "fastprice" (PEFT with fastprice's kernels) or "unsloth" (Unsloth with them)
     loss_head       "completion": logits for labeled positions; "full": for all
     labeled         share of tokens with a label
     text_tokens     mean tokens of a text
@@ -286,21 +286,20 @@ def _candidates(base: Any, budget: int, options: PlanOptions) -> Iterator[Memory
 def _plan_micro_batch(
     name: str, shape: ModelShape, budget: int, options: PlanOptions, method: str, tokens: int
 ) -> MemoryPlan:
-    unsloth = options.engine == "unsloth"
+    unsloth = options.engine == "unsloth"  # its layers on fastprice's kernels, which save no more than PEFT's there
 
     def estimate(levels: Sequence[str], offloaded_layers: int) -> MemoryEstimate:
         return estimate_memory(
             shape, method=method, rank=options.rank, tokens=tokens, sequences=max(1, tokens // options.text_tokens),
-            optimizer=options.optimizer, recompute="full" if unsloth else levels, loss_head=options.loss_head,
-            labeled=options.labeled, engine=options.engine, offloaded_layers=offloaded_layers,
+            optimizer=options.optimizer, recompute=levels, loss_head=options.loss_head, labeled=options.labeled,
+            engine="fastprice" if unsloth else options.engine, offloaded_layers=offloaded_layers,
         )  # fmt: skip
 
     def fits(levels: Sequence[str], offloaded_layers: int = 0) -> bool:
         return _fits(estimate(levels, offloaded_layers), budget)
 
-    # Unsloth recomputes every layer from its offloaded input, whatever fits.
     all_offloaded, offloaded_layers = ("offload",) * shape.layers, 0
-    levels = all_offloaded if unsloth else choose_recompute_levels(shape.layers, fits)
+    levels = choose_recompute_levels(shape.layers, fits)
     if levels is None or not fits(levels):
         levels = all_offloaded
         if options.layer_offload and method == "qlora" and not unsloth:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from fastprice.errors import BaseModelError
 
-__all__ = ["NANO", "load_config", "load_tokenizer", "resolve_base"]
+__all__ = ["NANO", "load_config", "load_tokenizer", "model_type_of", "resolve_base"]
 
 NANO = "nano"
 
@@ -32,6 +33,23 @@ def resolve_base(base: str) -> str:
             f"an id such as Qwen/Qwen2.5-0.5B, or {NANO!r}"
         )
     return base
+
+
+def model_type_of(base: str) -> str | None:
+    """The `model_type` in the `config.json` of `base`; None if it cannot be read, which loading will explain.
+
+    Without transformers, which Unsloth has to precede.
+    """
+    from huggingface_hub import hf_hub_download
+
+    try:
+        source = resolve_base(base)
+        path = Path(source) / "config.json" if Path(source).is_dir() else Path(hf_hub_download(source, "config.json"))
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (BaseModelError, OSError, ValueError):
+        return None
+    found = settings.get("model_type") if isinstance(settings, dict) else None
+    return found if isinstance(found, str) else None
 
 
 def load_config(base: str) -> Any:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from fastprice.models.adapters import Method
+from fastprice.models.engine_features import Feature
 
 __all__ = ["Engine", "LoadedModel"]
 
@@ -29,6 +30,9 @@ class Engine(Protocol):
     name: str
     takes_masks: bool  # whether the model's forward pass takes a mask for each token, as tree attention needs it
 
+    def unsupported(self, feature: Feature) -> str | None:
+        """Why this engine does not have `feature`; None if it has it."""
+
     def load_base(self, base: str, *, method: Method, max_tokens: int) -> LoadedModel:
         """The frozen base, in 4 bits for "qlora"; BaseModelError when it cannot be found or read."""
 
@@ -39,10 +43,10 @@ class Engine(Protocol):
         """`model` with the adapter saved in `folder`."""
 
     def for_training(self, model: Any) -> None:
-        """Switches to the attention and mode that training on packs needs."""
+        """Switches to the attention and mode that training on packs needs; recompute levels in force stay."""
 
     def for_prediction(self, model: Any) -> None:
-        """Switches to the attention and mode that prediction on padded batches needs."""
+        """Switches to the attention and mode that prediction on padded batches needs; levels in force stay."""
 
     def collator(self) -> Any:
         """The collator whose batches this engine's attention reads."""

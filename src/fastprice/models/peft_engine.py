@@ -11,6 +11,7 @@ from fastprice.errors import ConfigError
 from fastprice.models.adapters import Method, lora_config
 from fastprice.models.base_models import base_error, load_config, load_tokenizer, resolve_base
 from fastprice.models.engine import LoadedModel
+from fastprice.models.engine_features import Feature
 from fastprice.models.families import lora_targets
 from fastprice.models.packed_attention import PACKED_ATTENTION, register_packed_attention
 from fastprice.models.parts import plain_model
@@ -24,6 +25,9 @@ class PeftEngine:
 
     name = "peft"
     takes_masks = True
+
+    def unsupported(self, feature: Feature) -> str | None:
+        return None
 
     def load_base(self, base: str, *, method: Method, max_tokens: int) -> LoadedModel:
         """The base in NF4 with double quantization for "qlora" (Dettmers et al., 2023), else in its compute dtype.

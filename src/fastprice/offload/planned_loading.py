@@ -42,10 +42,9 @@ def load_planned(
     max_tokens    tokens of the longest text with its prompt, which every micro-batch must hold
     kernels       whether training runs on fastprice_kernels
 
-    Raises ConfigError if nothing fits or the engine is not "peft", BaseModelError for a base that cannot be read.
+    Raises ConfigError if nothing fits, or only with layers on the host, which the engine does not have;
+    BaseModelError for a base that cannot be read.
     """
-    if engine.name != "peft":
-        raise ConfigError(f"max_memory: the {engine.name} engine places its weights itself; use engine='peft'")
     plan = plan_memory(
         load_config(base),
         max_memory,
@@ -58,5 +57,11 @@ def load_planned(
     )
     if not plan.offloaded_layers:
         return PlannedModel(engine.load_base(base, method=method, max_tokens=max_tokens), plan, None)
+    reason = engine.unsupported("layers on the host")
+    if reason is not None:
+        raise ConfigError(
+            f"max_memory: {plan.offloaded_layers} layers of {base!r} must be on the host, and the {engine.name} "
+            f"engine has no layers on the host: {reason}; use engine='peft'"
+        )
     loaded, layer_offload = load_with_offload(base, plan.offloaded_layers, device_buffers=DEVICE_BUFFERS)
     return PlannedModel(loaded, plan, layer_offload)

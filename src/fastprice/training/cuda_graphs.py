@@ -250,15 +250,13 @@ def parameter_count(model: nn.Module) -> int:
     return sum(each.numel() * (2 if each.dtype == torch.uint8 else 1) for each in model.parameters())
 
 
-def unsupported_reason(model: Any, engine: str, *, kernels: bool, dtype: torch.dtype, processes: int) -> str | None:
+def unsupported_reason(model: Any, *, kernels: bool, dtype: torch.dtype, processes: int) -> str | None:
     """Why the training steps of `model` cannot be captured, as far as is known beforehand; None if they may be.
 
     kernels: whether fastprice_kernels will be under the model; dtype: of its products; processes: that train.
     """
     if not torch.cuda.is_available():
         return "there is no CUDA device"
-    if engine != "peft":
-        return f"the {engine} engine builds its attention mask from lengths on the host; use engine='peft'"
     if not kernels:
         return "kernels are off, and the stock loss reads its labels on the host"
     if processes > 1:

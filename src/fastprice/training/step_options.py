@@ -25,7 +25,6 @@ from fastprice.memory.recompute_controller import (
     reserved_bytes_estimator,
 )
 from fastprice.memory.recompute_levels import parse_recompute_levels
-from fastprice.models.engine import Engine
 from fastprice.models.peft_engine import compute_dtype
 from fastprice.prompts.template import IGNORE
 from fastprice.training.cuda_graphs import AUTO_PARAMETERS, parameter_count, unsupported_reason
@@ -86,7 +85,7 @@ def uses_kernels(kernels: str) -> bool:
     return kernels == "on" or (kernels == "auto" and torch.cuda.is_available())
 
 
-def uses_cuda_graphs(cuda_graphs: str, model: Any, engine: Engine, *, kernels: bool, auxiliary: bool) -> bool:
+def uses_cuda_graphs(cuda_graphs: str, model: Any, *, kernels: bool, auxiliary: bool) -> bool:
     """Whether steps are to be captured: `cuda_graphs` is "on", "off" or "auto".
 
     auxiliary: whether there are auxiliary losses. Raises ConfigError for an "on" that is unsupported.
@@ -94,7 +93,7 @@ def uses_cuda_graphs(cuda_graphs: str, model: Any, engine: Engine, *, kernels: b
     if cuda_graphs == "off" or (cuda_graphs == "auto" and parameter_count(model) > AUTO_PARAMETERS):
         return False
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    reason = unsupported_reason(model, engine.name, kernels=kernels, dtype=compute_dtype(), processes=processes)
+    reason = unsupported_reason(model, kernels=kernels, dtype=compute_dtype(), processes=processes)
     if auxiliary:
         reason = "a price head or a number loss reads hidden states beside the model's own loss"
     if reason is not None and cuda_graphs == "on":
@@ -102,17 +101,11 @@ def uses_cuda_graphs(cuda_graphs: str, model: Any, engine: Engine, *, kernels: b
     return reason is None
 
 
-def count_checkpointable_layers(model: Any, engine: Engine, recompute: str, *, cuda_graphs: bool) -> int | None:
-    """How many layers can have recompute levels of their own; None if this model or engine has no such layers.
+def count_checkpointable_layers(model: Any, recompute: str, *, cuda_graphs: bool) -> int | None:
+    """How many layers can have recompute levels of their own; None if this model has no such layers.
 
     Raises ConfigError if `recompute` sets levels all the same, or one that a CUDA graph cannot capture.
     """
-    if engine.name != "peft":
-        if recompute != "auto":
-            raise ConfigError(
-                f"recompute: {engine.name} recomputes every layer itself; use recompute='auto', or engine='peft'"
-            )
-        return None
     try:
         layers = len(checkpointable_layers(model))
     except ConfigError:
@@ -173,7 +166,7 @@ def controlled_recomputation(
 
 
 @contextmanager
-def installed_kernels(model: Any, engine: Engine, kernels: str) -> Iterator[InstallReport | None]:
+def installed_kernels(model: Any, kernels: str) -> Iterator[InstallReport | None]:
     """Installs fastprice_kernels, their loss head included; yields the report, or None if nothing was installed.
 
     An Unsloth of another shape than the kernels were written for keeps the stock path: with a warning for "auto";
@@ -184,11 +177,8 @@ def installed_kernels(model: Any, engine: Engine, kernels: str) -> Iterator[Inst
     if not uses_kernels(kernels):
         yield None
         return
-    own_engine = engine.name == "peft"
     try:
-        report = install(
-            model, loss_head=True, last_layer=own_engine, keep_dense=own_engine and fits_dense_weights(model)
-        )
+        report = install(model, loss_head=True, last_layer=True, keep_dense=fits_dense_weights(model))
     except RuntimeError as error:
         if kernels == "on":
             raise TrainingError(f"kernels: {error}; use kernels='off'") from error

@@ -53,7 +53,7 @@ class TrainingResult:
         best_mae: its validation error in dollars; None without evaluations.
         tokens: trained tokens.
         seconds: time of the steps, without evaluations.
-        recompute: the recompute levels at the end; None: the engine's own, or none on a CPU.
+        recompute: the recompute levels at the end; None: of a model whose layers have none, or none on a CPU.
         recompute_changes: each change of them on the way and its reason.
     """
 
@@ -102,11 +102,9 @@ def train(
         raise TrainingError("no token is labeled, so there is nothing to learn; check the prices and max_tokens")
     packed = pack_rows(rows, settings.pack_tokens, seed)
     packs = Dataset.from_list(packed)
-    own_loss = uses_kernels(options.kernels) and engine.name == "peft"
-    graphs = uses_cuda_graphs(
-        settings.cuda_graphs, model, engine, kernels=uses_kernels(options.kernels), auxiliary=auxiliary is not None
-    )
-    layers = count_checkpointable_layers(model, engine, options.recompute, cuda_graphs=graphs)
+    own_loss = uses_kernels(options.kernels)
+    graphs = uses_cuda_graphs(settings.cuda_graphs, model, kernels=own_loss, auxiliary=auxiliary is not None)
+    layers = count_checkpointable_layers(model, options.recompute, cuda_graphs=graphs)
     collator = engine.collator()
     if own_loss:
         collator = replace(collator, positions=True, static=StaticShape.of(packed) if graphs else None)
@@ -129,8 +127,8 @@ def train(
                     seed=seed,
                     own_loss=own_loss,
                     cuda_graphs=graphs,
-                    # Without layers that can have levels of their own; Unsloth's checkpointing was set when it loaded.
-                    checkpoint_all_layers=engine.name == "peft" and layers is None and torch.cuda.is_available(),
+                    # Without layers that can have levels of their own.
+                    checkpoint_all_layers=layers is None and torch.cuda.is_available(),
                 ),
                 train_dataset=packs,
                 eval_dataset=packs.select([0]) if evaluates else None,
@@ -139,11 +137,10 @@ def train(
                 callbacks=[event_log, StopOnNonFinite()],
             )
             trainer.remove_callback(PrinterCallback)
-        if engine.name == "peft":
-            _restore_precision(model)
+        _restore_precision(model)
         engine.for_training(model)
         with (
-            installed_kernels(model, engine, options.kernels) as report,
+            installed_kernels(model, options.kernels) as report,
             controlled_recomputation(
                 model,
                 layers,

@@ -9,7 +9,7 @@ from types import MethodType, ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from tests.kernels.adapted_models import HEAD_WIDTH, LAYERS, WIDTH, assert_close, batch, gradients, make
+from tests.kernels.adapted_models import LAYERS, WIDTH, assert_close, batch, gradients, make
 from torch import nn
 
 from fastprice_kernels.patching.install import install, installed, uninstall
@@ -52,16 +52,19 @@ def unsloth_modules(monkeypatch):
     def apply_lora_mlp_geglu_approx(self, X):
         raise AssertionError
 
-    def unsloth_fused_ce_loss(
-        trainer, hidden_states, lm_head_weight, lm_head_bias, labels, mask=None, n_items=None, scaling=None,
-        target_gb=None, torch_compile=True, overwrite=False, shift_labels=True, **kwargs,
-    ):  # fmt: skip
-        return "stock loss"
+    def fast_rms_layernorm(layernorm, X, gemma=False, save_output=False, reuse_grad=False):
+        return type(layernorm).forward(layernorm, X)
+
+    def original_apply_o(self, X):
+        return self.o_proj(X)
+
+    def resolve_logit_transforms(config):
+        return getattr(config, "final_logit_softcapping", 0), 0, getattr(config, "logits_scaling", 0)
 
     modules = {}
     for name in (
         "unsloth", "unsloth.kernels", "unsloth.kernels.utils", "unsloth.kernels.fast_lora", "unsloth.save",
-        "unsloth.models", "unsloth.models.llama", "unsloth_zoo", "unsloth_zoo.loss_utils", "unsloth_compiled_module_x",
+        "unsloth.models", "unsloth.models.llama", "unsloth_compiled_module_x",
     ):  # fmt: skip
         modules[name] = ModuleType(name)
         monkeypatch.setitem(sys.modules, name, modules[name])
@@ -76,9 +79,14 @@ def unsloth_modules(monkeypatch):
     for name, functions in {
         "unsloth.kernels.utils": [fast_dequantize],
         "unsloth.kernels.fast_lora": [fast_dequantize, *lora],
-        "unsloth.models.llama": [fast_dequantize, unsloth_fused_ce_loss, *lora],
-        "unsloth_zoo.loss_utils": [unsloth_fused_ce_loss],
-        "unsloth_compiled_module_x": [unsloth_fused_ce_loss],
+        "unsloth.models.llama": [
+            fast_dequantize,
+            fast_rms_layernorm,
+            original_apply_o,
+            resolve_logit_transforms,
+            *lora,
+        ],
+        "unsloth_compiled_module_x": [fast_dequantize],
     }.items():
         for function in functions:
             setattr(modules[name], function.__name__, function)
@@ -86,46 +94,69 @@ def unsloth_modules(monkeypatch):
     return modules
 
 
+# Of the shape of Unsloth's: functions of one module, which put on classes call others of it by name.
+FORWARDS = """
+def attention(self, hidden_states, **kwargs):
+    q, k, v = (part.view(*hidden_states.shape[:-1], -1, self.head_dim).transpose(1, 2)
+               for part in self.apply_qkv(self, hidden_states))
+    y = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    return getattr(self, "apply_o", original_apply_o)(self, y.transpose(1, 2).flatten(2)), None, None
+
+def layer(self, hidden_states, causal_mask=None, *args, **kwargs):
+    residual = hidden_states
+    hidden_states = fast_rms_layernorm(self.input_layernorm, hidden_states, save_output=True, reuse_grad=True)
+    hidden_states, weights, cache = self.self_attn(hidden_states=hidden_states, causal_mask=causal_mask, **kwargs)
+    hidden_states = residual + hidden_states
+    residual = hidden_states
+    hidden_states = fast_rms_layernorm(self.post_attention_layernorm, hidden_states, save_output=True, reuse_grad=True)
+    hidden_states = self.mlp(hidden_states)
+    return (residual + hidden_states,)
+
+def decoder(self, input_ids=None, causal_mask=None, output_hidden_states=None, **kwargs):
+    hidden_states = self.embed_tokens(input_ids)
+    for one in self.layers:
+        hidden_states = one(hidden_states, causal_mask=causal_mask, **kwargs)[0]
+    hidden_states = fast_rms_layernorm(self.norm, hidden_states)
+    return Output(last_hidden_state=hidden_states, past_key_values=None, hidden_states=None, attentions=None)
+
+def causal(self, input_ids=None, labels=None, num_logits_to_keep=0, logits_to_keep=0, **kwargs):
+    softcap, multiply, divide = resolve_logit_transforms(self.config)
+    logits = self.lm_head(self.model(input_ids).last_hidden_state)
+    loss = None
+    if labels is not None:
+        flat = labels[:, 1:].flatten()
+        loss = cross_entropy(logits[:, :-1].flatten(0, 1), flat, reduction="sum") / kwargs["num_items_in_batch"]
+    return Output(loss=loss, logits=logits)
+"""
+
+
 def unsloth_model(modules, **options) -> nn.Module:
-    """A model that Unsloth fused: its functions hang on the modules, its forward calls its loss by name."""
+    """A model that Unsloth patched: its forwards are on the classes, its fused functions on the modules."""
     model = make(**options)
     names = modules["unsloth.models.llama"]
-    for layer in model.get_base_model().model.layers:
+    names.__dict__.update(
+        Output=SimpleNamespace,
+        scaled_dot_product_attention=nn.functional.scaled_dot_product_attention,
+        cross_entropy=nn.functional.cross_entropy,
+    )
+    exec(FORWARDS, vars(names))
+    causal = model.get_base_model()
+    for layer in causal.model.layers:
         attention, mlp = layer.self_attn, layer.mlp
         attention.stock = {"qkv": lambda x, a=attention: (a.q_proj(x), a.k_proj(x), a.v_proj(x)), "o": attention.o_proj}
         attention.apply_qkv, attention.apply_o = names.apply_lora_qkv, names.apply_lora_o
         mlp.stock = {"mlp": lambda x, m=mlp: type(m).forward(m, x)}
         mlp.forward = MethodType(names.apply_lora_mlp_swiglu, mlp)
-
-        def attend(x, a=attention, **kwargs):
-            q, k, v = (part.view(*x.shape[:-1], -1, HEAD_WIDTH).transpose(1, 2) for part in a.apply_qkv(a, x))
-            y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-            return a.apply_o(a, y.transpose(1, 2).flatten(2)), None
-
-        attention.__dict__["_attend"] = attend
-    causal = model.get_base_model()
-
-    class Fused(type(causal)):
-        pass
-
-    # A function whose globals are Unsloth's module, as its own forward is.
-    source = """
-def forward(self, input_ids=None, labels=None, n_items=None, **kwargs):
-    x = self.model.embed_tokens(input_ids)
-    for layer in self.model.layers:
-        x = x + layer.self_attn._attend(layer.input_layernorm(x))[0]
-        x = x + layer.mlp(layer.post_attention_layernorm(x))
-    loss = unsloth_fused_ce_loss(
-        trainer=None, hidden_states=self.model.norm(x), lm_head_weight=self.lm_head.weight, lm_head_bias=None,
-        labels=labels, mask=None, n_items=n_items, scaling=None, target_gb=None, torch_compile=True,
-        logit_softcapping=0, logit_scale_multiply=0, logit_scale_divide=None, shift_labels=True)
-    return Output(loss=loss)
-"""
-    names.Output = SimpleNamespace
-    exec(source, vars(names))
-    Fused.forward = names.forward
-    causal.__class__ = Fused
+        put(attention, names.attention)
+        put(layer, names.layer)
+    put(causal.model, names.decoder)
+    put(causal, names.causal)
     return model
+
+
+def put(module, forward) -> None:
+    """`forward` on the class of the module, which becomes one of its own."""
+    module.__class__ = type(type(module).__name__, (type(module),), {"forward": forward})
 
 
 def everything_of(modules):
@@ -142,15 +173,13 @@ def test_an_unsloth_model_runs_on_the_kernels_and_is_restored(unsloth_modules, n
     kernels = list(report.replaced.values())
     assert [kernels.count(k) for k in ("lora_qkv", "lora_mlp", "lora_linear")] == [3 * LAYERS, 3 * LAYERS, LAYERS]
     assert not report.skipped
-    places = {name for name, kernel in report.replaced.items() if kernel == "completion_cross_entropy"}
-    theirs = ("unsloth.models.llama", "unsloth_compiled_module_x", "unsloth_zoo.loss_utils")
-    assert places == {f"{name}.unsloth_fused_ce_loss" for name in theirs}
+    assert kernels.count("completion_cross_entropy") == 1
     # Unsloth finds its fused layers by comparing what is attached to them with the names in its modules.
     assert layers[0].self_attn.apply_qkv is unsloth_modules["unsloth.models.llama"].apply_lora_qkv
     assert layers[0].self_attn.apply_qkv is unsloth_modules["unsloth.kernels.fast_lora"].apply_lora_qkv
     assert unsloth_modules["unsloth.save"].fast_dequantize() == "someone else's"
     inputs = {key: value for key, value in batch().items() if key != "attention_mask"}
-    got = gradients(model, inputs, n_items=torch.tensor(7))
+    got = gradients(model, inputs, num_items_in_batch=torch.tensor(7))
     assert not any("ran" in module.__dict__ for module in model.modules())
     uninstall(model)
     assert everything_of(unsloth_modules) == before
@@ -158,13 +187,7 @@ def test_an_unsloth_model_runs_on_the_kernels_and_is_restored(unsloth_modules, n
         assert module.__dict__.keys() == was.keys()
         assert all(module.__dict__[key] is was[key] for key in ("apply_qkv", "apply_o", "forward") if key in was)
 
-    def loss(*, hidden_states, lm_head_weight, labels, n_items, **_):
-        logits = hidden_states @ lm_head_weight.T
-        flat = labels[:, 1:].flatten()
-        return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), flat, reduction="sum") / n_items
-
-    unsloth_modules["unsloth.models.llama"].unsloth_fused_ce_loss = loss
-    want = gradients(model, inputs, n_items=torch.tensor(7))
+    want = gradients(model, inputs, num_items_in_batch=torch.tensor(7))
     assert layers[0].self_attn.ran == ["qkv", "o"]
     assert layers[0].mlp.ran == ["mlp"]
     assert_close(got, want, 2e-5)
@@ -220,31 +243,64 @@ def test_unsupported_layers_run_the_functions_of_unsloth(unsloth_modules):
     uninstall(model)
 
 
-def test_the_fused_loss_takes_the_arguments_of_unsloth(unsloth_modules):
-    model = unsloth_model(unsloth_modules)
-    with installed(model, loss_head=True):
-        loss = unsloth_modules["unsloth.models.llama"].unsloth_fused_ce_loss
-        hidden, weight, labels = torch.randn(2, 6, 8), torch.randn(11, 8), torch.randint(0, 11, (2, 6))
-        given = {"trainer": None, "hidden_states": hidden, "lm_head_weight": weight, "lm_head_bias": None}
-        logits = 5 * torch.tanh(hidden @ weight.T * 3 / 2 / 5)
-        want = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
-        options = {"logit_softcapping": 5.0, "logit_scale_multiply": 3.0, "logit_scale_divide": 2.0}
-        torch.testing.assert_close(loss(**given, labels=labels, **options, shift_labels=False), want)
-        assert loss(**given, labels=labels, mask=torch.ones(2, 6)) == "stock loss"
-        assert loss(**given, labels=labels, something_new=1) == "stock loss"
+@pytest.mark.parametrize("output_adapted", [True, False])
+def test_the_last_layer_of_an_unsloth_model_runs_at_labeled_positions(unsloth_modules, output_adapted):
+    model = unsloth_model(unsloth_modules, nf4=False)
+    last = model.get_base_model().model.layers[-1]
+    if not output_adapted:  # nothing of Unsloth's is attached then: attention calls its function by name
+        del last.self_attn.apply_o
+    inputs = {key: value for key, value in batch().items() if key != "attention_mask"}
+    labeled = int((inputs["labels"][:, 1:] != -100).sum())
+    rows = []
+    hook = last.mlp.register_forward_pre_hook(lambda _, arguments: rows.append(arguments[0].shape[:2]))
+    want = gradients(model, inputs, num_items_in_batch=7)
+    with installed(model, loss_head=True, last_layer=True) as report:
+        assert not report.skipped
+        assert "last layer at labeled positions" in report.replaced.values()
+        got = gradients(model, inputs, num_items_in_batch=7)
+        with torch.no_grad():
+            logits = model(input_ids=inputs["input_ids"]).logits
+    assert rows == [(3, 12), (1, labeled), (3, 12)]
+    assert logits.shape[:2] == (3, 12)
+    assert_close(got, want, 2e-5)
+    assert ("apply_o" in last.self_attn.__dict__) is output_adapted
+    hook.remove()
 
 
 @pytest.mark.filterwarnings("ignore:fastprice_kernels leaves:UserWarning")
-def test_an_unsloth_loss_that_cannot_be_replaced_is_reported(unsloth_modules):
-    model = unsloth_model(unsloth_modules)
-    unsloth_modules["unsloth_zoo.loss_utils"].unsloth_fused_ce_loss = lambda hidden, **options: None
-    with installed(model, loss_head=True, last_layer=True) as report:
-        assert any("unsloth_fused_ce_loss takes ['hidden', 'options']" in reason for reason in report.skipped.values())
-        assert any("whose code is Unsloth's" in reason for reason in report.skipped.values())
-    plain = make()
-    plain.get_base_model().model.layers[0].self_attn.apply_qkv = None
-    with installed(plain, loss_head=True) as report:
-        assert any("does not call unsloth_fused_ce_loss" in reason for reason in report.skipped.values())
+def test_an_unsloth_model_of_another_kind_keeps_its_loss_and_last_layer(unsloth_modules):
+    """Each with its reason; the loss is Unsloth's own then."""
+    names = unsloth_modules["unsloth.models.llama"]
+
+    def reasons(change) -> str:
+        model = unsloth_model(unsloth_modules)
+        causal = model.get_base_model()
+        change(causal)
+        with installed(model, loss_head=True, last_layer=True) as report:
+            return "; ".join(report.skipped.values())
+
+    def without_attention(causal):
+        put(causal.model.layers[-1], lambda self, x, **_: (x + fast(self.input_layernorm, x),))
+
+    def fast(norm, x):
+        return names.fast_rms_layernorm(norm, x)
+
+    def without_output(causal):
+        del causal.model.layers[-1].self_attn.apply_o
+        del names.original_apply_o
+
+    assert reasons(lambda causal: None) == ""
+    assert "not x + attention(norm(x))" in reasons(without_attention)
+    assert "its attention does not call apply_o" in reasons(without_output)
+    assert "not a plain Linear" in reasons(lambda causal: setattr(causal, "lm_head", nn.Identity()))
+    names.resolve_logit_transforms = halve
+    assert "scales its logits by (None, 0.5)" in reasons(lambda causal: None)
+    del names.resolve_logit_transforms
+    assert "does not call resolve_logit_transforms" in reasons(lambda causal: None)
+
+
+def halve(config):
+    return 0, 0, 2.0
 
 
 def test_an_unsloth_with_other_functions_is_refused_and_not_changed(unsloth_modules):
@@ -323,6 +379,6 @@ print("\\nREPLACED", *report.replaced)
     replaced = done.stdout.split("REPLACED")[1].split()
     for place in (
         "kernels.utils.fast_dequantize", "kernels.fast_lora.fast_dequantize", "models.llama.apply_lora_qkv",
-        "kernels.fast_lora.apply_lora_mlp_swiglu", "models.mistral.unsloth_fused_ce_loss", "save.fast_dequantize",
+        "kernels.fast_lora.apply_lora_mlp_swiglu", "save.fast_dequantize",
     ):  # fmt: skip
         assert f"unsloth.{place}" in replaced
