@@ -30,9 +30,10 @@ are rotated in place, and the LoRA functions save their input and the rank-r pro
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from fastprice.memory.tape import Tape, Value
+from fastprice.memory.tape import Buffer, Tape, Value
 from fastprice.models.shapes import Linear, ModelShape
 
 __all__ = ["NF4_BLOCK", "MicroBatch", "layer_forward", "norm_forward", "replace_value"]
@@ -303,7 +304,7 @@ def _fused_mlp(tape: Tape, shape: ModelShape, batch: MicroBatch, x: Value) -> Va
     dense = 0
     if batch.method == "qlora":
         dense = max(dequantized_bytes(linear.weights) for linear in shape.linears[4:])
-    saved = [x, low] if batch.mlp else [x, low, gate, up]
+    saved: list[Value | Buffer] = [x, low] if batch.mlp else [x, low, gate, up]
     y = tape.apply(2 * batch.tokens * shape.width, [x], saves=saved, trainable=True, scratch=dense,
                    backward_scratch=(3 if batch.mlp else 1) * inner + dense, scratch_kind="dequantized")  # fmt: skip
     tape.release(gate, up, product, low)

@@ -52,8 +52,8 @@ def layer_bytes(shape: ModelShape, batch: MicroBatch, level: str, *, first: bool
         layer = _play_layer(shape, batch, first=first)
         saved = residual_size(shape, batch) if level == "full" else 0
         return replace(layer, saved=saved, saved_input=saved)
-    levels = {"selective": level in ("selective", "mlp"), "mlp": level == "mlp"}
-    return _play_layer(shape, replace(batch, **levels), first=first)
+    batch = replace(batch, selective=level in ("selective", "mlp"), mlp=level == "mlp")
+    return _play_layer(shape, batch, first=first)
 
 
 @lru_cache(maxsize=1024)

@@ -3,8 +3,8 @@
 For every micro-batch size (the requested one, its half, ...; gradient accumulation makes up for it) the planner chooses
 recompute levels (recompute_levels.py): selective recomputation first, which costs a few per cent of a step and frees a
 quarter to a half of what is saved; then gate and up, and the whole of as few layers as possible, at the cost of their
-forward pass; and where even the inputs are too many, offloading of as few inputs as possible. If that does not fit and layer
-offload is allowed, it offloads the frozen weights of as few layers as possible. Of all plans that fit it takes the one
+forward pass; and where even the inputs are too many, offloading of as few inputs as possible. If that does not fit and
+layer offload is allowed, it offloads the frozen weights of as few layers as possible. Of all plans that fit it takes the one
 with the most tokens a second by the limits of roofline.py.
 """
 
@@ -223,7 +223,8 @@ def format_plan_table(
     rows: Sequence[tuple[str, Sequence[MemoryPlan | None]]], sizes: Sequence[str | int] = GPU_SIZES
 ) -> str:
     """`plan_table` in Markdown: tokens of the micro-batch, and how many layers are at recompute level "selective" (s)
-    and "mlp" (m), recomputed in full (f), of these with their input offloaded (i), and have their weights offloaded (w)."""
+    and "mlp" (m), recomputed in full (f), of these with their input offloaded (i), and have their weights offloaded
+    (w)."""
 
     def cell(plan: MemoryPlan | None) -> str:
         if plan is None:
@@ -260,12 +261,15 @@ def choose_recompute_levels(layers: int, fits: Callable[[tuple[str, ...]], bool]
         return tuple(levels)
 
     ends = [layers] * len(heavy_first)
-    least = 0
     for i in range(len(heavy_first)):
-        end = _smallest(range(least, layers + 1), lambda count, i=i: fits(arranged([*ends[:i], count, *ends[i + 1 :]])))
+
+        def fits_up_to(count: int, i: int = i) -> bool:
+            return fits(arranged([*ends[:i], count, *ends[i + 1 :]]))
+
+        end = _smallest(range(ends[i - 1] if i else 0, layers + 1), fits_up_to)
         if end is None:  # not even the heaviest level for every layer fits
             return None
-        ends[i] = least = end
+        ends[i] = end
     return arranged(ends)
 
 

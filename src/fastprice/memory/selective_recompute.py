@@ -6,8 +6,8 @@ saves its output (a projection, for the gradient of its adapter) saves a recompu
 hooks around the layer, which recognize the tensor by its storage. In the backward pass the first to unpack it computes
 the output, and the function's own backward uses the graph of that computation: each runs once, no forward pass and no
 hook of the layer runs twice. A norm's weight is read as it is at that moment. A norm that fastprice_kernels runs says
-itself how its output is computed again; an MLP that they run saves no product, and at level "mlp" is told by the layer's
-attribute `recompute_mlp` not to save gate and up either. PEFT's cast of a layer's input to fp32, which autocast
+itself how its output is computed again; an MLP that they run saves no product, and at level "mlp" is told by the
+layer's attribute `recompute_mlp` not to save gate and up either. PEFT's cast of a layer's input to fp32, which autocast
 undoes at once, is turned off.
 
 Modules are recognized by kind: a norm by a class named ...Norm, an MLP by computing down(act(gate(x)) * up(x)), which

@@ -78,7 +78,8 @@ class SimulatedStep:
         """The estimate that the simulation checks."""
         return estimate_memory(
             self.settings, method=self.method, rank=self.rank, tokens=self.tokens, sequences=self.sequences,
-            recompute=self.recompute, loss_head=self.loss_head, labeled=self.labeled, phase=self.phase, engine=self.engine,
+            recompute=self.recompute, loss_head=self.loss_head, labeled=self.labeled, phase=self.phase,
+            engine=self.engine,
         )  # fmt: skip
 
 
