@@ -1,12 +1,12 @@
-"""Counts the kernels that PyTorch code would launch on a GPU and the bytes that they move, on tensors without values.
+"""Counts the kernels that PyTorch code would launch on a GPU and the bytes that they move, and computes nothing.
 
 Each operator that reaches the dispatcher is one launch. It moves each tensor argument that it reads once and each
 tensor that it writes once; views and allocations are free. An expanded dimension counts once, a lookup (`embedding`,
 `index`) reads as many elements as it returns, and of `out=` and of what `copy_` and `fill_` overwrite nothing is read.
 Caches are not modeled: what a launch reads comes from memory, even if the launch before it wrote it.
 
-An operator of `torch.ops.fastprice` is one launch as well: its schema says what it reads and writes, a written argument
-named `out` is not read, and `_PARTLY` has those that touch only a part of an argument. bitsandbytes' `gemm_4bit`
+An operator of `torch.ops.fastprice` is one launch as well: its schema says what it reads and writes, `_WRITE_ONLY` which
+of the written arguments it does not read, `_PARTLY` what touches only a part of an argument. bitsandbytes' `gemm_4bit`
 dequantizes and then multiplies, as it does on CUDA for more than some 256 rows.
 """
 
@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 __all__ = ["EAGER_KINDS", "KINDS", "Launch", "TrafficCounter"]
 
@@ -31,15 +31,25 @@ FUSED_KINDS = ("frozen product", "LoRA product", "attention", "dequantization", 
 EAGER_KINDS = ("eager norm", "eager RoPE", "cast", "other eager")
 KINDS = (*FUSED_KINDS, *EAGER_KINDS, "loss")
 
-_FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "lift_fresh", "detach"}
+_FREE = {
+    "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "lift_fresh", "detach",
+    "set_", "resize_",
+}  # fmt: skip
 _PRODUCTS = {"mm", "bmm", "addmm", "addmm_", "baddbmm", "dot", "mv", "gemm_4bit"}
-_OVERWRITES = {"copy_", "fill_", "zero_", "normal_", "uniform_"}
+_OVERWRITES = {"copy_", "_foreach_copy_", "fill_", "zero_", "normal_", "uniform_"}
+_CASTS = {"_to_copy", "_foreach_copy_"}
+_WRITE_ONLY = {
+    "dequantize_nf4": ("out",),
+    "glu_forward": ("out",),
+    "norm_forward": ("y", "total", "statistics"),
+    "norm_backward": ("dx", "dparameters"),
+}
 _CREATES = {"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full", "rand_like", "randn_like"}
 _LOOKUPS = {"embedding", "index", "index_select", "gather"}
 # What an operator of ours is, by a part of its name.
 _OURS = (
     ("dequantize", "dequantization"), ("glu", "activation"), ("norm", "fused norm"), ("rope", "fused RoPE"),
-    ("rotary", "fused RoPE"), ("cross_entropy", "loss"), ("matmul", "frozen product"),
+    ("rotat", "fused RoPE"), ("cross_entropy", "loss"), ("matmul", "frozen product"),
 )  # fmt: skip
 _PACKAGES = ("fastprice_kernels", "fastprice", "transformers", "peft", "bitsandbytes", "trl")
 _FRAME = re.compile(r'File "(.*)", line (\d+), in ')
@@ -63,7 +73,10 @@ class Launch:
 
 
 class TrafficCounter(TorchDispatchMode):
-    """Records every launch while it is on, above a `FakeTensorMode`, so that an operator is seen before it decomposes.
+    """Records every launch while it is on, and returns results that are allocated but never written.
+
+    Shapes and dtypes come from the operators' meta implementations. The tensors are plain ones on the CPU, so the code
+    takes its usual branches; memory that nothing writes costs address space alone. What reads a value (`item`) raises.
 
     rank: of the adapters. A product with a side of at most three adapters' ranks (q, k, v stacked) is a LoRA product.
     """
@@ -94,38 +107,39 @@ class TrafficCounter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func._schema.name.partition("::")[2]
-        result = func(*args, **kwargs)
         place, function = self._source()  # of free operators too: it learns the functions that lines belong to
-        if not _is_free(func, name):
-            self._record(func, name, args, kwargs, result, place, function)
+        if name in _FREE or func.is_view or func.namespace == "prim":
+            return func(*args, **kwargs)
+        if not any(str(each.type).startswith(("Tensor", "List[Tensor")) for each in _signature(func)):
+            return func(*args, **kwargs)  # arithmetic on dtypes and sizes
+        result = _unwritten(func, args, kwargs)
+        self._record(func, name, args, kwargs, result, place, function)
         return result
 
     def _record(
         self, func: Any, name: str, args: Sequence[Any], kwargs: dict[str, Any], result: Any, place: str, function: str
     ) -> None:
+        given = _arguments(func, args, kwargs)
         if name == "gemm_4bit":
-            self._gemm_4bit(args, kwargs, result, place)
+            self._gemm_4bit(given, result, place)
             return
-        read, written = _moved(func, name, args, kwargs, result)
+        read, written = _moved(func, name, given, result)
         kind = self._kind(func, name, args, function)
         self.launches.append(Launch(self._phase, kind, func._schema.name, read, written, place))
 
-    def _gemm_4bit(self, args: Sequence[Any], kwargs: dict[str, Any], result: Tensor, place: str) -> None:
-        x, packed, shape, absmax, *_ = args
-        nested = kwargs.get("absmax_8bit")
-        scales, blocks = _bytes(absmax), x.new_empty(0)
-        dense = shape[0] * shape[1] * x.itemsize
-        launches = []
+    def _gemm_4bit(self, given: dict[str, Any], result: Tensor, place: str) -> None:
+        """Scales to fp32 and an offset added to them, where they are nested; the weight dequantized; the product."""
+        packed, scales, nested = given["B"], _bytes(given["absmax"]), given.get("absmax_8bit")
+        dense = 2 * packed.numel() * given["A"].itemsize
+        found = []
         if nested is not None:
-            launches.append(("bitsandbytes::dequantize_blockwise", _bytes(nested) + scales, 4 * nested.numel()))
-            launches.append(("aten::add_", 4 * nested.numel(), 4 * nested.numel()))
-            scales = 4 * nested.numel()
-        del blocks
-        launches.append(("bitsandbytes::dequantize_4bit", _bytes(packed) + scales, dense))
-        for operator, read, written in launches:
-            self.launches.append(Launch(self._phase, "dequantization", operator, read, written, place))
-        read = _bytes(x) + dense
-        self.launches.append(Launch(self._phase, "frozen product", "aten::mm", read, _bytes(result), place))
+            wide = 4 * nested.numel()
+            found.append(("dequantization", "bitsandbytes::dequantize_blockwise", _bytes(nested) + scales, wide))
+            found.append(("dequantization", "aten::add_", wide, wide))
+            scales = wide
+        found.append(("dequantization", "bitsandbytes::dequantize_4bit", _bytes(packed) + scales, dense))
+        found.append(("frozen product", "aten::mm", _bytes(given["A"]) + dense, _bytes(result)))
+        self.launches += [Launch(self._phase, *one, place) for one in found]
 
     def _kind(self, func: Any, name: str, args: Sequence[Any], function: str) -> str:
         if func.namespace == "fastprice":
@@ -143,7 +157,7 @@ class TrafficCounter(TorchDispatchMode):
             return "eager norm"
         if "rotary" in function.lower() or "rotate" in function:
             return "eager RoPE"
-        return "cast" if name == "_to_copy" else "other eager"
+        return "cast" if name in _CASTS else "other eager"
 
     def _source(self) -> tuple[str, str]:
         """("file:line function", function with its class) of the innermost line of a library that is running, or whose
@@ -151,7 +165,7 @@ class TrafficCounter(TorchDispatchMode):
         frame: Any = sys._getframe(2)
         while frame is not None:
             path, line = frame.f_code.co_filename, frame.f_lineno
-            if path.endswith("benchmarking/fake_training.py") and self._phase == "backward":
+            if path.endswith("benchmarking/dry_run.py") and self._phase == "backward":
                 break
             if _short(path):
                 function = frame.f_code.co_qualname
@@ -178,8 +192,33 @@ def _short(path: str) -> str:
     return ""
 
 
-def _is_free(func: Any, name: str) -> bool:
-    return name in _FREE or func.is_view or func.namespace == "prim"
+def _signature(func: Any) -> list[Any]:
+    """Arguments and results, as the schema has them."""
+    return [*func._schema.arguments, *func._schema.returns]
+
+
+def _unwritten(func: Any, args: Any, kwargs: Any) -> Any:
+    """What `func` returns, its shapes, strides and dtypes alone; arguments that it returns are themselves."""
+    originals: dict[int, Tensor] = {}
+
+    def to_meta(tensor: Tensor) -> Tensor:
+        meta = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="meta")
+        originals[id(meta)] = tensor
+        return meta
+
+    def to_cpu(meta: Tensor) -> Tensor:
+        known = originals.get(id(meta))
+        if known is not None:
+            return known
+        return torch.empty_strided(meta.size(), meta.stride(), dtype=meta.dtype)
+
+    meta_args, meta_kwargs = tree_map_only(Tensor, to_meta, (args, kwargs))
+    if any(argument.name == "device" for argument in func._schema.arguments):
+        meta_kwargs = {**meta_kwargs, "device": "meta"}
+    if func is torch.ops.aten.mm.dtype:  # a result in another dtype: CUDA only
+        a, b, dtype = meta_args
+        return torch.empty(a.shape[0], b.shape[1], dtype=dtype)
+    return tree_map_only(Tensor, to_cpu, func(*meta_args, **meta_kwargs))
 
 
 def _bytes(tensor: Tensor) -> int:
@@ -194,54 +233,62 @@ def _tensors(value: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
-def _moved(func: Any, name: str, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> tuple[int, int]:
+def _arguments(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments by their names in the operator's schema; those that were left out are missing."""
+    return dict(zip((each.name for each in func._schema.arguments), args, strict=False)) | kwargs
+
+
+def _moved(func: Any, name: str, given: dict[str, Any], result: Any) -> tuple[int, int]:
     """(bytes read, bytes written)."""
     if name in _PARTLY:
-        return _PARTLY[name](args, result)
-    arguments = [*zip(func._schema.arguments, args, strict=False)]
-    arguments += [(each, kwargs[each.name]) for each in func._schema.arguments if each.name in kwargs]
+        return _PARTLY[name](given, result)
     read = written = 0
-    mutates = False
-    for argument, value in arguments:
+    mutated = {each.name for each in func._schema.arguments if each.alias_info is not None and each.alias_info.is_write}
+    for argument, value in given.items():
         size = sum(map(_bytes, _tensors(value)))
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            mutates = True
+        if argument in mutated:
             written += size
-            if argument.name == "out" or name in _OVERWRITES:
+            if argument == "out" or name in _OVERWRITES or argument in _WRITE_ONLY.get(name, ()):
                 continue
         elif name in _CREATES:
             continue
         read += size
-    results = _tensors(result)
-    if not mutates:
-        written = sum(map(_bytes, results))
+    if not mutated:
+        written = sum(map(_bytes, _tensors(result)))
     if name in _LOOKUPS:
-        read = written + sum(map(_bytes, _tensors(args[1:])))
+        table, *others = given.values()
+        read = written + sum(map(_bytes, _tensors(others)))
     return read, written
 
 
-def _index_copy(args: Sequence[Any], result: Any) -> tuple[int, int]:
+def _index_copy(given: dict[str, Any], result: Any) -> tuple[int, int]:
     """`index_copy_(self, dim, index, source)` writes as many elements as it reads from the source."""
-    return _bytes(args[2]) + _bytes(args[3]), _bytes(args[3])
+    return _bytes(given["index"]) + _bytes(given["source"]), _bytes(given["source"])
 
 
-def _completion_cross_entropy(args: Sequence[Any], result: Any) -> tuple[int, int]:
-    """Gathered rows of the hidden states, and for each chunk of rows the head twice and the logits; dH is written in
-    whole."""
-    hidden, weight, _, labels, positions, *_, chunk, wants_hidden, _, _ = args
-    rows = labels.numel() if positions is None else positions.numel()
-    chunks = -(-rows // (chunk or rows or 1))
-    logits, gathered = rows * weight.shape[0] * weight.itemsize, rows * weight.shape[1] * weight.itemsize
-    read = (1 + wants_hidden) * chunks * _bytes(weight) + 2 * gathered + (3 if wants_hidden else 2) * logits
-    return read, gathered + 2 * logits + sum(map(_bytes, _tensors(result))) + wants_hidden * 2 * gathered
+def _slice_backward(given: dict[str, Any], result: Any) -> tuple[int, int]:
+    """Zeros of the whole, then a copy of the gradient into its part: two launches in one operator."""
+    gradient = _bytes(given["grad_output"])
+    return gradient, _bytes(result) + gradient
 
 
-def _slice_backward(args: Sequence[Any], result: Any) -> tuple[int, int]:
-    """Zeros of the whole, and a copy of the gradient into its part: two launches, counted as one record."""
-    return _bytes(args[0]), _bytes(result) + _bytes(args[0])
+def _completion_cross_entropy(given: dict[str, Any], result: Any) -> tuple[int, int]:
+    """The rows of the hidden states gathered; then, chunk by chunk, the head read for the logits, these written and
+    read, and with gradients read and overwritten, and read with the head again for dH, which is copied to its rows of
+    the zeroed result."""
+    weight, positions = given["weight"], given["positions"]
+    rows = (given["labels"] if positions is None else positions).numel()
+    chunks = -(-rows // (given["chunk"] or rows or 1))
+    logits, hidden = rows * weight.shape[0] * weight.itemsize, rows * weight.shape[1] * weight.itemsize
+    read = chunks * _bytes(weight) + 2 * hidden + logits
+    written = hidden + logits + sum(map(_bytes, _tensors(result)))
+    if given["wants_hidden"]:
+        read += chunks * _bytes(weight) + 2 * logits + hidden
+        written += logits + 2 * hidden
+    return read, written
 
 
-_PARTLY: dict[str, Callable[[Sequence[Any], Any], tuple[int, int]]] = {
+_PARTLY: dict[str, Callable[[dict[str, Any], Any], tuple[int, int]]] = {
     "index_copy_": _index_copy,
     "slice_backward": _slice_backward,
     "completion_cross_entropy": _completion_cross_entropy,

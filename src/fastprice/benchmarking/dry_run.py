@@ -1,13 +1,13 @@
-"""One training step of the real model code on tensors without values, counted by `TrafficCounter`.
+"""One training step of the real model code, whose launches are counted by `TrafficCounter` and never computed.
 
 transformers' layers, PEFT's adapters on every linear layer (fp32, as they train), NF4 weights of bitsandbytes with
-double quantization, bf16 autocast, packed texts, nothing recomputed. The tensors are fake
-(`torch._subclasses.FakeTensorMode`): shapes and dtypes are real, so published widths need no memory.
+double quantization, bf16 autocast, packed texts, nothing recomputed. Nothing writes into weights or activations, so
+published widths need no memory.
 
-What differs from CUDA: the device is a CPU, so `x.is_cuda` is false and what decides by it takes the other branch; our
-operators are counted before they decompose, and autocast is on for both devices, so neither changes a figure. Attention
-is a stand-in that counts one launch each way: q, k, v read and the output and its logsumexp written; backward these and
-the output's gradient read and dq, dk, dv written (Flash Attention's own temporaries are not counted).
+What differs from CUDA: `device.type` is "cpu" (autocast is on for both devices), but `is_cuda` is made true, so that our
+code takes the branches of CUDA. Attention is a stand-in that counts one launch each way: q, k, v read, the output and
+its logsumexp written; backward these and the output's gradient read, dq, dk, dv written. Flash Attention's temporaries,
+and soft-capped scores (Gemma 2), which have no kernel, are not counted.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastprice.benchmarking.traffic_counter import Launch, TrafficCounter
 from fastprice.models.adapters import lora_config
@@ -30,6 +29,7 @@ from fastprice.models.parts import decoder_of, plain_model
 __all__ = ["count_training_step"]
 
 _BLOCK, _BLOCK2 = 64, 256  # of bitsandbytes' NF4 and of its nested scales
+_SMALL = 2**16  # elements: norms and biases, which `install` may read
 
 
 def count_training_step(
@@ -46,60 +46,55 @@ def count_training_step(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = _build(dict(settings), rank)
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with mode:
-        _fill(model)
-    if kernels:
-        from fastprice_kernels import install
+        if kernels:
+            from fastprice_kernels import install
 
-        install(model, loss_head=True, last_layer=True)
+            install(model, loss_head=True, last_layer=True)
     counter = TrafficCounter(rank)
-    with mode, _attention(counter), _autocast_as_on_cuda(), counter:
+    with _as_on_cuda(), _attention(counter), counter:
         _step(model, counter, tokens, labeled, loss_head=kernels)
     return counter.launches
 
 
 def _build(settings: dict[str, Any], rank: int) -> Any:
-    """The model with its adapters on the meta device."""
+    """The model with its adapters; large parameters are never written, small ones are 1, buffers as in the model."""
     import bitsandbytes
+    from accelerate import init_empty_weights
     from peft import get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
-    with torch.device("meta"):
+    with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
         for parent in list(decoder_of(model).layers.modules()):
             for name, layer in list(parent.named_children()):
                 if isinstance(layer, nn.Linear):
-                    bias = layer.bias is not None
                     four_bit = bitsandbytes.nn.Linear4bit(
-                        layer.in_features, layer.out_features, bias=bias, compute_dtype=torch.bfloat16, quant_type="nf4"
+                        layer.in_features, layer.out_features, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4"
                     )
-                    four_bit.bias = layer.bias
-                    four_bit.compute_type_is_set = True
+                    four_bit.bias, four_bit.compute_type_is_set = layer.bias, True
                     setattr(parent, name, four_bit)
     model.is_loaded_in_4bit = True
     model.requires_grad_(False)
-    return get_peft_model(
-        model, lora_config(rank=rank, alpha=2 * rank, dropout=0.0, targets=lora_targets(model))
-    ).train()
+    model = get_peft_model(model, lora_config(rank=rank, alpha=2 * rank, dropout=0.0, targets=lora_targets(model)))
+    _fill(model)
+    return model.train()
 
 
 def _fill(model: nn.Module) -> None:
-    """Fake tensors in place of the meta ones; 4-bit layers get packed weights and their statistics."""
+    """Parameters on the CPU in place of those on the meta device; tied ones stay tied."""
     import bitsandbytes
 
     parameters: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in list(module._parameters.items()):
-            if parameter is not None:
-                if id(parameter) not in parameters:
-                    empty = torch.empty(parameter.shape, dtype=parameter.dtype)
-                    parameters[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
-                module._parameters[name] = parameters[id(parameter)]
-        for name, buffer in list(module._buffers.items()):
-            if buffer is not None:
-                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+            if parameter is None:
+                continue
+            if id(parameter) not in parameters:
+                small = parameter.numel() <= _SMALL
+                filled = (torch.ones if small else torch.empty)(parameter.shape, dtype=parameter.dtype)
+                parameters[id(parameter)] = nn.Parameter(filled, requires_grad=parameter.requires_grad)
+            module._parameters[name] = parameters[id(parameter)]
         if isinstance(module, bitsandbytes.nn.Linear4bit):
             module._parameters["weight"] = _nf4_weight(module.out_features, module.in_features)
 
@@ -125,7 +120,7 @@ def _step(model: Any, counter: TrafficCounter, tokens: int, labeled: int, *, los
     ids = torch.empty(1, tokens, dtype=torch.int64)
     batch: dict[str, Any] = {"input_ids": ids, "position_ids": torch.empty_like(ids), "use_cache": False}
     batch["pack_lengths"] = (tokens,)
-    # check_nan would read values, and the mode's only purpose here is the forward line that it keeps at each node.
+    # check_nan would read values; the mode is on for the forward line that it keeps at each node.
     with torch.autograd.set_detect_anomaly(True, check_nan=False), torch.autocast("cpu", torch.bfloat16):
         if loss_head:
             positions = torch.empty(labeled, dtype=torch.int64)
@@ -138,14 +133,18 @@ def _step(model: Any, counter: TrafficCounter, tokens: int, labeled: int, *, los
 
 
 @contextmanager
-def _autocast_as_on_cuda() -> Iterator[None]:
-    """PEFT reads the autocast state of CUDA, whatever the device."""
-    before = torch.is_autocast_enabled("cuda")
+def _as_on_cuda() -> Iterator[None]:
+    """What code that decides by it sees on CUDA: `is_cuda` of every tensor is true, and CUDA's autocast is on."""
+    autocast = torch.is_autocast_enabled("cuda")
     torch.set_autocast_enabled("cuda", True)
+    # The getter is inherited from a class in C: this hides it, and deleting it shows it again. A mode for torch
+    # functions would not do, because it is off inside a backward pass.
+    torch.Tensor.is_cuda = property(lambda tensor: True)  # type: ignore[assignment, misc]
     try:
         yield
     finally:
-        torch.set_autocast_enabled("cuda", before)
+        del torch.Tensor.is_cuda
+        torch.set_autocast_enabled("cuda", autocast)
 
 
 @contextmanager
