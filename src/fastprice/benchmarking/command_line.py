@@ -53,6 +53,11 @@ def main(arguments: Sequence[str], prog: str = "fastprice bench") -> int:
         if options.where:
             print(where_table(options.where))
             return 0
+        if options.page:
+            from fastprice.benchmarking.step_times import step_time_page
+
+            options.page.write_text(step_time_page(options.file), encoding="utf-8")
+            return 0
         return check_traffic(options.file) if options.check else update_traffic(options.file)
     return _run(options)
 
@@ -104,6 +109,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     traffic.add_argument("file", type=Path, nargs="?", default=_TRAFFIC, metavar="FILE", help="default %(default)s")
     traffic.add_argument("--check", action="store_true", help="compare with FILE and the bars instead of writing it")
     traffic.add_argument("--where", metavar="MODEL", help="only list the lines that issue a layer's eager launches")
+    traffic.add_argument("--page", type=Path, metavar="PAGE", help="only write the table of step times from FILE")
     return parser
 
 

@@ -4,10 +4,10 @@ transformers' layers, PEFT's adapters on every linear layer (fp32, as they train
 double quantization, bf16 autocast, packed texts, nothing recomputed. Nothing writes into weights or activations, so
 published widths need no memory.
 
-What differs from CUDA: `device.type` is "cpu" (autocast is on for both devices), but `is_cuda` is made true, so that our
-code takes the branches of CUDA. Attention is a stand-in that counts one launch each way: q, k, v read, the output and
-its logsumexp written; backward these and the output's gradient read, dq, dk, dv written. Flash Attention's temporaries,
-and soft-capped scores (Gemma 2), which have no kernel, are not counted.
+What differs from CUDA: `device.type` is "cpu" (autocast is on for both devices), but `is_cuda` is made true, so that
+our code takes the branches of CUDA. Attention is a stand-in that counts one launch each way: q, k, v read, the output
+and its logsumexp written; backward these and the output's gradient read, dq, dk, dv written. Flash Attention's
+temporaries, and soft-capped scores (Gemma 2), which have no kernel, are not counted.
 """
 
 from __future__ import annotations
@@ -70,7 +70,11 @@ def _build(settings: dict[str, Any], rank: int) -> Any:
             for name, layer in list(parent.named_children()):
                 if isinstance(layer, nn.Linear):
                     four_bit = bitsandbytes.nn.Linear4bit(
-                        layer.in_features, layer.out_features, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4"
+                        layer.in_features,
+                        layer.out_features,
+                        bias=False,
+                        compute_dtype=torch.bfloat16,
+                        quant_type="nf4",
                     )
                     four_bit.bias, four_bit.compute_type_is_set = layer.bias, True
                     setattr(parent, name, four_bit)
@@ -112,7 +116,8 @@ def _nf4_weight(rows: int, columns: int) -> nn.Parameter:
         blocksize=_BLOCK, quant_type="nf4", dtype=torch.bfloat16, offset=torch.empty(()), state2=nested,
     )  # fmt: skip
     weight.compress_statistics, weight.quant_type, weight.bnb_quantized = True, "nf4", True
-    return weight
+    parameter: nn.Parameter = weight
+    return parameter
 
 
 def _step(model: Any, counter: TrafficCounter, tokens: int, labeled: int, *, loss_head: bool) -> None:
@@ -139,7 +144,7 @@ def _as_on_cuda() -> Iterator[None]:
     torch.set_autocast_enabled("cuda", True)
     # The getter is inherited from a class in C: this hides it, and deleting it shows it again. A mode for torch
     # functions would not do, because it is off inside a backward pass.
-    torch.Tensor.is_cuda = property(lambda tensor: True)  # type: ignore[assignment, misc]
+    torch.Tensor.is_cuda = property(lambda tensor: True)  # type: ignore[assignment]
     try:
         yield
     finally:

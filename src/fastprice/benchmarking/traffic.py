@@ -1,13 +1,13 @@
 """Launches and bytes of a decoder layer in training: ours, stock PEFT, and Unsloth's fused form by arithmetic.
 
 `fastprice bench traffic` counts the operators of the real code (`traffic_counter.py`, `dry_run.py`) with three
-layers and with two: the difference is one inner layer, forward and backward, exactly. Two layers less two inner ones are
-the rest of the step: embedding, last norm, loss, and what the last layer saves. It writes the figures to a file that is
-committed; with `--check` it fails where one rose, or where a layer of ours is above a bar.
+layers and with two: the difference is one inner layer, forward and backward, exactly. Two layers less two inner ones
+are the rest of the step: embedding, last norm, loss, and what the last layer saves. It writes the figures to a file that
+is committed; with `--check` it fails where one rose, or where a layer of ours is above a bar.
 
-*Eager* is every launch that is no matrix product, attention, dequantization, gated activation, fused norm or fused RoPE:
-norms and RoPE in PyTorch, residual additions, casts, copies, and autograd's sums of gradients. The bars are strict:
-they count the fused norm and RoPE launches too. kB are 1,000 bytes, for a token and a layer.
+*Eager* is every launch that is no matrix product, attention, dequantization, gated activation, fused norm or fused
+RoPE: norms and RoPE in PyTorch, residual additions, casts, copies, and autograd's sums of gradients. The bars are
+strict: they count the fused norm and RoPE launches too. kB are 1,000 bytes, for a token and a layer.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from fastprice.benchmarking.traffic_counter import EAGER_KINDS, KINDS, Launch
-from fastprice.benchmarking.unsloth_traffic import ASSUMPTIONS, unsloth_layer_traffic
+from fastprice.benchmarking.unsloth_traffic import unsloth_layer_traffic
 from fastprice.errors import DataError
 from fastprice.models.shapes import read_shape, settings_of
 
@@ -54,20 +54,17 @@ _GEMMA_2B = {
     "num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 256, "vocab_size": 256000,
     "hidden_act": "gelu_pytorch_tanh",
 }  # fmt: skip
-# One model of each family of `fastprice.models.families`, and the two that the bars are for.
+# Those that the bars and the table of step times are for, then one of each other family of `fastprice.models.families`.
 MODELS: dict[str, tuple[str, ...]] = {
     "Llama-3.1-8B": ("fastprice", "peft", "unsloth"),
     "Llama-3.2-1B": ("fastprice", "peft", "unsloth"),
+    "Llama-3.2-3B": ("fastprice", "peft", "unsloth"),
+    "Qwen2.5-32B": ("fastprice", "peft", "unsloth"),
     "Mistral-7B-v0.3": ("fastprice", "unsloth"),
     "Qwen2.5-0.5B": ("fastprice", "unsloth"),
     "Qwen3-0.6B": ("fastprice", "unsloth"),
     "gemma-2b": ("fastprice", "unsloth"),
     "gemma-2-2b": ("fastprice", "unsloth"),
-}
-PEERS = {
-    "fastprice": "ours, kernels installed with loss head and last layer",
-    "peft": "stock PEFT and bitsandbytes under bf16 autocast, adapters in fp32, as TRL trains",
-    "unsloth": "Unsloth's fused form, by arithmetic",
 }
 _TOLERANCE = 1e-3  # figures are exact; this is for rounding in the file
 
@@ -77,13 +74,14 @@ class LayerTraffic:
     """One inner layer of `model` as `peer` trains it.
 
     kinds    phase -> kind -> (launches, bytes for each token)
-    rest     launches and bytes for each token of the step outside of its layers, counted as inner ones; None: unknown
+    rest     kind -> (launches, bytes for each token) of the step less that of its layers, all taken for inner ones:
+             what the last layer saves makes some negative; None where it is not known
     """
 
     model: str
     peer: str
     kinds: Mapping[str, Mapping[str, tuple[int, float]]]
-    rest: tuple[int, float] | None = None
+    rest: Mapping[str, tuple[int, float]] | None = None
 
     def sum(self, kinds: Iterable[str] = KINDS, phases: Iterable[str] = PHASES) -> tuple[int, float]:
         """(launches, kB for each token) of these kinds in these phases."""
@@ -102,7 +100,8 @@ def settings_for(model: str) -> dict[str, Any]:
 def count_layer(model: str, peer: str) -> tuple[LayerTraffic, dict[_Place, tuple[int, float]]]:
     """The traffic of one inner layer, and the same by place: (launches, bytes for each token).
 
-    peer: "fastprice" or "peft", which are counted, or "unsloth", which has no places.
+    peer: "fastprice" (kernels installed with loss head and last layer) or "peft" (stock PEFT and bitsandbytes, adapters
+    in fp32 under bf16 autocast, as TRL trains), which are counted, or "unsloth", by arithmetic, which has no places.
     """
     if peer == "unsloth":
         shape = read_shape(settings_for(model))
@@ -117,14 +116,22 @@ def count_layer(model: str, peer: str) -> tuple[LayerTraffic, dict[_Place, tuple
         for layers in (2, 3)
     )  # fmt: skip
     places = _difference(_by_place(three), _by_place(two))
-    kinds: dict[str, dict[str, tuple[int, float]]] = {phase: {} for phase in PHASES}
-    for (phase, kind, *_), (launches, size) in places.items():
-        before = kinds[phase].get(kind, (0, 0.0))
-        kinds[phase][kind] = (before[0] + launches, before[1] + size)
-    layer_launches = len(three) - len(two)
-    layer_bytes = sum(size for _, size in places.values())
-    rest = (len(two) - 2 * layer_launches, sum(each.bytes for each in two) / TOKENS - 2 * layer_bytes)
-    return LayerTraffic(model, peer, kinds, rest), places
+    kinds = {phase: _by_kind(places, phase) for phase in PHASES}
+    whole, layer = _by_kind(_by_place(two)), _by_kind(places)
+    rest = {}
+    for kind in dict.fromkeys((*whole, *layer)):
+        (launches, size), (inner, inner_size) = whole.get(kind, (0, 0.0)), layer.get(kind, (0, 0.0))
+        rest[kind] = (launches - 2 * inner, size - 2 * inner_size)
+    return LayerTraffic(model, peer, kinds, rest if peer == "fastprice" else None), places
+
+
+def _by_kind(places: Mapping[_Place, tuple[int, float]], phase: str | None = None) -> dict[str, tuple[int, float]]:
+    kinds: dict[str, tuple[int, float]] = {}
+    for (in_phase, kind, *_), (launches, size) in places.items():
+        if phase in (None, in_phase):
+            before = kinds.get(kind, (0, 0.0))
+            kinds[kind] = (before[0] + launches, before[1] + size)
+    return kinds
 
 
 def _by_place(launches: Sequence[Launch]) -> dict[_Place, tuple[int, float]]:
@@ -263,14 +270,15 @@ def _libraries() -> str:
 def _write(path: Path, rows: Iterable[LayerTraffic]) -> None:
     lines = []
     for row in rows:
-        kinds = {
-            phase: {kind: [n, round(size, 1)] for kind, (n, size) in sorted(row.kinds[phase].items())}
-            for phase in PHASES
-        }
-        rest = None if row.rest is None else [row.rest[0], round(row.rest[1], 1)]
-        lines.append(json.dumps({"model": row.model, "peer": row.peer, "rest": rest, **kinds}))
-    head = json.dumps({"libraries": _libraries(), "tokens": TOKENS, "rank": RANK, "assumptions": ASSUMPTIONS})
+        kinds = {phase: _rounded(row.kinds[phase]) for phase in PHASES}
+        rest = None if row.rest is None else _rounded(row.rest)
+        lines.append(json.dumps({"model": row.model, "peer": row.peer, **kinds, "rest": rest}))
+    head = json.dumps({"libraries": _libraries(), "tokens": TOKENS, "rank": RANK, "labeled": LABELED})
     path.write_text(head[:-1] + ', "rows": [\n' + ",\n".join(lines) + "\n]}\n", "utf-8")
+
+
+def _rounded(kinds: Mapping[str, tuple[int, float]]) -> dict[str, list[float]]:
+    return {kind: [launches, round(size, 1)] for kind, (launches, size) in sorted(kinds.items())}
 
 
 def read_traffic(path: Path) -> tuple[str, list[LayerTraffic]]:
@@ -279,12 +287,17 @@ def read_traffic(path: Path) -> tuple[str, list[LayerTraffic]]:
         content = json.loads(path.read_text(encoding="utf-8"))
         rows = [
             LayerTraffic(
-                row["model"], row["peer"],
-                {phase: {kind: (n, size) for kind, (n, size) in row[phase].items()} for phase in PHASES},
-                None if row["rest"] is None else (row["rest"][0], row["rest"][1]),
+                row["model"],
+                row["peer"],
+                {phase: _pairs(row[phase]) for phase in PHASES},
+                None if row["rest"] is None else _pairs(row["rest"]),
             )
             for row in content["rows"]
-        ]  # fmt: skip
+        ]
         return str(content["libraries"]), rows
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} holds no traffic figures ({error}); make it with: fastprice bench traffic") from error
+
+
+def _pairs(kinds: Mapping[str, Sequence[float]]) -> dict[str, tuple[int, float]]:
+    return {kind: (int(launches), size) for kind, (launches, size) in kinds.items()}

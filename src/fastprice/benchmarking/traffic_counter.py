@@ -5,9 +5,9 @@ tensor that it writes once; views and allocations are free. An expanded dimensio
 `index`) reads as many elements as it returns, and of `out=` and of what `copy_` and `fill_` overwrite nothing is read.
 Caches are not modeled: what a launch reads comes from memory, even if the launch before it wrote it.
 
-An operator of `torch.ops.fastprice` is one launch as well: its schema says what it reads and writes, `_WRITE_ONLY` which
-of the written arguments it does not read, `_PARTLY` what touches only a part of an argument. bitsandbytes' `gemm_4bit`
-dequantizes and then multiplies, as it does on CUDA for more than some 256 rows.
+An operator of `torch.ops.fastprice` is one launch as well: its schema says what it reads and writes, `_WRITE_ONLY`
+which of the written arguments it does not read, `_PARTLY` what touches only a part of an argument. bitsandbytes'
+`gemm_4bit` dequantizes and then multiplies, as it does on CUDA for more than some 256 rows.
 """
 
 from __future__ import annotations
@@ -27,7 +27,15 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 __all__ = ["EAGER_KINDS", "KINDS", "Launch", "TrafficCounter"]
 
-FUSED_KINDS = ("frozen product", "LoRA product", "attention", "dequantization", "activation", "fused norm", "fused RoPE")
+FUSED_KINDS = (
+    "frozen product",
+    "LoRA product",
+    "attention",
+    "dequantization",
+    "activation",
+    "fused norm",
+    "fused RoPE",
+)
 EAGER_KINDS = ("eager norm", "eager RoPE", "cast", "other eager")
 KINDS = (*FUSED_KINDS, *EAGER_KINDS, "loss")
 
@@ -86,12 +94,12 @@ class TrafficCounter(TorchDispatchMode):
         self.launches: list[Launch] = []
         self._narrow = 3 * rank
         self._phase = "forward"
-        self._inside: str | None = None
         self._functions: dict[tuple[str, int], str] = {}
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Names the phase of the launches inside; "backward" needs `torch.autograd.set_detect_anomaly` in forward."""
+        """Names the phase of the launches inside. Of a "backward" phase the lines that it is the gradient of are known
+        if the forward ran under `torch.autograd.set_detect_anomaly`."""
         before, self._phase = self._phase, name
         try:
             yield
@@ -174,7 +182,8 @@ class TrafficCounter(TorchDispatchMode):
             frame = frame.f_back
         node = torch._C._current_autograd_node()
         name = "sum of gradients" if node is None else node.name()
-        lines = [] if node is None else node.metadata.get("traceback_", [])
+        metadata: dict[str, Any] = {} if node is None else node.metadata  # type: ignore[assignment]
+        lines = metadata.get("traceback_", [])
         for text in reversed(lines):
             match = _FRAME.search(text)
             if match and _short(match[1]):
@@ -256,8 +265,8 @@ def _moved(func: Any, name: str, given: dict[str, Any], result: Any) -> tuple[in
     if not mutated:
         written = sum(map(_bytes, _tensors(result)))
     if name in _LOOKUPS:
-        table, *others = given.values()
-        read = written + sum(map(_bytes, _tensors(others)))
+        _, *indices = given.values()
+        read = written + sum(map(_bytes, _tensors(indices)))
     return read, written
 
 

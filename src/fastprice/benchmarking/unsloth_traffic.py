@@ -22,8 +22,8 @@ ASSUMPTIONS = (
     "RoPE: queries and keys are views that are no rows of their own, so they are copied once, and the copy is rotated "
     "in place: two reads and two writes, forward and backward.",
     "Each weight is dequantized once forward and once backward, in one launch, and each product reads it in 16 bits.",
-    "Each projection multiplies x by its own A (x is read once more for each), casts A and B from fp32 and their gradients back, and "
-    "adds its second product in place, which reads and writes the output again.",
+    "Each projection multiplies x by its own A (x is read once more for each), casts A and B from fp32 and their "
+    "gradients back, and adds its second product in place, which reads and writes the output again.",
     "Backward, each projection reads dy twice and x twice for its adapter's gradients (x A is computed again), and "
     "adds the adapter's part of dx in place; o_proj and down_proj compute dy B twice.",
     "SwiGLU and GeGLU: two reads and a write forward, three reads and three writes backward.",
