@@ -50,9 +50,14 @@ def count_training_step(
             from fastprice_kernels import install
 
             install(model, loss_head=True, last_layer=True)
+    ids = torch.zeros(1, tokens, dtype=torch.int64)
+    batch = {"input_ids": ids, "position_ids": ids, "pack_lengths": (tokens,), "use_cache": False}
+    if kernels:
+        positions = torch.arange(labeled)
+        batch |= {"labels": ids, "label_positions": positions, "num_items_in_batch": labeled}
     counter = TrafficCounter(rank)
     with _as_on_cuda(), _attention(counter), counter:
-        _step(model, counter, tokens, labeled, loss_head=kernels)
+        _step(model, counter, batch)
     return counter.launches
 
 
@@ -120,19 +125,11 @@ def _nf4_weight(rows: int, columns: int) -> nn.Parameter:
     return parameter
 
 
-def _step(model: Any, counter: TrafficCounter, tokens: int, labeled: int, *, loss_head: bool) -> None:
+def _step(model: Any, counter: TrafficCounter, batch: dict[str, Any]) -> None:
     plain_model(model).set_attn_implementation(PACKED_ATTENTION)
-    ids = torch.empty(1, tokens, dtype=torch.int64)
-    batch: dict[str, Any] = {"input_ids": ids, "position_ids": torch.empty_like(ids), "use_cache": False}
-    batch["pack_lengths"] = (tokens,)
     # check_nan would read values; the mode is on for the forward line that it keeps at each node.
     with torch.autograd.set_detect_anomaly(True, check_nan=False), torch.autocast("cpu", torch.bfloat16):
-        if loss_head:
-            positions = torch.empty(labeled, dtype=torch.int64)
-            output = model(**batch, labels=torch.empty_like(ids), label_positions=positions, num_items_in_batch=labeled)
-            loss = output.loss
-        else:
-            loss = decoder_of(model)(**batch).last_hidden_state.sum()
+        loss = model(**batch).loss if "labels" in batch else decoder_of(model)(**batch).last_hidden_state.sum()
     with counter.phase("backward"):
         loss.backward()
 

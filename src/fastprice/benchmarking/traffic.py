@@ -2,8 +2,8 @@
 
 `fastprice bench traffic` counts the operators of the real code (`traffic_counter.py`, `dry_run.py`) with three
 layers and with two: the difference is one inner layer, forward and backward, exactly. Two layers less two inner ones
-are the rest of the step: embedding, last norm, loss, and what the last layer saves. It writes the figures to a file that
-is committed; with `--check` it fails where one rose, or where a layer of ours is above a bar.
+are the rest of the step: embedding, last norm, loss, and what the last layer saves. It writes the figures to a file
+that is committed; with `--check` it fails where one rose, or where a layer of ours is above a bar.
 
 *Eager* is every launch that is no matrix product, attention, dequantization, gated activation, fused norm or fused
 RoPE: norms and RoPE in PyTorch, residual additions, casts, copies, and autograd's sums of gradients. The bars are

@@ -12,12 +12,14 @@ which of the written arguments it does not read, `_PARTLY` what touches only a p
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -192,13 +194,23 @@ class TrafficCounter(TorchDispatchMode):
         return name, ""
 
 
+@cache
 def _short(path: str) -> str:
     """The path from its package on, for a file of `_PACKAGES` other than the benchmarks; "" for any other."""
-    parts = Path(path).parts
-    for i in range(len(parts) - 1, -1, -1):
-        if parts[i] in _PACKAGES:
-            return "" if "benchmarking" in parts[i:] else "/".join(parts[i:])
+    for root in _roots():
+        if path.startswith(root + os.sep):
+            short = os.path.relpath(path, os.path.dirname(root))
+            return "" if short.startswith(os.path.join("fastprice", "benchmarking")) else short
     return ""
+
+
+@cache
+def _roots() -> tuple[str, ...]:
+    """The folders of `_PACKAGES`, those that are installed."""
+    specs = [find_spec(name) for name in _PACKAGES]
+    return tuple(
+        os.fspath(folder) for spec in specs if spec is not None for folder in spec.submodule_search_locations or ()
+    )
 
 
 def _signature(func: Any) -> list[Any]:
@@ -257,17 +269,21 @@ def _moved(func: Any, name: str, given: dict[str, Any], result: Any) -> tuple[in
         size = sum(map(_bytes, _tensors(value)))
         if argument in mutated:
             written += size
-            if argument == "out" or name in _OVERWRITES or argument in _WRITE_ONLY.get(name, ()):
-                continue
-        elif name in _CREATES:
-            continue
-        read += size
+        if _reads(name, argument, argument in mutated, given):
+            read += size
     if not mutated:
         written = sum(map(_bytes, _tensors(result)))
     if name in _LOOKUPS:
         _, *indices = given.values()
         read = written + sum(map(_bytes, _tensors(indices)))
     return read, written
+
+
+def _reads(name: str, argument: str, mutated: bool, given: dict[str, Any]) -> bool:
+    """Whether an operator reads the elements of this argument."""
+    if name in _CREATES or (argument == "self" and given.get("beta") == 0):  # of addmm
+        return False
+    return not (mutated and (argument == "out" or name in _OVERWRITES or argument in _WRITE_ONLY.get(name, ())))
 
 
 def _index_copy(given: dict[str, Any], result: Any) -> tuple[int, int]:
