@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from collections.abc import Callable
 from typing import Any
 
@@ -9,10 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-import fastprice_kernels.ops.completion_cross_entropy
-import fastprice_kernels.ops.lora  # noqa: F401  defines operators
+import fastprice_kernels.ops
 from fastprice.benchmarking import traffic_counter
 from fastprice.benchmarking.traffic_counter import Launch, TrafficCounter
+
+for module in pkgutil.iter_modules(fastprice_kernels.ops.__path__):
+    importlib.import_module(f"fastprice_kernels.ops.{module.name}")  # defines the operators
 
 X, Y = torch.ones(4, 8), torch.ones(4, 8)  # 128 bytes each
 HALF = torch.ones(4, 8, dtype=torch.bfloat16)

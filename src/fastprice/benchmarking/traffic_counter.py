@@ -219,26 +219,20 @@ def _signature(func: Any) -> list[Any]:
 
 
 def _unwritten(func: Any, args: Any, kwargs: Any) -> Any:
-    """What `func` returns, its shapes, strides and dtypes alone; arguments that it returns are themselves."""
-    originals: dict[int, Tensor] = {}
+    """What `func` returns: its shapes, strides and dtypes alone. What works in place returns `self` in any case."""
 
     def to_meta(tensor: Tensor) -> Tensor:
-        meta = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="meta")
-        originals[id(meta)] = tensor
-        return meta
+        return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="meta")
 
     def to_cpu(meta: Tensor) -> Tensor:
-        known = originals.get(id(meta))
-        if known is not None:
-            return known
         return torch.empty_strided(meta.size(), meta.stride(), dtype=meta.dtype)
 
+    if func is torch.ops.aten.mm.dtype:  # a result in another dtype: CUDA only
+        a, b, dtype = args
+        return torch.empty(a.shape[0], b.shape[1], dtype=dtype)
     meta_args, meta_kwargs = tree_map_only(Tensor, to_meta, (args, kwargs))
     if any(argument.name == "device" for argument in func._schema.arguments):
         meta_kwargs = {**meta_kwargs, "device": "meta"}
-    if func is torch.ops.aten.mm.dtype:  # a result in another dtype: CUDA only
-        a, b, dtype = meta_args
-        return torch.empty(a.shape[0], b.shape[1], dtype=dtype)
     return tree_map_only(Tensor, to_cpu, func(*meta_args, **meta_kwargs))
 
 
