@@ -9,7 +9,7 @@ GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null
 UNSLOTH := unsloth==2026.10.7 unsloth_zoo==2026.10.7
 MUTMUT := 3.8.1
 
-.PHONY: demo test lint format docs mutants gpu nano clean
+.PHONY: demo test lint format docs mutants gpu nano traffic clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fastprice demo
@@ -34,6 +34,10 @@ gpu:
 	  --tests "tests/gpu -m 'not slow'" \
 	  --tests "tests/kernels -m 'not interpreter and not slow' -k 'not codegen and not machine_code'" \
 	  --out benchmarks/results
+
+# Launches and bytes of a decoder layer in training, counted without a GPU: none may rise, and the bars must hold.
+traffic: $(VENV)/.installed
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/fastprice bench traffic --check
 
 # The documentation as a site, in site/; a broken link or reference fails.
 docs: $(VENV)/.installed-docs

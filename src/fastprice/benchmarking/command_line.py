@@ -23,6 +23,7 @@ __all__ = ["main"]
 
 _RESULTS = Path("benchmarks/results")
 _STATIC = Path("benchmarks/static.json")
+_TRAFFIC = Path("benchmarks/traffic.json")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -46,6 +47,18 @@ def main(arguments: Sequence[str], prog: str = "fastprice bench") -> int:
         from fastprice.benchmarking.static_figures import check_static, update_static
 
         return check_static(options.file) if options.check else update_static(options.file)
+    if options.command == "traffic":
+        from fastprice.benchmarking.traffic import check_traffic, update_traffic, where_table
+
+        if options.where:
+            print(where_table(options.where))
+            return 0
+        if options.page:
+            from fastprice.benchmarking.step_times import step_time_page
+
+            options.page.write_text(step_time_page(options.file), encoding="utf-8")
+            return 0
+        return check_traffic(options.file) if options.check else update_traffic(options.file)
     return _run(options)
 
 
@@ -85,13 +98,18 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument("--commit", metavar="ID", help="for the record, where the checkout has no .git")
     parser.add_argument("--cpu", action="store_true", help="the CPU, even where there is a GPU")
 
-    commands = parser.add_subparsers(dest="command", metavar="{report,static}")
+    commands = parser.add_subparsers(dest="command", metavar="{report,static,traffic}")
     report = commands.add_parser("report", help="tables and a page of plots from the newest result")
     report.add_argument("folder", type=Path, nargs="?", default=_RESULTS, metavar="DIR", help="default %(default)s")
     report.add_argument("--out", type=Path, dest="page", metavar="FILE", help="the page (default report.html in DIR)")
     static = commands.add_parser("static", help="the kernels' machine code, compiled without a GPU")
     static.add_argument("file", type=Path, nargs="?", default=_STATIC, metavar="FILE", help="default %(default)s")
     static.add_argument("--check", action="store_true", help="compare with FILE instead of writing it")
+    traffic = commands.add_parser("traffic", help="launches and bytes of a layer in training, counted without a GPU")
+    traffic.add_argument("file", type=Path, nargs="?", default=_TRAFFIC, metavar="FILE", help="default %(default)s")
+    traffic.add_argument("--check", action="store_true", help="compare with FILE and the bars instead of writing it")
+    traffic.add_argument("--where", metavar="MODEL", help="only list the lines that issue a layer's eager launches")
+    traffic.add_argument("--page", type=Path, metavar="PAGE", help="only write the table of step times from FILE")
     return parser
 
 
