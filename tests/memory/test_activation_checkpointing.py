@@ -37,8 +37,8 @@ def step(model: Any, *, micro_batches: int = 2, autocast: bool = False) -> list[
 
 
 def assert_equal(actual: list[Tensor], expected: list[Tensor], levels: Sequence[str] = ()) -> None:
-    """Bit for bit, except at "selective" and "mlp" in an fp32 model: a norm makes no fp32 copy of its input there and so
-    adds the input's two gradients before and not after the residual's, by which the last bits may differ."""
+    """Bit for bit, except at "selective" and "mlp" in an fp32 model: a norm makes no fp32 copy of its input there and
+    so adds the input's two gradients before and not after the residual's, by which the last bits may differ."""
     for a, b in zip(actual, expected, strict=True):
         if "selective" in levels or "mlp" in levels:
             assert (a - b).abs().max() <= 2e-6 * b.abs().max()

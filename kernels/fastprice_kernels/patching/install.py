@@ -216,14 +216,14 @@ def _install_decoder_layers(model: nn.Module, made: Installation) -> None:
     for layer in decoder_layers(_causal(model)):
         attention = getattr(layer, ATTENTION, None)
         if isinstance(attention, nn.Module):
-            name = names[attention]
-            reason = _REPLACED if _is_replaced(attention) else unsupported_attention(type(attention))
+            name, attention_class = names[attention], _class_of(attention)
+            reason = _REPLACED if _is_replaced(attention) else unsupported_attention(attention_class)
             if reason is None:
-                ours = MethodType(attention_forward(type(attention)), attention)
+                ours = MethodType(attention_forward(attention_class), attention)
                 _replace(made, [name], attention, "forward", ours, None, "rotary embedding")
             else:
                 made.report.skipped[name] = f"rotary embedding: {reason}"
-        norms = None if _is_replaced(layer) else layer_norms(type(layer))
+        norms = None if _is_replaced(layer) else layer_norms(_class_of(layer))
         if norms is None:
             reason = (
                 _REPLACED if _is_replaced(layer) else "its code is not x + attention(norm(x)), then x + mlp(norm(x))"
@@ -239,6 +239,11 @@ def _install_decoder_layers(model: nn.Module, made: Installation) -> None:
             patch, reader = getattr(layer, norm).__dict__.get(PATCH), getattr(layer, part)
             if isinstance(patch, NormPatch):
                 patch.feeds_projections = all(hasattr(reader, projection) for projection in projections)
+
+
+def _class_of(module: nn.Module) -> Any:
+    """Its class, which can be the key of a cache, though by its type hints it cannot."""
+    return type(module)
 
 
 def _is_replaced(module: nn.Module) -> bool:

@@ -115,9 +115,9 @@ def norm_forward(tape: Tape, shape: ModelShape, batch: MicroBatch, x: Value, *, 
 def _rms(tape: Tape, shape: ModelShape, batch: MicroBatch, x: Value, width: int, rows: int, source: int) -> Value:
     if batch.selective:
         plain = replace(batch, selective=False)
-        statistics = [tape.allocate(4 * rows, "temporary")] if batch.fused else []
-        y = tape.recompute(lambda inner, x: _rms(inner, shape, plain, x, width, rows, source), [x], saves=statistics)
-        tape.release(*statistics)
+        saved = [tape.allocate(4 * rows, "temporary")] if batch.fused else []
+        y = tape.recompute(lambda inner, x: _rms(inner, shape, plain, x, width, rows, source), [x], saves=saved)
+        tape.release(*saved)
         return y
     elements = rows * width
     if batch.fused:

@@ -4,8 +4,8 @@ For every micro-batch size (the requested one, its half, ...; gradient accumulat
 recompute levels (recompute_levels.py): selective recomputation first, which costs a few per cent of a step and frees a
 quarter to a half of what is saved; then gate and up, and the whole of as few layers as possible, at the cost of their
 forward pass; and where even the inputs are too many, offloading of as few inputs as possible. If that does not fit and
-layer offload is allowed, it offloads the frozen weights of as few layers as possible. Of all plans that fit it takes the one
-with the most tokens a second by the limits of roofline.py.
+layer offload is allowed, it offloads the frozen weights of as few layers as possible. Of all plans that fit it takes
+the one with the most tokens a second by the limits of roofline.py.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ class SelectiveRecompute:
         self._patched: list[nn.Module] = []
         self._kernel_norms: list[Any] = []
         for module in layer.modules():
-            patch = module.__dict__.get(_KERNEL_PATCH)
+            patch: Any = module.__dict__.get(_KERNEL_PATCH)
             if hasattr(patch, "on_output"):
                 patch.on_output = self._register
                 self._kernel_norms.append(patch)
