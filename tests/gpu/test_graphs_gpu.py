@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastprice.models.packed_attention import PACKED_ATTENTION, register_packed_attention, varlen_works
+from fastprice.models.attention_backends import varlen_works
+from fastprice.models.packed_attention import PACKED_ATTENTION, register_packed_attention
 from fastprice.prompts.packing import PackCollator, StaticShape, pack_rows
 from fastprice.prompts.template import IGNORE, TrainingRow
 from fastprice.training.cuda_graphs import TOLERANCES, CudaCapture, GraphedStep, unsupported_reason

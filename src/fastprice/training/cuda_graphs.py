@@ -24,7 +24,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from fastprice.models.packed_attention import varlen_works
+from fastprice.models.attention_backends import varlen_works
 
 __all__ = [
     "AUTO_PARAMETERS",
