@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
@@ -163,7 +163,7 @@ def xformers_attention(
     key: Tensor,
     value: Tensor,
     cu_seqlens: Tensor,
-    lengths: tuple[int, ...],
+    lengths: Sequence[int],
     scaling: float | None,
     window: int | None,
 ) -> Tensor:
@@ -182,7 +182,7 @@ def xformers_attention(
 _block_masks: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # cu_seqlens -> window -> mask
 
 
-def _block_mask(cu_seqlens: Tensor, lengths: tuple[int, ...], window: int | None) -> Any:
+def _block_mask(cu_seqlens: Tensor, lengths: Sequence[int], window: int | None) -> Any:
     """xformers' mask of these texts: made once a pack, shared by its layers, its borders on the device already."""
     from xformers.ops.fmha.attn_bias import BlockDiagonalCausalMask
 
@@ -190,7 +190,7 @@ def _block_mask(cu_seqlens: Tensor, lengths: tuple[int, ...], window: int | None
     if window not in masks:
         mask = BlockDiagonalCausalMask.from_seqlens(list(lengths), device=torch.device("cpu"))
         # Detached: another tensor of the same memory, as the dictionary would never forget a key that its value holds.
-        borders = replace(mask.q_seqinfo, seqstart=cu_seqlens.detach())
+        borders = replace(mask.q_seqinfo, seqstart=cu_seqlens.detach()[: len(lengths) + 1])
         mask = replace(mask, q_seqinfo=borders, k_seqinfo=borders)
         masks[window] = mask if window is None else mask.make_local_attention(window)
     return masks[window]

@@ -14,6 +14,7 @@ Legend: T tokens of the pack, H query heads, G key heads, D head dimension. q is
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -45,7 +46,7 @@ def packed_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    pack_lengths: tuple[int, ...] | None = None,
+    pack_lengths: Sequence[int] | None = None,
     cu_seqlens: Tensor | None = None,
     max_seqlen: int = 0,
     scaling: float | None = None,
@@ -91,7 +92,7 @@ def packed_attention(
             )
         ]
         return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
-    borders = borders_of(pack_lengths, query.device) if cu_seqlens is None else cu_seqlens
+    borders = borders_of(tuple(pack_lengths), query.device) if cu_seqlens is None else cu_seqlens
     if chosen == "xformers":
         return xformers_attention(query, key, value, borders, pack_lengths, scaling, window), None
     return varlen_attention(query, key, value, borders, longest, scaling, window), None

@@ -22,6 +22,7 @@ from fastprice.config import TrainConfig
 from fastprice.errors import ConfigError, TrainingError
 from fastprice.memory.recompute_levels import format_recompute_levels
 from fastprice.models.engine import Engine
+from fastprice.offload.host_embedding import has_host_embedding
 from fastprice.prompts.packing import StaticShape, pack_rows
 from fastprice.prompts.template import IGNORE, TrainingRow
 from fastprice.training.auxiliary_losses import AuxiliaryLosses
@@ -108,6 +109,7 @@ def train(
     )
     layers = count_checkpointable_layers(model, engine, options.recompute, cuda_graphs=graphs)
     collator = engine.collator()
+    collator = replace(collator, host_ids=has_host_embedding(model))
     if own_loss:
         collator = replace(collator, positions=True, static=StaticShape.of(packed) if graphs else None)
     steps = max(1, round(settings.epochs * -(-len(packs) // settings.gradient_accumulation)))
