@@ -17,6 +17,7 @@ import torch
 
 from fastprice.errors import ConfigError, TrainingError
 from fastprice.memory.activation_checkpointing import ActivationCheckpointing, checkpointable_layers
+from fastprice.memory.loss_head_costs import LOSS_BYTES
 from fastprice.memory.recompute_controller import (
     CandidateLevels,
     CudaMemoryMeter,
@@ -173,8 +174,12 @@ def controlled_recomputation(
 
 
 @contextmanager
-def installed_kernels(model: Any, engine: Engine, kernels: str) -> Iterator[InstallReport | None]:
+def installed_kernels(
+    model: Any, engine: Engine, kernels: str, *, memory_budget: int | None = None
+) -> Iterator[InstallReport | None]:
     """Installs fastprice_kernels, their loss head included; yields the report, or None if nothing was installed.
+
+    memory_budget: as in `StepOptions`.
 
     An Unsloth of another shape than the kernels were written for keeps the stock path: with a warning for "auto";
     with "on" TrainingError is raised.
@@ -187,7 +192,11 @@ def installed_kernels(model: Any, engine: Engine, kernels: str) -> Iterator[Inst
     own_engine = engine.name == "peft"
     try:
         report = install(
-            model, loss_head=True, last_layer=own_engine, keep_dense=own_engine and fits_dense_weights(model)
+            model,
+            loss_head=True,
+            last_layer=own_engine,
+            keep_dense=own_engine and fits_dense_weights(model),
+            free_loss_bytes=free_loss_bytes(memory_budget),
         )
     except RuntimeError as error:
         if kernels == "on":
@@ -199,6 +208,17 @@ def installed_kernels(model: Any, engine: Engine, kernels: str) -> Iterator[Inst
         yield report
     finally:
         uninstall(model)
+
+
+def free_loss_bytes(memory_budget: int | None) -> int:
+    """Bytes that a chunk of logits may take to read the output layer once: a sixty-fourth of the memory that is free
+    beside the loaded model, within `memory_budget`, and at most the `LOSS_BYTES` that the memory estimate counts."""
+    if not torch.cuda.is_available():
+        return 0
+    free = torch.cuda.mem_get_info()[0]
+    if memory_budget is not None:
+        free = min(free, max(0, memory_budget - torch.cuda.memory_reserved()))
+    return min(LOSS_BYTES, free // 64)
 
 
 def fits_dense_weights(model: Any) -> bool:

@@ -145,7 +145,7 @@ def train(
             _restore_precision(model)
         engine.for_training(model)
         with (
-            installed_kernels(model, engine, options.kernels) as report,
+            installed_kernels(model, engine, options.kernels, memory_budget=options.memory_budget) as report,
             controlled_recomputation(
                 model,
                 layers,
