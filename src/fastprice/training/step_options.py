@@ -29,7 +29,7 @@ from fastprice.memory.recompute_levels import parse_recompute_levels
 from fastprice.models.engine import Engine
 from fastprice.models.peft_engine import compute_dtype
 from fastprice.prompts.template import IGNORE
-from fastprice.training.cuda_graphs import AUTO_PARAMETERS, parameter_count, unsupported_reason
+from fastprice.training.cuda_graphs import AUTO_MICRO_BATCHES, AUTO_PARAMETERS, parameter_count, unsupported_reason
 
 if TYPE_CHECKING:
     from fastprice_kernels import InstallReport
@@ -87,12 +87,29 @@ def uses_kernels(kernels: str) -> bool:
     return kernels == "on" or (kernels == "auto" and torch.cuda.is_available())
 
 
-def uses_cuda_graphs(cuda_graphs: str, model: Any, engine: Engine, *, kernels: bool, auxiliary: bool) -> bool:
+def uses_cuda_graphs(
+    cuda_graphs: str,
+    model: Any,
+    engine: Engine,
+    *,
+    kernels: bool,
+    auxiliary: bool,
+    recompute: str = "auto",
+    micro_batches: int | None = None,
+) -> bool:
     """Whether steps are to be captured: `cuda_graphs` is "on", "off" or "auto".
 
-    auxiliary: whether there are auxiliary losses. Raises ConfigError for an "on" that is unsupported.
+    "auto" captures where it is supported and pays: models of at most `AUTO_PARAMETERS`, since larger ones are bound by
+    arithmetic; at least `AUTO_MICRO_BATCHES`, since recording and check cost about eight; adapters alone, since the
+    check holds three more copies of the trainable weights.
+
+    auxiliary      whether there are auxiliary losses
+    recompute      the setting
+    micro_batches  of the whole training; None: unknown, but many
+
+    Raises ConfigError for an "on" that is unsupported.
     """
-    if cuda_graphs == "off" or (cuda_graphs == "auto" and parameter_count(model) > AUTO_PARAMETERS):
+    if cuda_graphs == "off" or (cuda_graphs == "auto" and not _pays(model, recompute, micro_batches)):
         return False
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     reason = unsupported_reason(model, engine.name, kernels=kernels, dtype=compute_dtype(), processes=processes)
@@ -101,6 +118,18 @@ def uses_cuda_graphs(cuda_graphs: str, model: Any, engine: Engine, *, kernels: b
     if reason is not None and cuda_graphs == "on":
         raise ConfigError(f"cuda_graphs: on, but {reason}; use cuda_graphs='auto' or 'off'")
     return reason is None
+
+
+def _pays(model: Any, recompute: str, micro_batches: int | None) -> bool:
+    """Whether "auto" wants a capture, supported or not. Inputs that are offloaded, which the user chose, forbid it."""
+    trainable = sum(each.numel() for each in model.parameters() if each.requires_grad)
+    parameters = parameter_count(model)
+    return (
+        parameters <= AUTO_PARAMETERS
+        and trainable <= parameters / 4
+        and (micro_batches is None or micro_batches >= AUTO_MICRO_BATCHES)
+        and "offload" not in recompute
+    )
 
 
 def count_checkpointable_layers(model: Any, engine: Engine, recompute: str, *, cuda_graphs: bool) -> int | None:

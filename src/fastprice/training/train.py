@@ -105,7 +105,13 @@ def train(
     packs = Dataset.from_list(packed)
     own_loss = uses_kernels(options.kernels) and engine.name == "peft"
     graphs = uses_cuda_graphs(
-        settings.cuda_graphs, model, engine, kernels=uses_kernels(options.kernels), auxiliary=auxiliary is not None
+        settings.cuda_graphs,
+        model,
+        engine,
+        kernels=uses_kernels(options.kernels),
+        auxiliary=auxiliary is not None,
+        recompute=options.recompute,
+        micro_batches=round(settings.epochs * len(packed)),
     )
     layers = count_checkpointable_layers(model, engine, options.recompute, cuda_graphs=graphs)
     collator = engine.collator()
