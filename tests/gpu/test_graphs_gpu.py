@@ -134,7 +134,7 @@ def test_a_replay_of_stale_weights_is_noticed() -> None:
     graphed = GraphedStep(with_a_stale_copy, trained(model), tolerance=1e-3)
     first, second, third, *_ = batches()
     graphed(first)
-    with pytest.warns(UserWarning, match="CUDA graphs stay off: a replayed step gives another"):
+    with pytest.warns(UserWarning, match="CUDA graphs stay off: a replayed step computes another"):
         graphed(second)
     assert graphed.state == "eager"
     graphed(third)

@@ -165,9 +165,10 @@ def _forward_with_loss(self: Any, patch: LossPatch, positions: Tensor | None, kw
         kwargs |= {} if rows is None else {ROWS: rows}
     outputs = getattr(self, self.base_model_prefix)(**kwargs)
     hidden = outputs.last_hidden_state
-    if positions is not None or rows is not None:
+    located = positions if rows is None else rows
+    if located is not None:
         # The budget of a chunk counts all positions: gathering the labeled ones takes no memory away from it.
-        count = (positions if rows is None else rows).numel()
+        count = located.numel()
         trains = lm_head.weight.requires_grad and torch.is_grad_enabled()
         capped = patch.softcap is not None
         chunk = chunk_rows(hidden, lm_head.weight, labels.numel(), count, capped=capped, trains=trains, free=patch.free)
