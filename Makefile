@@ -28,10 +28,12 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 
 # Everything that a rented GPU can show in nine minutes, without network and without installing fastprice: its tests
-# first, without those that read machine code or run in Triton's interpreter, which need no GPU.
+# first, training steps before all others, without those that read machine code or run in Triton's interpreter, which
+# need no GPU.
 gpu:
 	PYTHONPATH=src:kernels $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m fastprice.benchmarking --minutes 9 \
-	  --tests "tests/gpu -m 'not slow'" \
+	  --tests "tests/gpu/test_training_steps_gpu.py" \
+	  --tests "tests/gpu -m 'not slow' --ignore tests/gpu/test_training_steps_gpu.py" \
 	  --tests "tests/kernels -m 'not interpreter and not slow' -k 'not codegen and not machine_code'" \
 	  --out benchmarks/results
 

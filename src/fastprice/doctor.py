@@ -6,11 +6,14 @@ import platform
 import shutil
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from fastprice import __version__
 
-__all__ = ["Finding", "examine"]
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Finding", "attention_finding", "examine"]
 
 REQUIRED = ("torch", "triton", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets")
 OPTIONAL = {"unsloth": "pip install 'fastprice[gpu]'", "xformers": "pip install 'fastprice[gpu]'"}
@@ -80,9 +83,24 @@ def _gpu_findings() -> list[Finding]:
     for name, remedy in OPTIONAL.items():
         found = _version(name)
         findings.append(Finding("ok", f"{name} {found}") if found else Finding("warning", f"{name} is missing", remedy))
+    if _version("transformers"):
+        from fastprice.models.peft_engine import compute_dtype
+
+        findings.append(attention_finding("cuda", compute_dtype()))
     if shutil.which("nvidia-smi"):
         findings += _power_findings()
     return findings
+
+
+def attention_finding(device: str, dtype: torch.dtype) -> Finding:
+    """Which attention of packs runs on this kind of device in this dtype, and why none that is better."""
+    from fastprice.models.attention_backends import attention_choice
+
+    choice = attention_choice(device, dtype)
+    if choice.shortfall:
+        return Finding("warning", choice.shortfall)
+    others = "".join(f"; {name}: {why}" for name, why in choice.failures.items())
+    return Finding("ok", f"attention of packs: {choice.backend}{others}")
 
 
 def _power_findings() -> list[Finding]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 
-from fastprice.models import packed_attention as attention
+from fastprice.models import attention_backends
+from fastprice.models.attention_backends import backend, borders_of
+from fastprice.models.packed_attention import packed_attention
 
 pytestmark = [
     pytest.mark.gpu,
@@ -19,16 +19,14 @@ LENGTHS = (33, 1, 128, 7, 300)
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("window", [None, 40])
-@pytest.mark.parametrize("way", ["_xformers_attention", "_varlen_attention", "static"])
+@pytest.mark.parametrize("way", ["xformers", "varlen", "static"])
 def test_backends_agree_with_one_call_a_text(way: str, window: int | None, dtype: torch.dtype) -> None:
     """ "static": borders as a pack of one static shape has them, with texts of no tokens at the end."""
-    texts: tuple[Any, ...] = (LENGTHS,)
-    if way == "_xformers_attention":
+    if way == "xformers":
         pytest.importorskip("xformers")
-    else:
-        lengths = (*LENGTHS, 0, 0, 0) if way == "static" else LENGTHS
-        longest = 320 if way == "static" else max(LENGTHS)
-        texts, way = (attention._borders(lengths, torch.device("cuda")), longest), "_varlen_attention"
+    lengths = (*LENGTHS, 0, 0, 0) if way == "static" else LENGTHS
+    borders = borders_of(lengths, torch.device("cuda"))
+    longest = 320 if way == "static" else max(LENGTHS)
     torch.manual_seed(0)
     tokens = sum(LENGTHS)
     shapes = ((1, 8, tokens, 64), (1, 2, tokens, 64), (1, 2, tokens, 64))
@@ -36,11 +34,12 @@ def test_backends_agree_with_one_call_a_text(way: str, window: int | None, dtype
     truths = [each.detach().double().requires_grad_() for each in inputs]
     weight = torch.randn(1, tokens, 8, 64, device="cuda", dtype=dtype)
 
-    output = getattr(attention, way)(*inputs, *texts, None, window)
+    if way == "xformers":
+        output = attention_backends.xformers_attention(*inputs, borders, LENGTHS, None, window)
+    else:
+        output = attention_backends.varlen_attention(*inputs, borders, longest, None, window)
     (output * weight).sum().backward()
-    truth, _ = attention.packed_attention(
-        torch.nn.Identity(), *truths, None, pack_lengths=LENGTHS, sliding_window=window
-    )
+    truth, _ = packed_attention(torch.nn.Identity(), *truths, None, pack_lengths=LENGTHS, sliding_window=window)
     (truth * weight.double()).sum().backward()
 
     band = 2e-2 if dtype == torch.bfloat16 else 4e-3
@@ -52,4 +51,4 @@ def test_backends_agree_with_one_call_a_text(way: str, window: int | None, dtype
 
 
 def test_a_backend_of_flash_kind_is_found() -> None:
-    assert attention.backend("cuda", torch.float16) in ("xformers", "varlen")
+    assert backend("cuda", torch.float16) in ("xformers", "varlen")

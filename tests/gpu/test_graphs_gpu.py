@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastprice.models.packed_attention import PACKED_ATTENTION, register_packed_attention, varlen_works
+from fastprice.models.attention_backends import varlen_works
+from fastprice.models.packed_attention import PACKED_ATTENTION, register_packed_attention
 from fastprice.prompts.packing import PackCollator, StaticShape, pack_rows
 from fastprice.prompts.template import IGNORE, TrainingRow
 from fastprice.training.cuda_graphs import TOLERANCES, CudaCapture, GraphedStep, unsupported_reason
@@ -133,7 +134,7 @@ def test_a_replay_of_stale_weights_is_noticed() -> None:
     graphed = GraphedStep(with_a_stale_copy, trained(model), tolerance=1e-3)
     first, second, third, *_ = batches()
     graphed(first)
-    with pytest.warns(UserWarning, match="CUDA graphs stay off: a replayed step gives another"):
+    with pytest.warns(UserWarning, match="CUDA graphs stay off: a replayed step computes another"):
         graphed(second)
     assert graphed.state == "eager"
     graphed(third)

@@ -16,6 +16,7 @@ from fastprice.memory.activation_checkpointing import ActivationCheckpointing
 from fastprice.models.parts import decoder_layers
 from fastprice.offload import offload_layers, spread_layers
 from fastprice.offload.device_transfers import SimulatedTransfers
+from fastprice.offload.host_embedding import has_host_embedding
 from fastprice.offload.host_layer import frozen_linears
 from fastprice_kernels import installed
 
@@ -284,6 +285,23 @@ def test_the_embedding_on_the_host(make_model, step):
     assert torch.equal(table, before)
     with pytest.raises(ConfigError, match="tied to lm_head"):
         offload_layers(make_model("qwen2"), 2, host_embedding=True)
+
+
+def test_token_ids_on_the_host_are_looked_up_without_those_on_the_device(make_model):
+    model = make_model().eval()
+    ids = torch.randint(0, 97, (1, 12), generator=torch.Generator().manual_seed(4))
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        assert not has_host_embedding(model)
+        with offload_layers(model, 5, host_embedding=True):
+            assert has_host_embedding(model)
+            unread = torch.zeros_like(ids)  # would be copied to the host, which waits for the device
+            assert torch.equal(model(input_ids=unread, host_input_ids=ids.numpy()).logits, expected)
+            assert torch.equal(model(input_ids=ids).logits, expected)  # no ids of an earlier pass
+            with pytest.raises(ValueError, match="host_input_ids"):
+                model(input_ids=ids, host_input_ids=ids[:, 1:].numpy())
+        assert not has_host_embedding(model)
+        assert torch.equal(model(input_ids=ids).logits, expected)
 
 
 def test_a_save_of_the_adapter_needs_no_base_weights(make_model, tmp_path):

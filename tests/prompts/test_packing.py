@@ -8,7 +8,7 @@ from transformers import Gemma2Config, LlamaConfig, MistralConfig, PreTrainedCon
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from fastprice.errors import ConfigError
-from fastprice.models.packed_attention import PACKED_ATTENTION, register_packed_attention
+from fastprice.models.packed_attention import PACKED_ATTENTION, packed_attention, register_packed_attention
 from fastprice.prompts import packing
 from fastprice.prompts.packing import PackCollator, best_fit, pack_rows
 from fastprice.prompts.template import IGNORE, TrainingRow
@@ -127,10 +127,28 @@ def test_packed_attention_without_lengths_says_how_to_collate() -> None:
 
 def test_the_collator_restarts_positions_and_hides_each_first_token() -> None:
     rows = [TrainingRow([5, 6], [5, 6], 0), TrainingRow([7, 8, 9], [7, 8, 9], 0)]
-    batch = PackCollator("packed_seq_lengths", as_tensor=True)(pack_rows(rows, 8))
-    assert sorted(batch["packed_seq_lengths"].tolist()) == [2, 3]
-    assert batch["packed_seq_lengths"].dtype == torch.int32
+    batch = PackCollator()(pack_rows(rows, 8))
+    assert sorted(batch["pack_lengths"]) == [2, 3]
     starts = (batch["position_ids"] == 0).nonzero()[:, 1]
     assert len(starts) == 2
     assert (batch["labels"][0, starts] == IGNORE).all()
     assert batch["input_ids"].shape == batch["labels"].shape == batch["position_ids"].shape == (1, 5)
+
+
+def test_the_collator_gives_the_borders_of_the_texts_and_their_ids_on_the_host() -> None:
+    rows = rows_of([5, 9, 3])
+    packs = pack_rows(rows, 9)
+    assert len(packs) == 2
+    batch = PackCollator(host_ids=True)(packs)
+    assert batch["cu_seqlens"].dtype == torch.int32
+    assert batch["cu_seqlens"].tolist() == [0, *itertools.accumulate(batch["pack_lengths"])]
+    assert batch["max_seqlen"] == 9
+    assert not isinstance(batch["host_input_ids"], torch.Tensor)  # a trainer would copy it to the device
+    assert batch["host_input_ids"].tolist() == batch["input_ids"].tolist()
+    assert "host_input_ids" not in PackCollator()(packs)
+
+
+def test_lengths_that_leave_tokens_out_need_borders() -> None:
+    q = torch.zeros(1, 1, 8, 4)
+    with pytest.raises(ConfigError, match="add up to 7, the pack has 8"):
+        packed_attention(torch.nn.Identity(), q, q, q, None, pack_lengths=(3, 4))

@@ -16,13 +16,17 @@ from torch import Tensor, nn
 
 import fastprice.training.cuda_graphs
 from fastprice import PriceEstimator
+from fastprice.config import TrainConfig
 from fastprice.data.synthetic import make_synthetic_items
 from fastprice.errors import ConfigError
 from fastprice.models.packed_attention import PACKED_ATTENTION, register_packed_attention
+from fastprice.models.peft_engine import PeftEngine
 from fastprice.prompts.packing import PackCollator, StaticShape, pack_rows
 from fastprice.prompts.template import IGNORE, TrainingRow
 from fastprice.training import step_options
 from fastprice.training.cuda_graphs import TOLERANCES, GraphedStep, parameter_count, unsupported_reason
+from fastprice.training.step_options import uses_cuda_graphs
+from fastprice.training.train import train
 from fastprice_kernels import install
 
 SIZES = {
@@ -287,7 +291,9 @@ def test_a_batch_of_another_shape_is_refused() -> None:
 # Through a training
 
 
-def test_training_with_cuda_graphs_has_the_losses_of_eager_training(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def taped(monkeypatch: pytest.MonkeyPatch) -> list[GraphedStep]:
+    """The graphed steps of trainings, captured on a tape."""
     made: list[GraphedStep] = []
 
     class Taped(GraphedStep):
@@ -295,22 +301,79 @@ def test_training_with_cuda_graphs_has_the_losses_of_eager_training(monkeypatch:
             super().__init__(*arguments, **options, capture=TapeCapture)
             made.append(self)
 
-    def losses(graphs: str) -> list[float]:
-        options = {"base": "nano", "epochs": 1.0, "max_tokens": 96, "pack_tokens": 512, "evaluations": 1}
-        estimator = PriceEstimator(**options, gradient_accumulation=2, kernels="on", cuda_graphs=graphs)
-        estimator.fit(make_synthetic_items(100, seed=2), make_synthetic_items(20, seed=5))
-        assert estimator.training_.tokens == tokens.setdefault("all", estimator.training_.tokens)
-        return [event.loss for event in estimator.training_.events if event.loss is not None]
-
-    tokens: dict[str, int] = {}
     monkeypatch.setattr("fastprice.training.trainer.GraphedStep", Taped)
-    want = losses("off")
+    return made
+
+
+def fitted(cuda_graphs: str, **options: Any) -> PriceEstimator:
+    settings = {"base": "nano", "rank": 4, "max_tokens": 96, "pack_tokens": 512, "evaluations": 1, "kernels": "on"}
+    estimator = PriceEstimator(**{**settings, **options}, gradient_accumulation=2, cuda_graphs=cuda_graphs)
+    return estimator.fit(make_synthetic_items(100, seed=2), make_synthetic_items(20, seed=5))
+
+
+@pytest.mark.parametrize("setting", ["on", "auto"])
+def test_training_with_cuda_graphs_has_the_losses_of_eager_training(
+    setting: str, taped: list[GraphedStep], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    want = fitted("off").training_
     monkeypatch.setattr(step_options, "unsupported_reason", lambda *a, **k: None)
+    monkeypatch.setattr(step_options, "AUTO_MICRO_BATCHES", 8)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        got = losses("on")
-    assert got == pytest.approx(want, rel=2e-4)
-    assert [graphed.state for graphed in made] == ["trusted"]
+        got = fitted(setting).training_
+    assert got.tokens == want.tokens
+    assert [event.loss for event in got.events if event.loss] == pytest.approx(
+        [event.loss for event in want.events if event.loss], rel=2e-4
+    )
+    assert [graphed.state for graphed in taped] == ["trusted"]
+
+
+def test_auto_is_the_default_and_captures_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert TrainConfig().cuda_graphs == "auto"
+    monkeypatch.setattr(step_options, "unsupported_reason", lambda *a, **k: None)
+    model = model_with_kernels()
+
+    def captures(setting: str = "auto", model: Any = model, **changed: Any) -> bool:
+        facts: dict[str, Any] = {"kernels": True, "auxiliary": False, "micro_batches": 64}
+        return uses_cuda_graphs(setting, model, PeftEngine(), **{**facts, **changed})
+
+    assert captures()
+    for changed in ({"micro_batches": 63}, {"recompute": "1 offload, 1 full"}):
+        assert not captures(**changed)
+        assert captures("on", **changed)
+    assert captures(recompute="selective")
+    assert not captures(auxiliary=True)
+    assert not captures("off")
+    every_weight = model_with_kernels().requires_grad_(True)
+    assert not captures(model=every_weight)
+    assert captures("on", model=every_weight)
+    monkeypatch.setattr(step_options, "AUTO_PARAMETERS", parameter_count(model) - 1)
+    assert not captures()
+    assert captures("on")
+
+
+def test_an_evaluation_that_runs_out_of_memory_beside_the_graph_ends_it(
+    taped: list[GraphedStep], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluations: list[str] = []
+
+    def train_beside_a_full_memory(
+        engine: Any, model: Any, tokenizer: Any, rows: Any, validate: Any, *a: Any, **k: Any
+    ) -> Any:
+        def fails_beside_a_graph() -> float:
+            evaluations.append(taped[0].state)
+            if taped[0].state == "trusted":
+                raise torch.OutOfMemoryError("no memory")
+            return float(validate())
+
+        return train(engine, model, tokenizer, rows, fails_beside_a_graph, *a, **k)
+
+    monkeypatch.setattr("fastprice.training.train.train", train_beside_a_full_memory)
+    monkeypatch.setattr(step_options, "unsupported_reason", lambda *a, **k: None)
+    with pytest.warns(UserWarning, match="CUDA graphs stay off: an evaluation ran out of memory beside the graph"):
+        estimator = fitted("on", epochs=2.0, evaluations=2)
+    assert evaluations == ["trusted", "eager", "eager"]
+    assert sum(event.eval_mae is not None for event in estimator.training_.events) == 2
 
 
 def test_unsupported_graphs_are_refused_when_on_and_skipped_when_auto() -> None:

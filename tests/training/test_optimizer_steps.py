@@ -16,6 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from fastprice import Item, PriceEstimator
 from fastprice.prompts.packing import pack_rows
 from fastprice.prompts.template import encode_rows
+from fastprice.training.train import train
 
 PACK = 128  # tokens; a row of LONG takes more than half of it, so no pack holds two
 LONG = "word " * 200
@@ -117,3 +118,31 @@ def test_the_rate_rises_over_the_warmup_and_falls_along_a_cosine(fit: Fit, steps
     items = [Item(LONG, 10.0 * (n + 1)) for n in range(5)]
     fit(items, warmup_ratio=0.4, learning_rate=1e-3)
     assert steps.rates == pytest.approx([0.0, 0.5e-3, 1e-3, 0.75e-3, 0.25e-3])
+
+
+def test_the_fused_optimizer_of_cuda_takes_the_steps_of_the_one_of_a_cpu(
+    fit: Fit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`sft_config` takes the fused one on CUDA; here it runs on the CPU. Both clip, in fp32 and on the device."""
+    fits = {}
+    for optimizer in ("adamw_torch", "adamw_torch_fused"):
+
+        def set_optimizer(trainer: Any, optimizer: str = optimizer) -> None:
+            assert trainer.args.optim == "adamw_torch"
+            trainer.args.optim = optimizer
+
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                "fastprice.training.train.train",
+                lambda *a, set_optimizer=set_optimizer, **k: train(*a, **k | {"on_trainer": set_optimizer}),
+            )
+            fits[optimizer] = fit(UNEVEN, epochs=8.0, learning_rate=1e-2)
+    stock, fused = fits.values()
+    losses = [[event.loss for event in each.training_.events] for each in (stock, fused)]
+    assert len(losses[0]) == 16
+    assert losses[0][-1] is not None
+    assert losses[0][0] is not None
+    assert losses[0][-1] < losses[0][0]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    for (name, one), (_, other) in zip(stock.model.named_parameters(), fused.model.named_parameters(), strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-3, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")

@@ -61,7 +61,7 @@ class LossSums(NamedTuple):
 
 
 def _chunk_rows(
-    positions: int, labeled: int, vocabulary: int, width: int, itemsize: int, spare: int, grad_weight: bool
+    positions: int, labeled: int, vocabulary: int, width: int, itemsize: int, spare: int, grad_weight: bool, free: int
 ) -> int:
     """`chunk_rows` from sizes; `spare`: bytes that each logit needs beside its own."""
     logits = positions * vocabulary * itemsize
@@ -69,25 +69,35 @@ def _chunk_rows(
         budget = _SPARSE_BUDGET * logits
     else:
         budget = _BUDGET * logits - positions * width * itemsize
-    rows = int(budget / (vocabulary * (itemsize + spare) + 2 * width * itemsize)) // 8 * 8
-    return min(max(labeled, 1), max(rows, _FEWEST_ROWS, width // 8 if grad_weight else 0))
+    row = vocabulary * (itemsize + spare) + 2 * width * itemsize
+    rows = max(int(budget / row) // 8 * 8, _FEWEST_ROWS, width // 8 if grad_weight else 0)
+    if free // row > rows:
+        chunks = -(-labeled // (free // row)) or 1
+        rows = max(rows, -(-labeled // chunks))  # no chunk of a few rows at the end, which reads W as a whole one does
+    return min(max(labeled, 1), rows)
 
 
-def chunk_rows(hidden: Tensor, weight: Tensor, positions: int, labeled: int, *, capped: bool, trains: bool) -> int:
+def chunk_rows(
+    hidden: Tensor, weight: Tensor, positions: int, labeled: int, *, capped: bool, trains: bool, free: int = 0
+) -> int:
     """The rows C of a chunk, for `labeled` of `positions` with hidden states like `hidden` (..., D).
 
     As many as fit 4.5 % of the bytes of all logits with dH inside it, or 1 % without dH where at most a twentieth is
-    labeled. For 4,096 x 128,256 in bf16 with D = 4,096 that is 48 rows, or 32 where 82 positions are labeled.
+    labeled. For 4,096 x 128,256 in bf16 with D = 4,096 that is 48 rows, or 32 where 82 positions are labeled. With
+    `free` bytes of memory, which nothing else needs, as many as fit those, if more, in chunks of equal size: each chunk
+    reads W twice, so 180 labeled rows at 32 a chunk read it twelve times and in one chunk (49 MB) twice: 2.9 and
+    0.49 ms for that W on an H200 (4.3 TB/s), predicted from the bytes.
 
     Args:
         weight: (V, D).
         capped: whether the logits have a softcap.
         trains: whether `weight` gets a gradient. It adds up over chunks in the dtype of the weight, so a chunk then has
             at least D / 8 rows: few additions in bf16.
+        free: bytes that a chunk may take at any rate.
     """
     on_cpu = not hidden.is_cuda
     spare = 4 * (hidden.itemsize < 4) + 4 * capped if on_cpu else 0
-    return _chunk_rows(positions, labeled, weight.shape[0], weight.shape[1], hidden.itemsize, spare, trains)
+    return _chunk_rows(positions, labeled, weight.shape[0], weight.shape[1], hidden.itemsize, spare, trains, free)
 
 
 def _sums_in_chunks(

@@ -48,6 +48,7 @@ class LossPatch:
         rows: whether the last layer runs at labeled positions alone.
         softcap, scale: of the logits.
         output: the class of the result.
+        free: bytes that a chunk of logits may take at any rate (`chunk_rows`).
     """
 
     previous: Callable[..., Any] | None
@@ -55,6 +56,7 @@ class LossPatch:
     softcap: float | None
     scale: float
     output: type[Any]
+    free: int
 
 
 def unsupported_loss(causal: Any) -> str | None:
@@ -164,11 +166,14 @@ def _forward_with_loss(self: Any, patch: LossPatch, positions: Tensor | None, kw
         kwargs |= {} if rows is None else {ROWS: rows}
     outputs = getattr(self, self.base_model_prefix)(**kwargs)
     hidden = outputs.last_hidden_state
-    if rows is not None:
+    located = positions if rows is None else rows
+    if located is not None:
         # The budget of a chunk counts all positions: gathering the labeled ones takes no memory away from it.
+        count = located.numel()
         trains = lm_head.weight.requires_grad and torch.is_grad_enabled()
         capped = patch.softcap is not None
-        chunk = chunk_rows(hidden, lm_head.weight, labels.numel(), rows.numel(), capped=capped, trains=trains)
+        chunk = chunk_rows(hidden, lm_head.weight, labels.numel(), count, capped=capped, trains=trains, free=patch.free)
+    if rows is not None:
         labels = labels.reshape(-1)[rows][None]
         positions = torch.arange(rows.numel(), device=labels.device)
     sums = cross_entropy_sums(

@@ -63,6 +63,7 @@ def install(
     last_layer: bool = False,
     keep_dense: bool = False,
     augmented: bool = False,
+    free_loss_bytes: int = 0,
 ) -> InstallReport:
     """Puts the kernels under a PEFT or Unsloth model, or a plain transformers model with 4-bit layers.
 
@@ -73,6 +74,8 @@ def install(
         keep_dense: under activation checkpointing save a layer's dequantized weights from its recomputation to its
             backward: a step dequantizes twice instead of three times, for the memory of one layer's weights.
         augmented: the augmented form of the LoRA products (see ops/lora_products.py).
+        free_loss_bytes: bytes of memory, needed by nothing else, that a chunk of `loss_head` may take: enough of them
+            read the output layer once a product, not once for each of many chunks (`chunk_rows`).
 
     Installing again changes nothing, or the options. Layers that stay stock are in the report and in one warning.
 
@@ -86,7 +89,7 @@ def install(
     """
     if last_layer and not loss_head:
         raise ValueError("last_layer=True computes nothing at positions without a label: it needs loss_head=True")
-    options = Options(loss_head, last_layer, keep_dense, augmented)
+    options = Options(loss_head, last_layer, keep_dense, augmented, free_loss_bytes)
     before: Installation | None = model.__dict__.get(_INSTALLATION)
     if before is not None:
         if before.options == options:
@@ -311,7 +314,9 @@ def _install_loss(model: nn.Module, made: Installation) -> None:
         rows = reason is None
         if reason is not None:
             made.report.skipped[f"{name}, last layer"] = f"the last layer: {reason}"
-    patch = LossPatch(causal.__dict__.get("forward"), rows, *logit_transform(causal), output_class())
+    softcap, scale = logit_transform(causal)
+    free = made.options.free_loss_bytes
+    patch = LossPatch(causal.__dict__.get("forward"), rows, softcap, scale, output_class(), free)
     ours = MethodType(loss_forward(type(causal)), causal)
     _replace(made, [name], causal, "forward", ours, patch, "completion_cross_entropy")
 

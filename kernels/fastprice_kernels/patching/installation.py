@@ -39,6 +39,7 @@ class Options:
     last_layer: bool = False
     keep_dense: bool = False
     augmented: bool = False
+    free_loss_bytes: int = 0
 
 
 @dataclass

@@ -149,7 +149,7 @@ def _computes_layer(kind: type[nn.Module], norms: LayerNorms) -> bool:
     return _computes(kind, parts, between + after(norms.after_feed_forward, mixed))
 
 
-def norm_kind(module: nn.Module) -> tuple[str, str] | None:
+def norm_kind(module: Any) -> tuple[str, str] | None:
     """(one of `NORMS`, the name of the attribute with its eps) of a norm, by its values; None for any other module."""
     eps = next((name for name in EPS if isinstance(getattr(module, name, None), float)), None)
     weight = module._parameters.get("weight")

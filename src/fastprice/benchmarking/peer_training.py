@@ -20,8 +20,8 @@ from fastprice.benchmarking.peers import PEERS, Peer
 from fastprice.benchmarking.step_probe import WARMUP, MeasurementDone, StepProbe
 from fastprice.benchmarking.workload import draw_rows, shape_of, step_flops
 from fastprice.errors import ConfigError, nearest_name
+from fastprice.models.attention_backends import backend
 from fastprice.models.families import lora_targets
-from fastprice.models.packed_attention import backend
 from fastprice.models.peft_engine import compute_dtype
 from fastprice.prompts.template import IGNORE, TrainingRow
 

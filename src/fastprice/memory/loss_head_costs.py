@@ -10,9 +10,10 @@ from fastprice.memory.layer_costs import MicroBatch, norm_forward, replace_value
 from fastprice.memory.tape import Tape, Value
 from fastprice.models.shapes import ModelShape
 
-__all__ = ["evaluation_logits", "loss_head"]
+__all__ = ["LOSS_BYTES", "evaluation_logits", "loss_head"]
 
-_CHUNK = 256  # rows of TRL's chunked loss, and of fastprice's
+LOSS_BYTES = 128 * 2**20  # most that a chunk of logits takes for the sake of speed in fastprice's loss
+_CHUNK = 256  # rows of TRL's chunked loss; fastprice's takes no more, unless they fit LOSS_BYTES
 
 
 def loss_head(
@@ -71,6 +72,8 @@ def _chunked_loss(tape: Tape, shape: ModelShape, batch: MicroBatch, hidden: Valu
     # both; recomputed under a soft cap also its tanh, which is saved. fastprice's loss has the logits in bf16 and in
     # fp32, and turns the latter into the gradient.
     cell = (6 if batch.fused else 16) * chunk * shape.vocabulary
+    if batch.fused:
+        cell = max(cell, min(2 * rows * shape.vocabulary, LOSS_BYTES))
     backward = cell + (4 * chunk * shape.vocabulary if shape.logit_softcap else 0)
     weight_copy = []
     if batch.method == "full":

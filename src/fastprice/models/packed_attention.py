@@ -1,22 +1,20 @@
 """Causal attention within each text of a pack, as one of transformers' attention implementations.
 
-On CUDA: xformers' memory-efficient attention under a `BlockDiagonalCausalMask` where xformers has a kernel for the
-inputs, else PyTorch's `varlen_attn` (Flash Attention). On a CPU, and for soft-capped scores (Gemma 2), for which
-neither has a backward pass: one call a text, which still beats a padded batch, where the padding would be computed too.
+On CUDA a fused kernel (`fastprice.models.attention_backends`). On a CPU, and for soft-capped scores
+(Gemma 2), for which no such kernel has a backward pass: one call a text, which still beats a padded batch, where the
+padding would be computed too.
 
-Packs of one static shape (`fastprice.prompts.packing.StaticShape`) carry `cu_seqlens` as a device tensor whose values
-the host never reads, so they go to `varlen_attn`: a `BlockDiagonalCausalMask` is built from lengths on the host, which
-a CUDA graph would freeze. On a CPU they go through one masked call over the whole pack.
+The collator gives the borders of the texts as `cu_seqlens`, so that no layer copies them to the device. Packs of one
+static shape (`fastprice.prompts.packing.StaticShape`) are padded beyond the lengths that the host knows; they go to
+`varlen_attn`, which reads the borders on the device alone: lengths on the host would be frozen in a CUDA graph. On a
+CPU they go through one masked call over the whole pack.
 
 Legend: T tokens of the pack, H query heads, G key heads, D head dimension. q is (1, H, T, D); k, v are (1, G, T, D).
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
-from functools import cache, lru_cache
-from itertools import accumulate
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,8 +22,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastprice.errors import ConfigError
+from fastprice.models.attention_backends import borders_of, choose_attention, varlen_attention, xformers_attention
 
-__all__ = ["PACKED_ATTENTION", "backend", "packed_attention", "register_packed_attention", "varlen_works"]
+__all__ = ["PACKED_ATTENTION", "packed_attention", "register_packed_attention"]
 
 PACKED_ATTENTION = "fastprice_packed"
 
@@ -47,7 +46,7 @@ def packed_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    pack_lengths: tuple[int, ...] | None = None,
+    pack_lengths: Sequence[int] | None = None,
     cu_seqlens: Tensor | None = None,
     max_seqlen: int = 0,
     scaling: float | None = None,
@@ -58,132 +57,45 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """Attention in transformers' interface: q, k, v as in the legend; returns ((1, T, H, D), None).
 
-    `pack_lengths` are the tokens of each text, adding up to T; `sliding_window` includes the query's own position. A
-    pack of one static shape has `cu_seqlens` instead: int32 (texts + 1,) from 0 to T, no text above `max_seqlen`
-    tokens. Raises ConfigError without either: attention over a whole pack would be silently wrong.
+    `pack_lengths` are the tokens of each text, adding up to T, and `cu_seqlens` their borders on the device, int32
+    (texts + 1,) from 0 to T, with no text above `max_seqlen` tokens; without it each new lengths cost a copy.
+    `sliding_window` includes the query's own position. A pack of one static shape has `cu_seqlens` of T tokens, and
+    lengths of fewer or none. Raises ConfigError without either: attention over a whole pack would be silently wrong.
     """
-    if cu_seqlens is not None:
-        if softcap is not None or dropout:
-            raise ConfigError(
-                "packs of one static shape: this model caps or drops attention scores; use cuda_graphs='off'"
-            )
-        window = None if sliding_window is None or max_seqlen <= sliding_window else sliding_window
-        if query.is_cuda:
-            return _varlen_attention(query, key, value, cu_seqlens, max_seqlen, scaling, window), None
-        return _masked_attention(query, key, value, cu_seqlens, scaling, window), None
-    if pack_lengths is None:
+    if cu_seqlens is None and pack_lengths is None:
         raise ConfigError(
             "packed attention was called without pack_lengths: collate batches with "
             "fastprice.prompts.packing.PackCollator"
         )
-    window = None if sliding_window is None or max(pack_lengths) <= sliding_window else sliding_window
-    chosen = "texts" if softcap is not None or dropout else backend(query.device.type, query.dtype)
+    longest = max(pack_lengths or ()) if cu_seqlens is None else max_seqlen
+    window = None if sliding_window is None or longest <= sliding_window else sliding_window
+    if pack_lengths is None or sum(pack_lengths) != query.shape[2]:
+        if cu_seqlens is None:
+            raise ConfigError(f"pack_lengths add up to {sum(pack_lengths or ())}, the pack has {query.shape[2]} tokens")
+        if softcap is not None or dropout:
+            raise ConfigError(
+                "packs of one static shape: this model caps or drops attention scores; use cuda_graphs='off'"
+            )
+        if query.is_cuda:
+            return varlen_attention(query, key, value, cu_seqlens, longest, scaling, window), None
+        return _masked_attention(query, key, value, cu_seqlens, scaling, window), None
+    capped = softcap is not None or dropout > 0
+    chosen = "texts" if capped else choose_attention(query.device.type, query.dtype).backend
+    if chosen == "texts":
+        outputs = [
+            _text_attention(q, k, v, scaling=scaling, dropout=dropout, window=window, softcap=softcap)
+            for q, k, v in zip(
+                query.split(pack_lengths, dim=2),
+                key.split(pack_lengths, dim=2),
+                value.split(pack_lengths, dim=2),
+                strict=True,
+            )
+        ]
+        return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+    borders = borders_of(tuple(pack_lengths), query.device) if cu_seqlens is None else cu_seqlens
     if chosen == "xformers":
-        return _xformers_attention(query, key, value, pack_lengths, scaling, window), None
-    if chosen == "varlen":
-        offsets = _cu_seqlens(pack_lengths, query.device)
-        return _varlen_attention(query, key, value, offsets, max(pack_lengths), scaling, window), None
-    outputs = [
-        _text_attention(q, k, v, scaling=scaling, dropout=dropout, window=window, softcap=softcap)
-        for q, k, v in zip(
-            query.split(pack_lengths, dim=2),
-            key.split(pack_lengths, dim=2),
-            value.split(pack_lengths, dim=2),
-            strict=True,
-        )
-    ]
-    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
-
-
-@cache
-def backend(device: str, dtype: torch.dtype) -> str:
-    """ "xformers", "varlen" or "texts" (one call a text): the attention of packs on this device in this dtype.
-
-    A backend is chosen only after it ran forward and backward on a tiny input: xformers may import without a kernel
-    for this card or this PyTorch, and Flash Attention needs compute capability 8.0.
-    """
-    if device != "cuda" or dtype not in (torch.float16, torch.bfloat16):
-        return "texts"
-    if _works(lambda x: _xformers_attention(x, x[:, :1], x[:, :1], (8, 8), None, None), device, dtype):
-        return "xformers"
-    return "varlen" if varlen_works(device, dtype) else "texts"
-
-
-@cache
-def varlen_works(device: str, dtype: torch.dtype) -> bool:
-    """Whether PyTorch's `varlen_attn` runs forward and backward on this device in this dtype."""
-    if device != "cuda" or dtype not in (torch.float16, torch.bfloat16):
-        return False
-    offsets = _cu_seqlens((8, 8), torch.device(device))
-    return _works(lambda x: _varlen_attention(x, x[:, :1], x[:, :1], offsets, 8, None, None), device, dtype)
-
-
-def _works(attention: Callable[[Tensor], Tensor], device: str, dtype: torch.dtype) -> bool:
-    probe = torch.zeros(1, 2, 16, 64, device=device, dtype=dtype, requires_grad=True)
-    try:
-        attention(probe).sum().backward()
-    except (ImportError, NotImplementedError, RuntimeError, AttributeError, ValueError):
-        return False
-    return True
-
-
-def _xformers_attention(
-    query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scaling: float | None, window: int | None
-) -> Tensor:
-    from xformers.ops import memory_efficient_attention
-
-    heads, key_heads = query.shape[1], key.shape[1]
-    # xformers' grouped form: (1, T, G, H / G, D), the keys and values of a group being one expanded tensor.
-    grouped = query.transpose(1, 2).unflatten(2, (key_heads, heads // key_heads))
-    k, v = (side.transpose(1, 2)[:, :, :, None].expand_as(grouped) for side in (key, value))
-    mask = _block_mask(lengths, window)
-    output: Tensor = memory_efficient_attention(grouped, k, v, attn_bias=mask, scale=scaling)
-    return output.flatten(2, 3)
-
-
-@lru_cache(maxsize=8)
-def _block_mask(lengths: tuple[int, ...], window: int | None) -> Any:
-    """xformers' mask for texts of these lengths; all layers of a step share one or two."""
-    from xformers.ops.fmha.attn_bias import BlockDiagonalCausalMask
-
-    mask = BlockDiagonalCausalMask.from_seqlens(list(lengths))
-    return mask if window is None else mask.make_local_attention(window)
-
-
-def _varlen_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    scaling: float | None,
-    window: int | None,
-) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
-    q, k, v = (side[0].transpose(0, 1) for side in (query, key, value))
-    options: dict[str, Any] = {"scale": scaling, "window_size": (-1 if window is None else window - 1, 0)}
-    if k.shape[1] != q.shape[1]:
-        if _varlen_groups():
-            options["enable_gqa"] = True
-        else:
-            k, v = (side.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for side in (k, v))
-    output = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **options)
-    assert isinstance(output, Tensor)  # a tuple only with auxiliary outputs
-    return output[None]
-
-
-@cache
-def _varlen_groups() -> bool:
-    """Whether this PyTorch's `varlen_attn` takes grouped heads (from 2.12 on)."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    return "enable_gqa" in inspect.signature(varlen_attn).parameters
-
-
-@lru_cache(maxsize=8)
-def _cu_seqlens(lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+        return xformers_attention(query, key, value, borders, pack_lengths, scaling, window), None
+    return varlen_attention(query, key, value, borders, longest, scaling, window), None
 
 
 def _masked_attention(

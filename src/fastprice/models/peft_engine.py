@@ -9,6 +9,7 @@ import torch
 
 from fastprice.errors import ConfigError
 from fastprice.models.adapters import Method, lora_config
+from fastprice.models.attention_backends import choose_attention
 from fastprice.models.base_models import base_error, load_config, load_tokenizer, resolve_base
 from fastprice.models.engine import LoadedModel
 from fastprice.models.engine_features import Feature
@@ -84,6 +85,7 @@ class PeftEngine:
         return PeftModel.from_pretrained(model, folder)
 
     def for_training(self, model: Any) -> None:
+        choose_attention(next(model.parameters()).device.type, compute_dtype())
         register_packed_attention()
         plain_model(model).set_attn_implementation(PACKED_ATTENTION)
         model.train()

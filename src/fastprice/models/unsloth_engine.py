@@ -32,12 +32,14 @@ from unsloth.utils import attention_dispatch, packing
 
 from fastprice.errors import ConfigError
 from fastprice.models.adapters import Method
+from fastprice.models.attention_backends import choose_attention
 from fastprice.models.base_models import base_error, load_tokenizer, resolve_base
 from fastprice.models.engine import LoadedModel
 from fastprice.models.engine_features import UNSLOTH_LACKS, Feature, unsloth_lacks_model
 from fastprice.models.families import lora_targets
 from fastprice.models.packed_attention import packed_attention
 from fastprice.models.parts import decoder_layers, plain_model
+from fastprice.models.peft_engine import compute_dtype
 from fastprice.prompts.packing import PackCollator
 
 __all__ = ["PACKED_FUNCTIONS", "REQUIRED", "UnslothEngine", "read_packs"]
@@ -121,6 +123,7 @@ class UnslothEngine:
         self._training_flags = None
         FastLanguageModel.for_training(model, use_gradient_checkpointing=False)
         _restore(flags)
+        choose_attention(next(model.parameters()).device.type, compute_dtype())
         packing.mark_allow_overlength(model)  # a pack is longer than any of its texts
 
     def for_prediction(self, model: Any) -> None:

@@ -21,13 +21,15 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import torch
 
 from fastprice.errors import ConfigError
 from fastprice.prompts.template import IGNORE, TrainingRow
 
-__all__ = ["PackCollator", "StaticShape", "best_fit", "pack_rows"]
+__all__ = ["HOST_IDS", "PackCollator", "StaticShape", "best_fit", "pack_rows"]
 
+HOST_IDS = "host_input_ids"  # key of a batch, beside input_ids
 _WINDOW = 512  # rows shuffled together before they are fitted
 
 
@@ -133,18 +135,19 @@ def _predicting(labels: Sequence[int], lengths: Sequence[int]) -> list[int]:
 class PackCollator:
     """Concatenates the packs of a micro-batch into one row: `input_ids`, `labels`, `position_ids` of shape (1, T).
 
-    The lengths of the texts go under `lengths_key`, where the engine's attention reads them: a tuple of ints for our
-    own attention, an int32 tensor for Unsloth (`packed_seq_lengths`).
+    Attention reads the lengths of the texts, `pack_lengths`, a tuple of ints, their borders `cu_seqlens`, int32
+    (texts + 1,), and the longest, `max_seqlen`: made from the lengths in a layer, borders would be a copy that waits
+    for the device.
 
     positions   add the labeled positions, `label_positions` of int64 (M,), so that the loss need not search for them
-    static      pad every batch to this shape, which implies `positions`: M is its `labels`, and attention gets the
-    texts
-                as `cu_seqlens`, int32 (texts + 1,), and `max_seqlen`. ConfigError for a batch that exceeds it.
+    host_ids    add the token ids once more, `host_input_ids` of shape (1, T) as a NumPy array, which trainers leave on
+                the host: for an embedding that is there (`fastprice.offload.host_embedding`)
+    static      pad every batch to this shape, which implies `positions`: M is its `labels`, the borders are those of
+                the padded row. ConfigError for a batch that exceeds it.
     """
 
-    lengths_key: str = "pack_lengths"
-    as_tensor: bool = False
     positions: bool = False
+    host_ids: bool = False
     static: StaticShape | None = None
 
     def __call__(self, packs: Sequence[dict[str, list[Any]]]) -> dict[str, Any]:
@@ -154,20 +157,21 @@ class PackCollator:
         for start in accumulate(lengths[:-1], initial=0):
             labels[start] = IGNORE  # the last token of a text must not predict the first of the next
         predicting = _predicting(labels, lengths) if self.positions or self.static else []
-        batch: dict[str, Any] = {
-            self.lengths_key: torch.tensor(lengths, dtype=torch.int32) if self.as_tensor else tuple(lengths)
-        }
+        batch: dict[str, Any] = {"pack_lengths": tuple(lengths)}
+        longest = max(lengths)
         if self.static is not None:
             shape, spare = self.static, self.static.tokens - len(ids)
-            lengths = shape.pad(lengths)
+            lengths, longest = shape.pad(lengths), shape.longest
             if len(predicting) > shape.labels:
                 raise ConfigError(f"a pack of {len(predicting)} labeled positions exceeds the static shape {shape}")
             ids, labels = ids + [0] * spare, labels + [IGNORE] * spare
             predicting = predicting + [shape.tokens - 1] * (shape.labels - len(predicting))  # the last predicts nothing
-            batch["cu_seqlens"] = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
-            batch["max_seqlen"] = shape.longest
+        batch["cu_seqlens"] = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+        batch["max_seqlen"] = longest
         if self.positions or self.static:
             batch["label_positions"] = torch.tensor(predicting, dtype=torch.long)
+        if self.host_ids:
+            batch[HOST_IDS] = np.array([ids])
         return batch | {
             "input_ids": torch.tensor([ids]),
             "labels": torch.tensor([labels]),

@@ -12,7 +12,8 @@ pack than the recorded one, with weights perturbed by noise (which shows a stale
 dtype's tolerance, or the step cannot be captured, one warning says so and training goes on eagerly.
 
 It costs padding, 1 to 2 % of the positions of packs of 1,024 to 4,096 tokens; the activations of a step stay reserved
-as long as the graph lives; the check holds three more copies of the trainable weights, once.
+as long as the graph lives, so an evaluation that runs out of memory beside it ends it (`GraphedStep.stop`); the check
+holds three more copies of the trainable weights, once.
 """
 
 from __future__ import annotations
@@ -24,9 +25,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from fastprice.models.packed_attention import varlen_works
+from fastprice.models.attention_backends import varlen_works
 
 __all__ = [
+    "AUTO_MICRO_BATCHES",
     "AUTO_PARAMETERS",
     "TOLERANCES",
     "Capture",
@@ -38,6 +40,8 @@ __all__ = [
 
 # Most parameters that cuda_graphs="auto" captures: larger models are bound by arithmetic, not by launches.
 AUTO_PARAMETERS = 2.5e9
+# Fewest micro-batches of a training that it captures: recording and check take as long as about eight eager ones.
+AUTO_MICRO_BATCHES = 64
 # Largest difference of replay and eager step, relative to the gradient's norm: the same kernels on the same numbers,
 # but atomic additions of attention and indexing in another order.
 TOLERANCES = {torch.bfloat16: 2e-2, torch.float16: 5e-3, torch.float32: 1e-4}
@@ -141,8 +145,13 @@ class GraphedStep:
         except RuntimeError as error:  # out of memory too: the eager step needs less
             self.failure = f"the step cannot be captured ({str(error).strip().splitlines()[0]})"
         if self.failure is not None:
-            self.state, self._recorded, self._static = "eager", None, {}
-            warnings.warn(f"CUDA graphs stay off: {self.failure}", stacklevel=4)
+            self.stop(self.failure)
+
+    def stop(self, reason: str) -> None:
+        """Frees the recording and computes eagerly from now on, with one warning that says why."""
+        self.failure = reason
+        self.state, self._recorded, self._static = "eager", None, {}
+        warnings.warn(f"CUDA graphs stay off: {reason}", stacklevel=3)
 
     def _record(self, batch: Mapping[str, Any]) -> None:
         self._names = [name for name, parameter in self._parameters.items() if parameter.grad is not None]

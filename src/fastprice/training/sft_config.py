@@ -59,7 +59,7 @@ def sft_config(
         learning_rate=settings.learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=round(settings.warmup_ratio * steps),
-        optim="adamw_torch",
+        optim="adamw_torch_fused" if cuda else "adamw_torch",
         weight_decay=0.0,
         max_grad_norm=1.0,
         logging_steps=max(1, steps // 100),

@@ -17,6 +17,7 @@ import torch
 
 from fastprice.errors import ConfigError, TrainingError
 from fastprice.memory.activation_checkpointing import ActivationCheckpointing, checkpointable_layers
+from fastprice.memory.loss_head_costs import LOSS_BYTES
 from fastprice.memory.recompute_controller import (
     CandidateLevels,
     CudaMemoryMeter,
@@ -27,7 +28,7 @@ from fastprice.memory.recompute_controller import (
 from fastprice.memory.recompute_levels import parse_recompute_levels
 from fastprice.models.peft_engine import compute_dtype
 from fastprice.prompts.template import IGNORE
-from fastprice.training.cuda_graphs import AUTO_PARAMETERS, parameter_count, unsupported_reason
+from fastprice.training.cuda_graphs import AUTO_MICRO_BATCHES, AUTO_PARAMETERS, parameter_count, unsupported_reason
 
 if TYPE_CHECKING:
     from fastprice_kernels import InstallReport
@@ -85,12 +86,28 @@ def uses_kernels(kernels: str) -> bool:
     return kernels == "on" or (kernels == "auto" and torch.cuda.is_available())
 
 
-def uses_cuda_graphs(cuda_graphs: str, model: Any, *, kernels: bool, auxiliary: bool) -> bool:
+def uses_cuda_graphs(
+    cuda_graphs: str,
+    model: Any,
+    *,
+    kernels: bool,
+    auxiliary: bool,
+    recompute: str = "auto",
+    micro_batches: int | None = None,
+) -> bool:
     """Whether steps are to be captured: `cuda_graphs` is "on", "off" or "auto".
 
-    auxiliary: whether there are auxiliary losses. Raises ConfigError for an "on" that is unsupported.
+    "auto" captures where it is supported and pays: models of at most `AUTO_PARAMETERS`, since larger ones are bound by
+    arithmetic; at least `AUTO_MICRO_BATCHES`, since recording and check cost about eight; adapters alone, since the
+    check holds three more copies of the trainable weights.
+
+    auxiliary      whether there are auxiliary losses
+    recompute      the setting
+    micro_batches  of the whole training; None: unknown, but many
+
+    Raises ConfigError for an "on" that is unsupported.
     """
-    if cuda_graphs == "off" or (cuda_graphs == "auto" and parameter_count(model) > AUTO_PARAMETERS):
+    if cuda_graphs == "off" or (cuda_graphs == "auto" and not _pays(model, recompute, micro_batches)):
         return False
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     reason = unsupported_reason(model, kernels=kernels, dtype=compute_dtype(), processes=processes)
@@ -99,6 +116,18 @@ def uses_cuda_graphs(cuda_graphs: str, model: Any, *, kernels: bool, auxiliary: 
     if reason is not None and cuda_graphs == "on":
         raise ConfigError(f"cuda_graphs: on, but {reason}; use cuda_graphs='auto' or 'off'")
     return reason is None
+
+
+def _pays(model: Any, recompute: str, micro_batches: int | None) -> bool:
+    """Whether "auto" wants a capture, supported or not. Inputs that are offloaded, which the user chose, forbid it."""
+    trainable = sum(each.numel() for each in model.parameters() if each.requires_grad)
+    parameters = parameter_count(model)
+    return (
+        parameters <= AUTO_PARAMETERS
+        and trainable <= parameters / 4
+        and (micro_batches is None or micro_batches >= AUTO_MICRO_BATCHES)
+        and "offload" not in recompute
+    )
 
 
 def count_checkpointable_layers(model: Any, recompute: str, *, cuda_graphs: bool) -> int | None:
@@ -166,8 +195,10 @@ def controlled_recomputation(
 
 
 @contextmanager
-def installed_kernels(model: Any, kernels: str) -> Iterator[InstallReport | None]:
+def installed_kernels(model: Any, kernels: str, *, memory_budget: int | None = None) -> Iterator[InstallReport | None]:
     """Installs fastprice_kernels, their loss head included; yields the report, or None if nothing was installed.
+
+    memory_budget: as in `StepOptions`.
 
     An Unsloth of another shape than the kernels were written for keeps the stock path: with a warning for "auto";
     with "on" TrainingError is raised.
@@ -178,7 +209,13 @@ def installed_kernels(model: Any, kernels: str) -> Iterator[InstallReport | None
         yield None
         return
     try:
-        report = install(model, loss_head=True, last_layer=True, keep_dense=fits_dense_weights(model))
+        report = install(
+            model,
+            loss_head=True,
+            last_layer=True,
+            keep_dense=fits_dense_weights(model),
+            free_loss_bytes=free_loss_bytes(memory_budget),
+        )
     except RuntimeError as error:
         if kernels == "on":
             raise TrainingError(f"kernels: {error}; use kernels='off'") from error
@@ -189,6 +226,17 @@ def installed_kernels(model: Any, kernels: str) -> Iterator[InstallReport | None
         yield report
     finally:
         uninstall(model)
+
+
+def free_loss_bytes(memory_budget: int | None) -> int:
+    """Bytes that a chunk of logits may take to read the output layer once: a sixty-fourth of the memory that is free
+    beside the loaded model, within `memory_budget`, and at most the `LOSS_BYTES` that the memory estimate counts."""
+    if not torch.cuda.is_available():
+        return 0
+    free = torch.cuda.mem_get_info()[0]
+    if memory_budget is not None:
+        free = min(free, max(0, memory_budget - torch.cuda.memory_reserved()))
+    return min(LOSS_BYTES, free // 64)
 
 
 def fits_dense_weights(model: Any) -> bool:

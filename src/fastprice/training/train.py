@@ -22,6 +22,7 @@ from fastprice.config import TrainConfig
 from fastprice.errors import ConfigError, TrainingError
 from fastprice.memory.recompute_levels import format_recompute_levels
 from fastprice.models.engine import Engine
+from fastprice.offload.host_embedding import has_host_embedding
 from fastprice.prompts.packing import StaticShape, pack_rows
 from fastprice.prompts.template import IGNORE, TrainingRow
 from fastprice.training.auxiliary_losses import AuxiliaryLosses
@@ -103,9 +104,17 @@ def train(
     packed = pack_rows(rows, settings.pack_tokens, seed)
     packs = Dataset.from_list(packed)
     own_loss = uses_kernels(options.kernels)
-    graphs = uses_cuda_graphs(settings.cuda_graphs, model, kernels=own_loss, auxiliary=auxiliary is not None)
+    graphs = uses_cuda_graphs(
+        settings.cuda_graphs,
+        model,
+        kernels=own_loss,
+        auxiliary=auxiliary is not None,
+        recompute=options.recompute,
+        micro_batches=round(settings.epochs * len(packed)),
+    )
     layers = count_checkpointable_layers(model, options.recompute, cuda_graphs=graphs)
     collator = engine.collator()
+    collator = replace(collator, host_ids=has_host_embedding(model))
     if own_loss:
         collator = replace(collator, positions=True, static=StaticShape.of(packed) if graphs else None)
     steps = max(1, round(settings.epochs * -(-len(packs) // settings.gradient_accumulation)))
@@ -140,7 +149,7 @@ def train(
         _restore_precision(model)
         engine.for_training(model)
         with (
-            installed_kernels(model, options.kernels) as report,
+            installed_kernels(model, options.kernels, memory_budget=options.memory_budget) as report,
             controlled_recomputation(
                 model,
                 layers,

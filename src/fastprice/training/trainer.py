@@ -159,12 +159,23 @@ class _PriceTraining:
         if self._auxiliary is not None and self._auxiliary.price_head is not None:
             self._auxiliary.price_head.restore(Path(self.state.best_model_checkpoint) / PRICE_HEAD)
 
-    def evaluate(self, *arguments: Any, metric_key_prefix: str = "eval", **options: Any) -> dict[str, float]:
+    def _validation_error(self) -> float:
         assert self._validate is not None
+        try:
+            return self._validate()
+        except torch.OutOfMemoryError:
+            if self._graphed is None or self._graphed.state == "eager":
+                raise
+        # A graph keeps the activations of a step. Outside of the handler, whose traceback holds tensors.
+        self._graphed.stop("an evaluation ran out of memory beside the graph; lower batch_size to keep both")
+        torch.cuda.empty_cache()
+        return self._validate()
+
+    def evaluate(self, *arguments: Any, metric_key_prefix: str = "eval", **options: Any) -> dict[str, float]:
         stock: Any = super()
         self._engine.for_prediction(self.model)
         try:
-            metrics = {f"{metric_key_prefix}_mae": self._validate()}
+            metrics = {f"{metric_key_prefix}_mae": self._validation_error()}
             stock.log(metrics)  # in eval mode, or TRL would close its training averages here
         finally:
             self._engine.for_training(self.model)

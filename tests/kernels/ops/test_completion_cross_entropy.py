@@ -8,6 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -374,7 +376,7 @@ def test_peak_memory_at_full_size(labeled, share, width, monkeypatch):
     """
     monkeypatch.setattr(loss_module, "softmax_rows", lambda *arguments: None)
     chunk_rows = loss_module._chunk_rows
-    monkeypatch.setattr(loss_module, "_chunk_rows", lambda *a: chunk_rows(*a[:5], 0, a[6]))
+    monkeypatch.setattr(loss_module, "_chunk_rows", lambda *a: chunk_rows(*a[:5], 0, *a[6:]))
     with FakeTensorMode():
         hidden = torch.empty(4096, width, dtype=torch.bfloat16)
         weight = torch.empty(128256, width, dtype=torch.bfloat16)
@@ -391,6 +393,54 @@ def test_peak_memory_at_full_size(labeled, share, width, monkeypatch):
     full = 4096 * 128256 * 2
     print(f"D {width}, {labeled} labeled: {counter.peak / 2**20:.1f} MiB, {counter.peak / full:.2%} of all logits")
     assert 0 < excess <= share * full
+
+
+MEBI = 2**20
+
+
+@pytest.mark.parametrize(
+    ("labeled", "free", "rows"),
+    [
+        (180, 0, 32),
+        (180, 8 * MEBI, 32),  # no more than those
+        (180, 128 * MEBI, 180),  # W is read once a product
+        (600, 128 * MEBI, 300),  # 491 rows would fit: two chunks of equal size, and not one of 109 after one of 491
+        (4096, 128 * MEBI, 456),
+        (0, 128 * MEBI, 1),
+    ],
+)
+def test_rows_of_a_chunk_by_free_memory(labeled, free, rows):
+    assert loss_module._chunk_rows(4096, labeled, 128256, 4096, 2, 0, False, free) == rows
+
+
+@given(st.integers(0, 5000), st.integers(0, 2**28), st.booleans())
+def test_free_memory_is_never_exceeded_and_never_makes_a_chunk_smaller(labeled, free, trains):
+    sizes = (5000, labeled, 1000, 64, 2, 0, trains)
+    before, rows = (loss_module._chunk_rows(*sizes, given) for given in (0, free))
+    row = 1000 * 2 + 2 * 64 * 2
+    assert before <= rows
+    assert rows * row <= max(free, before * row)
+    assert -(-labeled // rows) <= max(1, -(-labeled // max(1, free // row)))
+
+
+def test_peak_memory_with_free_memory(monkeypatch):
+    """As above: 180 of 4,096 rows at once; the chunk's logits, rows and dH are within what is free."""
+    monkeypatch.setattr(loss_module, "softmax_rows", lambda *arguments: None)
+    free, labeled = 64 * MEBI, 180
+    chunk = loss_module._chunk_rows(4096, labeled, 128256, 4096, 2, 0, False, free)
+    assert chunk == labeled
+    with FakeTensorMode():
+        hidden = torch.empty(4096, 4096, dtype=torch.bfloat16)
+        weight = torch.empty(128256, 4096, dtype=torch.bfloat16)
+        labels = torch.empty(4096, dtype=torch.long)
+        positions = torch.empty(labeled, dtype=torch.long)
+        counter = PeakBytes()
+        own_storages(counter, hidden, weight, labels, positions)
+        with counter:
+            _, dh, _, _ = loss_module._sums_in_chunks(
+                hidden, weight, None, labels, positions, SoftmaxOptions(), chunk, (True, False, False)
+            )
+    assert 2 * labeled * 128256 <= counter.peak - dh.nbytes <= free
 
 
 def test_op_passes_opcheck():

@@ -96,6 +96,22 @@ def test_the_size_of_a_chunk_counts_all_positions(monkeypatch):
     assert sizes == [(36, int((inputs["labels"][:, 1:] != -100).sum()))]
 
 
+@pytest.mark.parametrize("mode", ["head", "all"])
+def test_free_memory_makes_one_chunk_of_the_labeled_rows(mode, monkeypatch):
+    model, inputs, seen = make(), batch(), []
+    want = gradients(model)
+    inputs["label_positions"] = labeled_positions(inputs["labels"])
+    sums = causal_loss.cross_entropy_sums
+    monkeypatch.setattr(causal_loss, "cross_entropy_sums", lambda *a, **k: seen.append(k["chunk"]) or sums(*a, **k))
+    install(model, **MODES[mode])
+    assert_close(gradients(model, inputs), want, 2e-5)
+    report = install(model, **MODES[mode], free_loss_bytes=2**24)
+    assert "completion_cross_entropy" in report.replaced.values()
+    assert_close(gradients(model, inputs), want, 2e-5)
+    assert seen == [8, len(inputs["label_positions"])]
+    assert seen[1] > 8
+
+
 def test_last_layer_runs_at_labeled_positions_alone():
     model, inputs = make(), batch(labeled=0.0)
     install(model, loss_head=True, last_layer=True)
