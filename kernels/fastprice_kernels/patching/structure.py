@@ -157,7 +157,8 @@ def norm_kind(module: Any) -> tuple[str, str] | None:
         return None
     if {name for name, each in module._parameters.items() if each is not None} - {"weight", "bias"}:
         return None
-    kind = _norm_kind_of(type(module), eps, getattr(module, "bias", None) is not None)
+    module_class: Any = type(module)
+    kind = _norm_kind_of(module_class, eps, getattr(module, "bias", None) is not None)
     return None if kind is None else (kind, eps)
 
 

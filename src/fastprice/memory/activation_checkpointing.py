@@ -9,8 +9,8 @@ values, under the autocast state and the random number generator state of the fo
 is; "selective" and "mlp" are described in selective_recompute.py. "full" is `torch.utils.checkpoint`, non-reentrant,
 around the layer's `__call__`: the backward pass runs the whole call again, with its forward pre-hooks and (unless it
 stops early, once every saved tensor is there) its forward hooks. Code that swaps the storage of weights must have put
-the layer's own weights in place by then; a full-backward pre-hook of the layer runs before. "offload" does the same from a copy of
-the layer's input in pinned host memory (activation_offload.py).
+the layer's own weights in place by then; a full-backward pre-hook of the layer runs before. "offload" does the same
+from a copy of the layer's input in pinned host memory (activation_offload.py).
 
 Method: Chen et al., "Training Deep Nets with Sublinear Memory Cost" (2016).
 """
