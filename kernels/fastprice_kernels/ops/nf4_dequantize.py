@@ -233,9 +233,9 @@ def dequantize_nf4(
     if dtype not in DTYPES:
         raise ValueError(f"a weight in {dtype} is requested, this kernel writes {', '.join(map(str, DTYPES))}")
     if out is None:
-        out = torch.empty(shape, dtype=dtype, device=packed.device)
+        out = torch.empty(shape, dtype=dtype, device=weight.packed.device)
     else:
-        check_out(out, shape, dtype, packed.device)
+        check_out(out, shape, dtype, weight.packed.device)
     _dequantize_op(*weight, out)
     return out
 

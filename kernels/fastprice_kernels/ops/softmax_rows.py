@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastprice_kernels.codegen.machine_code import CompileCase
+from fastprice_kernels.ops._library import on_own_device
 
 __all__ = ["SoftmaxOptions", "compile_cases", "softmax_rows"]
 
@@ -123,6 +124,9 @@ def _launch(logits_CV: Tensor, labels_C: Tensor, statistics: Tensor, options: So
     )
 
 
+_on_cuda = on_own_device(_launch)
+
+
 def _on_cpu(logits_CV: Tensor, labels_C: Tensor, statistics: Tensor, options: SoftmaxOptions) -> None:
     """The same by PyTorch. It allocates, for each logit, 4 bytes where they are of 16 bits, and 4 with a cap."""
     z = logits_CV if logits_CV.dtype == torch.float64 else logits_CV.float()
@@ -163,7 +167,7 @@ def softmax_rows(logits_CV: Tensor, labels_C: Tensor, statistics: Tensor, option
         labels_C: int64. A label outside the vocabulary makes its row's loss NaN on CUDA.
         statistics: fp32, or fp64 for fp64 logits.
     """
-    run = _launch if logits_CV.is_cuda else _on_cpu
+    run = _on_cuda if logits_CV.is_cuda else _on_cpu
     run(logits_CV, labels_C, statistics, options)
 
 

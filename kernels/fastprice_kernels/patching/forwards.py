@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastprice_kernels.ops.lora import Projection, lora_mlp, lora_projections
+from fastprice_kernels.ops.lora import Projection, lora_projections
+from fastprice_kernels.ops.lora_mlp import lora_mlp
 from fastprice_kernels.patching.cpu_faults import is_at_risk
 from fastprice_kernels.patching.installation import PATCH, Patch, Pending
 from fastprice_kernels.patching.linear_layers import Layer, compatible, has_hooks, read_layer

@@ -11,7 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 from fastprice_kernels import reference
 from fastprice_kernels.ops import lora_products
-from fastprice_kernels.ops.lora import Projection, lora_linear, lora_mlp, lora_projections, lora_qkv
+from fastprice_kernels.ops.lora import Projection, lora_linear, lora_projections, lora_qkv
+from fastprice_kernels.ops.lora_mlp import lora_mlp
 from fastprice_kernels.ops.nf4_dequantize import dequantize_nf4
 
 bnb = pytest.importorskip("bitsandbytes")
