@@ -169,9 +169,7 @@ def lora_projections(
     x: Tensor, projections: Sequence[Projection], *, keep_dense: bool = False, augmented: bool = False
 ) -> tuple[Tensor, ...]:
     """Any number of projections of one x (..., K). Options and errors as for `lora_linear`."""
-    return apply_projections(
-        compute_input(x), ProjectionGroup(projections), keep_dense=keep_dense, augmented=augmented
-    )
+    return apply_projections(compute_input(x), ProjectionGroup(projections), keep_dense=keep_dense, augmented=augmented)
 
 
 def compute_input(x: Tensor) -> Tensor:

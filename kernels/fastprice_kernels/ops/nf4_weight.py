@@ -61,6 +61,7 @@ class _Checked(NamedTuple):
     dtype: torch.dtype
     size: torch.Size
     address: int
+    bytes: int
     shape: tuple[int, int]
 
 
@@ -98,6 +99,8 @@ def _unchanged(checked: _Checked, packed: Tensor, state: dict[str, Any]) -> NF4W
         checked.absmax() is not absmax
         or checked.code() is not code
         or packed.data_ptr() != checked.address
+        or packed.numel() != checked.bytes
+        or packed.dtype != torch.uint8
         or state["blocksize"] != checked.blocksize
         or state["dtype"] != checked.dtype
         or state["shape"] is not checked.size
@@ -126,12 +129,14 @@ def _remember(packed: Tensor, state: Any, found: tuple[NF4Weight, tuple[int, int
     if not hasattr(state, "__dict__"):
         return
     key = id(state)
-    nested = [None if tensor is None else weakref.ref(tensor) for tensor in (weight.absmax2, weight.code2, weight.offset)]
+    nested = [
+        None if tensor is None else weakref.ref(tensor) for tensor in (weight.absmax2, weight.code2, weight.offset)
+    ]
     _CHECKED[key] = (
         weakref.ref(state, lambda _: _CHECKED.pop(key, None)),
         _Checked(
             weakref.ref(weight.absmax), weakref.ref(weight.code), *nested, weight.blocksize, weight.blocksize2, dtype,
-            state.shape, packed.data_ptr(), shape,
+            state.shape, packed.data_ptr(), packed.numel(), shape,
         ),
     )  # fmt: skip
 

@@ -21,6 +21,7 @@ __all__ = [
     "OUTPUT",
     "QKV",
     "activation_of",
+    "decoder_layers",
     "is_gated_mlp",
     "last_decoder_layer",
     "logit_transform",
@@ -90,13 +91,18 @@ def activation_of(module: nn.Module) -> str | None:
     return next((kind for kind in ACTIVATIONS if (values - reference_activation(z, kind)).abs().max() < 1e-7), None)
 
 
-def last_decoder_layer(causal: Any) -> nn.Module | None:
-    """The last layer that the decoder of a causal language model runs, if they are in its list `layers`."""
+def decoder_layers(causal: Any) -> list[nn.Module]:
+    """The layers that the decoder of a causal language model runs, if they are in its list `layers`; else none."""
     layers = getattr(getattr(causal, causal.base_model_prefix, None), LAYERS, None)
-    if not isinstance(layers, nn.ModuleList) or not len(layers):
-        return None
-    last: nn.Module = layers[min(len(layers), causal.config.get_text_config().num_hidden_layers) - 1]
-    return last
+    if not isinstance(layers, nn.ModuleList):
+        return []
+    return list(layers)[: causal.config.get_text_config().num_hidden_layers]
+
+
+def last_decoder_layer(causal: Any) -> nn.Module | None:
+    """The last one of `decoder_layers`."""
+    layers = decoder_layers(causal)
+    return layers[-1] if layers else None
 
 
 def unsupported_last_layer(layer: nn.Module | None) -> str | None:
