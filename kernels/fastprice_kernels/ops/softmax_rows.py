@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastprice_kernels.codegen.machine_code import CompileCase
+from fastprice_kernels.ops._launching import launch
 from fastprice_kernels.ops._library import on_own_device
 
 __all__ = ["SoftmaxOptions", "compile_cases", "softmax_rows"]
@@ -107,7 +108,9 @@ def _softmax_rows_kernel(
 def _launch(logits_CV: Tensor, labels_C: Tensor, statistics: Tensor, options: SoftmaxOptions) -> None:
     if not logits_CV.shape[0]:
         return
-    _softmax_rows_kernel[(logits_CV.shape[0],)](
+    launch(
+        _softmax_rows_kernel,
+        (logits_CV.shape[0],),
         logits_CV,
         labels_C,
         statistics,
