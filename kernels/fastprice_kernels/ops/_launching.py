@@ -72,7 +72,7 @@ def _bind(kernel: Any, compiled: Any, count: int, constants: dict[str, Any]) -> 
     rest = kernel.params[count:]
     if not all(each.is_constexpr for each in rest):
         raise TypeError(f"launch() takes the arguments of {kernel.__name__} by position and its constants by name")
-    after = tuple(constants[each.name] if each.name in constants else each.default for each in rest)
+    after = tuple(constants.get(each.name, each.default) for each in rest)
     # The function, its metadata, and no launch metadata, enter hook and exit hook.
     return compiled.run, (compiled.function, compiled.packed_metadata, None, None, None), after
 

@@ -133,10 +133,7 @@ def compatible(reads: Sequence[Layer | str | None]) -> list[Layer] | None:
 
 def has_hooks(*modules: nn.Module) -> bool:
     """Whether any of the modules has a hook, which would not run if its forward were not called."""
-    for m in modules:
-        if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
-            return True
-    return False
+    return any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in modules)
 
 
 def _kind(module: nn.Module) -> tuple[str, str]:

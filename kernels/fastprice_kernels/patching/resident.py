@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastprice_kernels.ops.lora import Projection
 from fastprice_kernels.ops.nf4_dequantize import dequantize_nf4

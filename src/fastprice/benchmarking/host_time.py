@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["HostTime", "layer_step", "measure_host_time", "without_work"]
+__all__ = ["HostTime", "fastest_times", "layer_step", "measure_host_time", "without_work"]
 
 _TOKENS, _WIDTH = 2, 64
 _TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -86,15 +86,15 @@ def layer_step(*, kernels: bool) -> Callable[[], None]:
 
 @contextmanager
 def without_work() -> Iterator[None]:
-    """While it is open, dequantization and gated activation, ours and bitsandbytes', leave their results as they are."""
+    """While it is open, dequantization and gated activation, ours and bitsandbytes', compute nothing."""
     from fastprice_kernels.ops import gated_activations, nf4_dequantize
 
     ours = (nf4_dequantize._dequantize_op, gated_activations._forward_op, gated_activations._backward_op)
     directs = [operator.direct[False] for operator in ours]  # type: ignore[attr-defined]
-    library = torch.library.Library("bitsandbytes", "IMPL")  # noqa: TOR901
+    library = torch.library.Library("bitsandbytes", "IMPL")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PyTorch's about an implementation that is replaced, which is the intention
-        library.impl("dequantize_4bit", _empty, "CPU", allow_override=True)
+        library.impl("dequantize_4bit", _zeros, "CPU", allow_override=True)
     try:
         for operator in ours:
             operator.direct[False] = _nothing  # type: ignore[attr-defined]
@@ -109,7 +109,7 @@ def _nothing(*arguments: Any) -> None:
     """In place of an operator that writes into an argument."""
 
 
-def _empty(packed: Tensor, absmax: Tensor, blocksize: int, kind: str, shape: Any, dtype: torch.dtype) -> Tensor:
+def _zeros(packed: Tensor, absmax: Tensor, blocksize: int, kind: str, shape: Any, dtype: torch.dtype) -> Tensor:
     return torch.zeros(shape, dtype=dtype)
 
 
