@@ -10,7 +10,8 @@ every GPU generation, on any machine.
 from __future__ import annotations
 
 from fastprice_kernels.ops.completion_cross_entropy import completion_cross_entropy
-from fastprice_kernels.ops.lora import Projection, lora_linear, lora_mlp, lora_projections, lora_qkv
+from fastprice_kernels.ops.lora import Projection, lora_linear, lora_projections, lora_qkv
+from fastprice_kernels.ops.lora_mlp import lora_mlp
 from fastprice_kernels.ops.nf4_dequantize import dequantize_nf4
 from fastprice_kernels.ops.nf4_matmul_small import nf4_matmul_small
 from fastprice_kernels.patching.install import InstallReport, install, installed, uninstall

@@ -28,6 +28,7 @@ from fastprice.training.cuda_graphs import TOLERANCES, GraphedStep, parameter_co
 from fastprice.training.step_options import uses_cuda_graphs
 from fastprice.training.train import train
 from fastprice_kernels import install
+from fastprice_kernels.ops.adapter_casts import AdapterCasts
 
 SIZES = {
     "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -224,12 +225,21 @@ class Flawed(TapeCapture):
         if self.flaw == "cannot be recorded":
             raise RuntimeError("operation not permitted when stream is capturing\nand more")
         loss = super().record(work)
-        if self.flaw == "stale weights":  # as a cast from before the capture would be
-            weights = {id(each): each.detach().clone() for each in self.model.parameters()}
+        if self.flaw == "stale weights":
+            weights = {each.untyped_storage()._cdata: each.detach().clone() for each in self.model.parameters()}
+
+            def stale(x: Any) -> Any:
+                old = weights.get(x.untyped_storage()._cdata) if isinstance(x, Tensor) else None
+                return x if old is None else old.as_strided(x.shape, x.stride(), x.storage_offset())
+
             self.tape = [
-                (func, *torch.utils._pytree.tree_map(lambda x: weights.get(id(x), x), (args, kwargs)), out)
+                (func, *torch.utils._pytree.tree_map(stale, (args, kwargs)), out)
                 for func, args, kwargs, out in self.tape
             ]
+        if self.flaw == "stale casts":  # as a host that believes that its casts are fresh would record
+            refresh = torch.ops.aten._foreach_copy_.default
+            assert any(func is refresh for func, *_ in self.tape)
+            self.tape = [each for each in self.tape if each[0] is not refresh]
         return loss
 
     def replay(self) -> None:
@@ -249,6 +259,7 @@ class Flawed(TapeCapture):
     ("flaw", "reason"),
     [
         ("stale weights", "another (loss|gradient)"),
+        ("stale casts", "another (loss|gradient)"),
         ("overwrites", "another gradient"),
         ("does nothing", "another (loss|gradient)"),
         ("loses a gradient", "another gradient"),
@@ -286,6 +297,17 @@ def test_a_batch_of_another_shape_is_refused() -> None:
         graphed({**second, "max_seqlen": 3})
     with pytest.raises(ValueError, match="the batch has"):
         graphed({"labels": second["labels"]})
+
+
+def test_casts_that_a_recording_finds_fresh_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host's decision of a capture holds for all replays: a check that ignores the recording must not pass."""
+    model = model_with_kernels()
+    monkeypatch.setattr(AdapterCasts, "_is_same_step", lambda self: True)
+    graphed = GraphedStep(step_of(model), trained(model), tolerance=TOLERANCES[torch.bfloat16], capture=TapeCapture)
+    first, second, *_ = batches()
+    graphed(first)
+    with pytest.warns(UserWarning, match="CUDA graphs stay off: .*another (loss|gradient)"):
+        graphed(second)
 
 
 # Through a training

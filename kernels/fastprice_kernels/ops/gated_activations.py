@@ -26,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastprice_kernels.codegen.machine_code import CompileCase, Requirements
+from fastprice_kernels.ops._launching import launch
 from fastprice_kernels.ops._library import define_op
 
 __all__ = ["ACTIVATIONS", "glu_backward_", "glu_forward"]
@@ -102,14 +103,16 @@ def _launch_forward(e: Tensor, g: Tensor, out: Tensor, kind: str) -> None:
     rows, width = e.shape
     if rows and width:
         strides = (e.stride(0), g.stride(0), out.stride(0))
-        _glu_forward_kernel[(rows, triton.cdiv(width, _BLOCK))](e, g, out, width, *strides, KIND=kind, BLOCK=_BLOCK)
+        grid = (rows, triton.cdiv(width, _BLOCK))
+        launch(_glu_forward_kernel, grid, e, g, out, width, *strides, KIND=kind, BLOCK=_BLOCK)
 
 
 def _launch_backward(dh: Tensor, e: Tensor, g: Tensor, kind: str) -> None:
     rows, width = e.shape
     if rows and width:
         strides = (dh.stride(0), e.stride(0), g.stride(0))
-        _glu_backward_kernel[(rows, triton.cdiv(width, _BLOCK))](dh, e, g, width, *strides, KIND=kind, BLOCK=_BLOCK)
+        grid = (rows, triton.cdiv(width, _BLOCK))
+        launch(_glu_backward_kernel, grid, dh, e, g, width, *strides, KIND=kind, BLOCK=_BLOCK)
 
 
 def _torch_value_and_slope(e: Tensor, kind: str) -> tuple[Tensor, Tensor]:

@@ -2,39 +2,58 @@
 
 A projection computes y = x W^T + s (x A^T) B^T (+ bias) with W frozen, NF4 or 16-bit (Hu et al. 2021, LoRA; Dettmers et
 al. 2023, QLoRA); lora_products.py has the products of both directions and their costs. For the backward a projection
-saves x and t = x A^T; W is dequantized when it is needed and freed at once. The backward is written by hand so that
-nothing of width N is saved, which is Unsloth's idea.
-
-Projections of one x (q, k and v; gate and up) share x A^T and two products of the backward, with their A stacked to
-(R, K). The MLP saves x, both t and the two inputs e and g of its activation, and its backward writes h, de and dg over
-dh, e and g (gated_activations.py).
+saves x and t = s x A^T; W is dequantized when it is needed and freed at once. The backward is written by hand so that
+nothing of width N is saved, which is Unsloth's idea. Projections of one x (q, k and v; gate and up) share x A^T and two
+products of the backward, with their A stacked to (R, K). The MLP is in lora_mlp.py.
 
 Not supported, and refused: a gradient of W, gradients of gradients, a second backward through one graph of `lora_mlp`.
 
-Shapes: T tokens, K input width, N output width, r rank, R the ranks of all projections of one x, I the MLP's width.
+Shapes: T tokens, K input width, N output width, r rank, R the ranks of all projections of one x.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastprice_kernels.ops.gated_activations import ACTIVATIONS, glu_backward_, glu_forward
-from fastprice_kernels.ops.lora_products import LORA_A, LORA_B, PARTS, Projection, ProjectionGroup, flatten, unflatten
+from fastprice_kernels.ops.lora_products import LORA_A, LORA_B, PARTS, Projection, ProjectionGroup, unflatten
 
-__all__ = ["Projection", "lora_linear", "lora_mlp", "lora_projections", "lora_qkv"]
+__all__ = [
+    "Projection",
+    "ProjectionGroup",
+    "apply_projections",
+    "compute_input",
+    "in_backward",
+    "lora_linear",
+    "lora_projections",
+    "lora_qkv",
+    "plain_arithmetic",
+    "prepare",
+    "save",
+    "saved",
+]
+
+_NOTHING = nullcontext()
 
 
-def _plain_arithmetic(x: Tensor) -> Any:
+def plain_arithmetic(x: Tensor) -> AbstractContextManager[Any]:
     """Autocast off: the dtype is decided before, and in a backward autocast would cast what the forward did not."""
-    return torch.autocast(x.device.type, enabled=False)
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else _NOTHING
 
 
-def _save(ctx: Any, flat: Sequence[Any], *tensors: Tensor) -> None:
+def in_backward() -> bool:
+    """Whether a backward runs, of which recomputation is a part."""
+    # torch.utils.checkpoint reads the same; there is no public function.
+    return not torch.compiler.is_compiling() and bool(torch._C._current_graph_task_id() != -1)
+
+
+def save(ctx: Any, flat: Sequence[Any], *tensors: Tensor) -> None:
     """Saves the projections and `tensors` for the backward.
 
     Adapters go through `save_for_backward`, which detects an optimizer step in between. Frozen weights do not: hooks
@@ -45,76 +64,65 @@ def _save(ctx: Any, flat: Sequence[Any], *tensors: Tensor) -> None:
     ctx.adapters, ctx.frozen = adapters, [None if i in adapters else part for i, part in enumerate(flat)]
 
 
-def _saved(ctx: Any) -> tuple[list[Any], Sequence[Tensor]]:
-    flat, saved = list(ctx.frozen), ctx.saved_tensors
-    for i, part in zip(ctx.adapters, saved, strict=False):
+def saved(ctx: Any) -> tuple[list[Any], Sequence[Tensor]]:
+    """What `save` saved."""
+    flat, found = list(ctx.frozen), ctx.saved_tensors
+    for i, part in zip(ctx.adapters, found, strict=False):
         flat[i] = part
-    return flat, saved[len(ctx.adapters) :]
+    return flat, found[len(ctx.adapters) :]
 
 
 class _Projections(torch.autograd.Function):
-    """From x (T, K) and the flattened projections, each y (T, N)."""
+    """From x (T, K) and the flattened projections, each y (T, N); `group`: of them, or None under a compiler."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, keep_dense: bool, augmented: bool, *flat: Any) -> tuple[Tensor, ...]:
-        with _plain_arithmetic(x):
-            ys, x, t, weights = ProjectionGroup(unflatten(flat), x.dtype, augmented).forward(x)
-        _save(ctx, flat, x, t, *(weights if keep_dense else ()))
-        ctx.augmented = augmented
+    def forward(
+        ctx: Any, x: Tensor, group: ProjectionGroup | None, keep_dense: bool, augmented: bool, *flat: Any
+    ) -> tuple[Tensor, ...]:
+        used = ProjectionGroup(unflatten(flat)) if group is None else group
+        augmented = augmented and used.rank > 0
+        with plain_arithmetic(x):
+            a, b = used.adapters(x.dtype, in_backward=True)
+            ys, x, t, weights = used.forward(x, a, b, augmented)
+        save(ctx, flat, x, t, *(weights if keep_dense and used.resident is None else ()))
+        ctx.group, ctx.augmented = group, augmented
         return tuple(ys)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *dys: Tensor) -> tuple[Any, ...]:
-        flat, (x, t, *weights) = _saved(ctx)
-        with _plain_arithmetic(x):
-            group = ProjectionGroup(unflatten(flat), x.dtype, ctx.augmented)
+        flat, (x, t, *weights) = saved(ctx)
+        group = ProjectionGroup(unflatten(flat)) if ctx.group is None else ctx.group
+        with plain_arithmetic(x):
+            a, b = group.adapters(x.dtype, in_backward=True)
             dx = None
             if ctx.needs_input_grad[0]:
-                dx, u = group.input_gradient(dys, weights)
+                dx, u = group.input_gradient(dys, a, b, ctx.augmented, weights)
             else:
-                u = group.adapter_inner(dys)
-            gradients = group.parameter_gradients(dys, u, x, t, ctx.needs_input_grad[3:])
-        return dx, None, None, *gradients
+                u = group.adapter_inner(dys, b)
+            gradients = group.parameter_gradients(dys, u, x, t, ctx.needs_input_grad[4:])
+        return dx, None, None, None, *gradients
 
 
-class _MLP(torch.autograd.Function):
-    """From x (T, K) and the flattened gate, up and down, y (T, N)."""
+def apply_projections(
+    x: Tensor, group: ProjectionGroup, *, keep_dense: bool = False, augmented: bool = False
+) -> tuple[Tensor, ...]:
+    """`lora_projections` of an x (..., K) in the dtype of the products."""
+    names = ["the projection"] if len(group.projections) == 1 else [f"projection {i}" for i in range(len(group.rows))]
+    group.check(x, names)
+    kept = prepare(x, group)
+    ys = _Projections.apply(x.reshape(-1, x.shape[-1]), group if kept else None, keep_dense, augmented, *group.flat)
+    return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in ys)
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, activation: str, keep_dense: bool, augmented: bool, *flat: Any) -> Tensor:
-        with _plain_arithmetic(x):
-            inner = ProjectionGroup(unflatten(flat[: 2 * PARTS]), x.dtype, augmented)
-            outer = ProjectionGroup(unflatten(flat[2 * PARTS :]), x.dtype, augmented)
-            (e, g), x, t, weights = inner.forward(x)
-            wide = outer.input_buffer(e.shape[0], e)
-            h = glu_forward(e, g, activation, out=wide[:, : e.shape[1]])
-            (y,), _, t_down, weights_down = outer.forward(h, wide)
-            if outer.augmented:
-                t_down = t_down.clone()  # a view would keep the whole buffer of h alive
-        _save(ctx, flat, x, t, e, g, t_down, *((*weights, *weights_down) if keep_dense else ()))
-        ctx.activation, ctx.augmented = activation, augmented
-        return y
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        flat, (x, t, e, g, t_down, *weights) = _saved(ctx)
-        with _plain_arithmetic(x):
-            inner = ProjectionGroup(unflatten(flat[: 2 * PARTS]), x.dtype, ctx.augmented)
-            outer = ProjectionGroup(unflatten(flat[2 * PARTS :]), x.dtype, ctx.augmented)
-            dh, u_down = outer.input_gradient([dy], weights[2:])
-            h, de, dg = glu_backward_(dh, e, g, ctx.activation)
-            wanted = ctx.needs_input_grad[4:]
-            down_gradients = outer.parameter_gradients([dy], u_down, h, t_down, wanted[2 * PARTS :])
-            del dh, h
-            dx = None
-            if ctx.needs_input_grad[0]:
-                dx, u = inner.input_gradient([de, dg], weights[:2])
-            else:
-                u = inner.adapter_inner([de, dg])
-            gradients = inner.parameter_gradients([de, dg], u, x, t, wanted[: 2 * PARTS])
-        return dx, None, None, None, *gradients, *down_gradients
+def prepare(x: Tensor, *groups: ProjectionGroup) -> bool:
+    """Casts the adapters, where gradient mode is still that of the caller; False under a compiler, which traces it."""
+    if torch.compiler.is_compiling():
+        return False
+    backward = in_backward()
+    for group in groups:
+        group.adapters(x.dtype, in_backward=backward)
+    return True
 
 
 def lora_linear(
@@ -136,7 +144,7 @@ def lora_linear(
         keep_dense: save the dequantized W for the backward. Under activation checkpointing, where it exists from the
             recomputation of a layer to its backward, that costs one layer's weights, and a step dequantizes twice
             instead of three times; without checkpointing it costs the weights of all layers.
-        augmented: the augmented form of the products (see the module's docstring).
+        augmented: the augmented form of the products (see lora_products.py).
 
     Under autocast everything is cast to the autocast dtype, as `torch.nn.Linear` does.
 
@@ -161,70 +169,12 @@ def lora_projections(
     x: Tensor, projections: Sequence[Projection], *, keep_dense: bool = False, augmented: bool = False
 ) -> tuple[Tensor, ...]:
     """Any number of projections of one x (..., K). Options and errors as for `lora_linear`."""
-    x = _compute_input(x)
-    for name, projection in enumerate(projections):
-        _check(x, projection, f"projection {name}" if len(projections) > 1 else "the projection")
-    flat = flatten(projections)
-    ys = _Projections.apply(x.reshape(-1, x.shape[-1]), keep_dense, augmented, *flat)
-    return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in ys)
+    return apply_projections(compute_input(x), ProjectionGroup(projections), keep_dense=keep_dense, augmented=augmented)
 
 
-def lora_mlp(
-    x: Tensor,
-    gate: Projection,
-    up: Projection,
-    down: Projection,
-    *,
-    activation: str = "silu",
-    keep_dense: bool = False,
-    augmented: bool = False,
-) -> Tensor:
-    """`down(act(gate(x)) * up(x))`, x (..., K), result (..., N of down): SwiGLU or GeGLU.
-
-    Args:
-        activation: "silu", "gelu" (exact) or "gelu_tanh".
-
-    Other options and errors as for `lora_linear`.
-    """
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation {activation!r} is not one of {', '.join(ACTIVATIONS)}")
-    x = _compute_input(x)
-    _check(x, gate, "gate")
-    _check(x, up, "up")
-    if up.shape[0] != gate.shape[0] or down.shape[1] != gate.shape[0]:
-        raise ValueError(f"gate gives {gate.shape[0]} columns, up gives {up.shape[0]} and down takes {down.shape[1]}")
-    _check(x, down, "down", width=down.shape[1])
-    flat = flatten([gate, up, down])
-    y: Tensor = _MLP.apply(x.reshape(-1, x.shape[-1]), activation, keep_dense, augmented, *flat)
-    return y.view(*x.shape[:-1], y.shape[-1])
-
-
-def _compute_input(x: Tensor) -> Tensor:
+def compute_input(x: Tensor) -> Tensor:
+    """x in the dtype in which `torch.nn.Linear` would multiply it."""
     kind = x.device.type
     if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype(kind))
     return x
-
-
-def _check(x: Tensor, p: Projection, name: str, width: int | None = None) -> None:
-    width = x.shape[-1] if width is None else width
-    n, k = p.shape
-    if k != width:
-        raise ValueError(f"{name}: the input is {width} wide, the weight is ({n}, {k})")
-    if p.weight.requires_grad:
-        raise ValueError(f"{name}: the weight requires a gradient, only frozen weights are supported")
-    autocast = torch.is_autocast_enabled(x.device.type)
-    if p.quant_state is None and p.weight.dtype != x.dtype and not (autocast and p.weight.is_floating_point()):
-        raise ValueError(f"{name}: the weight is {p.weight.dtype}, the input {x.dtype}")
-    if (p.lora_a is None) != (p.lora_b is None):
-        raise ValueError(f"{name}: lora_{'b' if p.lora_a is None else 'a'} is given without the other")
-    if p.lora_a is not None and p.lora_b is not None:
-        rank = p.rank
-        if tuple(p.lora_a.shape) != (rank, k) or tuple(p.lora_b.shape) != (n, rank):
-            shapes = f"lora_a {tuple(p.lora_a.shape)} and lora_b {tuple(p.lora_b.shape)}"
-            raise ValueError(f"{name}: {shapes} do not fit a weight ({n}, {k})")
-    if p.bias is not None and tuple(p.bias.shape) != (n,):
-        raise ValueError(f"{name}: bias {tuple(p.bias.shape)} does not fit a weight ({n}, {k})")
-    for part in (p.weight, p.lora_a, p.lora_b, p.bias):
-        if part is not None and part.device != x.device:
-            raise ValueError(f"{name}: a part is on {part.device}, the input on {x.device}")

@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastprice_kernels.codegen.machine_code import CompileCase, Requirements
+from fastprice_kernels.ops._launching import launch
 from fastprice_kernels.ops._library import define_op
 from fastprice_kernels.ops.nf4_weight import DTYPES, SCHEMA, NF4Weight, check_out, read_weight
 from fastprice_kernels.reference import nf4 as reference
@@ -176,7 +177,9 @@ def _launch(weight: NF4Weight, out: Tensor) -> None:
         layout = (0, 0, 0, 0)
         if not contiguous:
             layout = (row_words, -(-(2**32) // row_words), row_stride, (row_stride - columns) // per_word)
-        _dequantize_words[(-(-words // WORDS),)](
+        launch(
+            _dequantize_words,
+            (-(-words // WORDS),),
             *tensors,
             out,
             words,
@@ -189,7 +192,8 @@ def _launch(weight: NF4Weight, out: Tensor) -> None:
         )
     else:
         chunks = -(-columns // ELEMENTS)
-        _dequantize_elements[(rows * chunks,)](*tensors, out, columns, chunks, row_stride, ELEMENTS=ELEMENTS, **common)
+        grid = (rows * chunks,)
+        launch(_dequantize_elements, grid, *tensors, out, columns, chunks, row_stride, ELEMENTS=ELEMENTS, **common)
 
 
 def _on_cuda(*arguments: Any) -> None:
@@ -233,9 +237,9 @@ def dequantize_nf4(
     if dtype not in DTYPES:
         raise ValueError(f"a weight in {dtype} is requested, this kernel writes {', '.join(map(str, DTYPES))}")
     if out is None:
-        out = torch.empty(shape, dtype=dtype, device=packed.device)
+        out = torch.empty(shape, dtype=dtype, device=weight.packed.device)
     else:
-        check_out(out, shape, dtype, packed.device)
+        check_out(out, shape, dtype, weight.packed.device)
     _dequantize_op(*weight, out)
     return out
 

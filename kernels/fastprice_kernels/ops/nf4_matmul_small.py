@@ -26,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastprice_kernels.codegen.machine_code import TARGETS, CompileCase, Requirements
+from fastprice_kernels.ops._launching import launch
 from fastprice_kernels.ops._library import define_op
 from fastprice_kernels.ops.nf4_dequantize import dequantize_nf4, nf4_scales, unpack_words
 from fastprice_kernels.ops.nf4_weight import DTYPES, SCHEMA, NF4Weight, read_weight
@@ -143,7 +144,9 @@ def _launch(processors: int, x_TK: Tensor, weight: NF4Weight, bias: Tensor | Non
     parts, steps = _parts(n, k, processors)
     out_TN = torch.empty((tokens, n), dtype=x_TK.dtype, device=x_TK.device)
     sums = out_TN if parts == 1 else torch.empty((parts, tokens, n), dtype=torch.float32, device=x_TK.device)
-    _product[(-(-n // ROWS), parts)](
+    launch(
+        _product,
+        (-(-n // ROWS), parts),
         x_TK,
         *tensors,
         bias if parts == 1 else None,
@@ -165,7 +168,7 @@ def _launch(processors: int, x_TK: Tensor, weight: NF4Weight, bias: Tensor | Non
     )
     if parts > 1:
         grid = (-(-tokens * n // COLUMNS),)
-        _add_parts[grid](sums, bias, out_TN, tokens * n, n, PARTS=parts, COLUMNS=COLUMNS, num_warps=4)
+        launch(_add_parts, grid, sums, bias, out_TN, tokens * n, n, PARTS=parts, COLUMNS=COLUMNS, num_warps=4)
     return out_TN
 
 

@@ -1,7 +1,13 @@
-"""An NF4 weight as the operators take it, read from a bitsandbytes quant state and checked before a kernel runs."""
+"""An NF4 weight as the operators take it, read from a bitsandbytes quant state and checked before a kernel runs.
+
+A weight is checked once: what was found is kept by the quant state's identity, with weak references to the tensors that
+were checked, and holds as long as they are the same tensors and the packed bytes are where they were. So a state that
+gets other tensors (layers that are prefetched, moved or copied) is checked again, and nothing is kept alive.
+"""
 
 from __future__ import annotations
 
+import weakref
 from typing import Any, NamedTuple
 
 import torch
@@ -42,6 +48,26 @@ class NF4Weight(NamedTuple):
     blocksize2: int
 
 
+class _Checked(NamedTuple):
+    """What was found for a quant state: weak references to its tensors and its second state, and the rest."""
+
+    absmax: weakref.ref[Tensor]
+    code: weakref.ref[Tensor]
+    absmax2: weakref.ref[Tensor] | None
+    code2: weakref.ref[Tensor] | None
+    offset: weakref.ref[Tensor] | None
+    blocksize: int
+    blocksize2: int
+    dtype: torch.dtype
+    size: torch.Size
+    address: int
+    bytes: int
+    shape: tuple[int, int]
+
+
+_CHECKED: dict[int, tuple[weakref.ref[Any], _Checked]] = {}  # by the id of a quant state that is alive
+
+
 def read_weight(packed: Tensor, quant_state: Any) -> tuple[NF4Weight, tuple[int, int], torch.dtype]:
     """The weight of `packed` and its bitsandbytes `QuantState`, its shape (N, K), and its dtype before quantization.
 
@@ -50,6 +76,72 @@ def read_weight(packed: Tensor, quant_state: Any) -> tuple[NF4Weight, tuple[int,
     Raises:
         ValueError: another quantization, or dtypes, devices or sizes that do not fit together.
     """
+    if torch.compiler.is_compiling():
+        return _check_weight(packed, quant_state)
+    # bitsandbytes' `Params4bit` overrides `__torch_function__`, which costs 2 to 4 us for each attribute of the tensor.
+    with torch._C.DisableTorchFunctionSubclass():
+        plain = packed.data
+        entry = _CHECKED.get(id(quant_state))
+        if entry is not None and entry[0]() is quant_state and type(plain) is Tensor:
+            weight = _unchanged(entry[1], plain, vars(quant_state))
+            if weight is not None:
+                return weight, entry[1].shape, entry[1].dtype
+        found = _check_weight(plain, quant_state)
+        if type(plain) is Tensor and plain.is_contiguous():
+            _remember(plain, quant_state, found)
+        return found
+
+
+def _unchanged(checked: _Checked, packed: Tensor, state: dict[str, Any]) -> NF4Weight | None:
+    """The weight, if the state has the tensors and the settings that were checked."""
+    absmax, code, state2 = state["absmax"], state["code"], state["state2"]
+    if (
+        checked.absmax() is not absmax
+        or checked.code() is not code
+        or packed.data_ptr() != checked.address
+        or packed.numel() != checked.bytes
+        or packed.dtype != torch.uint8
+        or state["blocksize"] != checked.blocksize
+        or state["dtype"] != checked.dtype
+        or state["shape"] is not checked.size
+        or state["quant_type"] != "nf4"
+        or state.get("packing_format_for_cpu", False)
+    ):
+        return None
+    if state2 is None:
+        plain = NF4Weight(packed, code, absmax, None, None, None, checked.blocksize, 1)
+        return plain if checked.absmax2 is None else None
+    if checked.absmax2 is None or checked.code2 is None or checked.offset is None:
+        return None
+    absmax2, code2, offset = state2.absmax, state2.code, state["offset"]
+    if (
+        checked.absmax2() is not absmax2
+        or checked.code2() is not code2
+        or checked.offset() is not offset
+        or state2.blocksize != checked.blocksize2
+    ):
+        return None
+    return NF4Weight(packed, code, absmax, code2, absmax2, offset, checked.blocksize, checked.blocksize2)
+
+
+def _remember(packed: Tensor, state: Any, found: tuple[NF4Weight, tuple[int, int], torch.dtype]) -> None:
+    weight, shape, dtype = found
+    if not hasattr(state, "__dict__"):
+        return
+    key = id(state)
+    nested = [
+        None if tensor is None else weakref.ref(tensor) for tensor in (weight.absmax2, weight.code2, weight.offset)
+    ]
+    _CHECKED[key] = (
+        weakref.ref(state, lambda _: _CHECKED.pop(key, None)),
+        _Checked(
+            weakref.ref(weight.absmax), weakref.ref(weight.code), *nested, weight.blocksize, weight.blocksize2, dtype,
+            state.shape, packed.data_ptr(), packed.numel(), shape,
+        ),
+    )  # fmt: skip
+
+
+def _check_weight(packed: Tensor, quant_state: Any) -> tuple[NF4Weight, tuple[int, int], torch.dtype]:
     kind, blocksize, dtype = quant_state.quant_type, quant_state.blocksize, quant_state.dtype
     if kind != "nf4":
         raise ValueError(f"the quant state is of type {kind!r}, this kernel reads 'nf4'")

@@ -21,6 +21,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fastprice_kernels.codegen.machine_code import CompileCase
+from fastprice_kernels.ops._launching import launch
+from fastprice_kernels.ops._library import on_own_device
 
 __all__ = ["SoftmaxOptions", "compile_cases", "softmax_rows"]
 
@@ -106,7 +108,9 @@ def _softmax_rows_kernel(
 def _launch(logits_CV: Tensor, labels_C: Tensor, statistics: Tensor, options: SoftmaxOptions) -> None:
     if not logits_CV.shape[0]:
         return
-    _softmax_rows_kernel[(logits_CV.shape[0],)](
+    launch(
+        _softmax_rows_kernel,
+        (logits_CV.shape[0],),
         logits_CV,
         labels_C,
         statistics,
@@ -121,6 +125,9 @@ def _launch(logits_CV: Tensor, labels_C: Tensor, statistics: Tensor, options: So
         BLOCKS=triton.cdiv(logits_CV.shape[1], _BLOCK),
         num_warps=_WARPS,
     )
+
+
+_on_cuda = on_own_device(_launch)
 
 
 def _on_cpu(logits_CV: Tensor, labels_C: Tensor, statistics: Tensor, options: SoftmaxOptions) -> None:
@@ -163,7 +170,7 @@ def softmax_rows(logits_CV: Tensor, labels_C: Tensor, statistics: Tensor, option
         labels_C: int64. A label outside the vocabulary makes its row's loss NaN on CUDA.
         statistics: fp32, or fp64 for fp64 logits.
     """
-    run = _launch if logits_CV.is_cuda else _on_cpu
+    run = _on_cuda if logits_CV.is_cuda else _on_cpu
     run(logits_CV, labels_C, statistics, options)
 
 

@@ -33,6 +33,7 @@ from fastprice_kernels.patching.forwards import linear_forward, mlp_forward, sha
 from fastprice_kernels.patching.installation import PATCH, Installation, InstallReport, Options, Patch
 from fastprice_kernels.patching.linear_layers import Layer, compatible, has_hooks, is_candidate, read_layer
 from fastprice_kernels.patching.norms import NormPatch, norm_forward
+from fastprice_kernels.patching.resident import make_resident
 from fastprice_kernels.patching.rotary import attention_forward, unsupported_attention
 from fastprice_kernels.patching.structure import (
     ATTENTION,
@@ -64,6 +65,8 @@ def install(
     keep_dense: bool = False,
     augmented: bool = False,
     free_loss_bytes: int = 0,
+    mlp_tile: int | None = None,
+    dense_layers: int = 0,
 ) -> InstallReport:
     """Puts the kernels under a PEFT or Unsloth model, or a plain transformers model with 4-bit layers.
 
@@ -76,6 +79,12 @@ def install(
         augmented: the augmented form of the LoRA products (see ops/lora_products.py).
         free_loss_bytes: bytes of memory, needed by nothing else, that a chunk of `loss_head` may take: enough of them
             read the output layer once a product, not once for each of many chunks (`chunk_rows`).
+        mlp_tile: compute MLPs for so many rows at a time (see ops/lora_mlp.py), for packs whose gate, up and product
+            would not fit; the backward computes them again.
+        dense_layers: dequantize the NF4 weights of so many decoder layers, the last ones, once (see resident.py). The
+            report has their bytes; a layer with hooks before its forward, which may move its weights, is left out.
+
+    The MLP of a decoder layer with `recompute_mlp = True` in its `__dict__` saves neither gate nor up.
 
     Installing again changes nothing, or the options. Layers that stay stock are in the report and in one warning.
 
@@ -83,13 +92,15 @@ def install(
     evaluation repacked before are unpacked, with a warning: their scales remain rounded to bf16.
 
     Raises:
-        ValueError: `last_layer` without `loss_head`.
+        ValueError: `last_layer` without `loss_head`, or a number that is impossible.
         RuntimeError: repacked 4-bit layers in another layout than that of bitsandbytes 0.50.2, or an Unsloth with other
             functions than the one this was written for.
     """
     if last_layer and not loss_head:
         raise ValueError("last_layer=True computes nothing at positions without a label: it needs loss_head=True")
-    options = Options(loss_head, last_layer, keep_dense, augmented, free_loss_bytes)
+    if dense_layers < 0 or (mlp_tile is not None and mlp_tile < 1):
+        raise ValueError(f"dense_layers={dense_layers} and mlp_tile={mlp_tile}: a number of layers, and rows of a tile")
+    options = Options(loss_head, last_layer, keep_dense, augmented, free_loss_bytes, mlp_tile, dense_layers)
     before: Installation | None = model.__dict__.get(_INSTALLATION)
     if before is not None:
         if before.options == options:
@@ -110,6 +121,8 @@ def install(
         _install_decoder_layers(model, made)
     if loss_head:
         _install_loss(model, made)
+    if dense_layers:
+        make_resident(model, made.report, dense_layers)
     model.__dict__[_INSTALLATION] = made
     reasons = Counter(made.report.skipped.values())
     if reasons:
@@ -144,7 +157,7 @@ def uninstall(model: nn.Module) -> None:
 
 
 @contextmanager
-def installed(model: nn.Module, **options: bool) -> Iterator[InstallReport]:
+def installed(model: nn.Module, **options: Any) -> Iterator[InstallReport]:
     """`install` on entry; on exit the state of before."""
     before: Installation | None = model.__dict__.get(_INSTALLATION)
     try:
@@ -166,6 +179,8 @@ def _install_unsloth(model: nn.Module, made: Installation, done: set[nn.Module])
         for fused in unsloth_functions.find_fused(module):
             layers = [f"{name}.{layer}" for layer in fused.layers]
             _replace(made, layers, module, fused.attribute, fused.ours, patch, fused.kernel)
+            parts = tuple(module.get_submodule(layer) for layer in fused.layers)
+            patch.stacks += (parts[:2], parts[2:]) if fused.kernel == "lora_mlp" else (parts,)
             done.update(part for layer in fused.layers for part in module.get_submodule(layer).modules())
             if fused.attribute == "forward":
                 done.add(module)
@@ -186,12 +201,15 @@ def _install_layers(model: nn.Module, made: Installation, done: set[nn.Module]) 
         patch = Patch(made, _recomputed_around(model, name))
         if all(part in children for part in MLP):
             patch.activation = activation_of(module) or ""
-            if patch.activation and _is_lora_mlp(module, [children[part] for part in MLP]):
+            gate, up, down = (children[part] for part in MLP)
+            patch.stacks = ((gate, up), (down,))
+            if patch.activation and _is_lora_mlp(module, [gate, up, down]):
                 take([name], [module], mlp_forward, patch, "lora_mlp")
         elif all(part in children for part in QKV):
-            patch.siblings = tuple(children[part] for part in QKV)
-            if _can_share(patch.siblings):
-                take([f"{name}.{part}" for part in QKV], patch.siblings, shared_forward, patch, "lora_qkv")
+            siblings = tuple(children[part] for part in QKV)
+            patch.stacks = (siblings,)
+            if _can_share(siblings):
+                take([f"{name}.{part}" for part in QKV], siblings, shared_forward, patch, "lora_qkv")
     for name, module, _ in named:
         if module in done or not is_candidate(module):
             continue
@@ -199,7 +217,8 @@ def _install_layers(model: nn.Module, made: Installation, done: set[nn.Module]) 
         if _is_replaced(module):
             made.report.skipped[name] = _REPLACED
         elif isinstance(found, Layer):
-            take([name], [module], linear_forward, Patch(made, _recomputed_around(model, name)), "lora_linear")
+            patch = Patch(made, _recomputed_around(model, name), ((module,),))
+            take([name], [module], linear_forward, patch, "lora_linear")
         else:
             reason = found or "an adapter that is merged or disabled"
             made.report.skipped[name] = reason + _stock_fault(module)

@@ -1,13 +1,16 @@
 """Linear layers of PEFT and bitsandbytes as `Projection`s, without importing these libraries.
 
 A layer is read at each call, because adapters are added, disabled and merged and change their dropout while a model
-exists. What the kernels do not support is returned as a reason, in words.
+exists. `LayerRead` remembers what was read and compares, by identity, all that it depended on, so that a call where
+nothing changed costs a few dictionary look-ups and returns the same object. What the kernels do not support is returned
+as a reason, in words.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import is_
 from typing import Any
 
 import torch
@@ -15,7 +18,7 @@ from torch import Tensor, nn
 
 from fastprice_kernels.ops.lora import Projection
 
-__all__ = ["Layer", "compatible", "has_hooks", "is_candidate", "read_layer"]
+__all__ = ["Layer", "LayerRead", "compatible", "has_hooks", "is_candidate", "read_layer"]
 
 _FOUR_BIT = (("bitsandbytes", "Linear4bit"), ("bitsandbytes", "LinearNF4"))
 _LORA_LINEAR = ("Linear", "Linear4bit")
@@ -60,6 +63,64 @@ def read_layer(module: nn.Module) -> Layer | str | None:
     if has_hooks(a, b, layer.base_layer):
         return "hooks on an adapter or a base layer"
     return _read_base(layer.base_layer, a.weight, b.weight, float(layer.scaling[name]))
+
+
+class LayerRead:
+    """`read_layer` of one module, repeated only where something that it depends on is another object than before."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self._seen: tuple[Any, ...] = ()
+        self._result: Layer | str | None = None
+
+    def __call__(self) -> Layer | str | None:
+        """What `module` computes now; the same object as long as nothing changed."""
+        try:
+            now = _dependencies(self.module)
+        except (AttributeError, KeyError, ValueError):  # not the one kind of layer that is fast to compare
+            return read_layer(self.module)
+        if len(now) != len(self._seen) or not all(map(is_, now, self._seen)):
+            self._result, self._seen = read_layer(self.module), now
+        return self._result
+
+
+def _dependencies(module: Any) -> tuple[Any, ...]:
+    """All that `read_layer` reads of a layer with at most one active adapter; numbers and strings as the objects that
+    the layer holds."""
+    own = module.__dict__
+    parts = own["_modules"]
+    if "base_layer" not in parts:
+        return _base_dependencies(module)
+    active = module._active_adapter
+    (name,) = (active,) if isinstance(active, str) else active
+    a, b = parts["lora_A"]._modules[name], parts["lora_B"]._modules[name]
+    dropout, base = parts["lora_dropout"]._modules[name], parts["base_layer"]
+    return (
+        name,
+        module._disable_adapters,
+        bool(module.merged_adapters),
+        own["fan_in_fan_out"],
+        own["scaling"][name],
+        own["lora_variant"].get(name),
+        *(a, a._parameters["weight"], a._parameters["bias"], b, b._parameters["weight"], b._parameters["bias"]),
+        *(dropout, dropout.training, dropout.__dict__.get("p")),
+        has_hooks(a, b, base),
+        *_base_dependencies(base),
+    )
+
+
+def _base_dependencies(base: Any) -> tuple[Any, ...]:
+    weight = base._parameters["weight"]
+    settings = base.__dict__
+    if type(weight) is nn.Parameter:
+        return (base, weight, weight.requires_grad, base._parameters["bias"])
+    # Attributes of a bitsandbytes weight go through its `__torch_function__`, those in its `__dict__` do not.
+    state = weight.__dict__["quant_state"]
+    return (
+        *(base, weight, base._parameters["bias"], state),
+        *((None, None) if state is None else (state.quant_type, vars(state).get("packing_format_for_cpu"))),
+        *(settings.get("compute_dtype"), settings.get("compute_type_is_set")),
+    )
 
 
 def compatible(reads: Sequence[Layer | str | None]) -> list[Layer] | None:

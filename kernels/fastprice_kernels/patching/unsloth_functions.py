@@ -23,11 +23,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from fastprice_kernels.ops.lora import lora_projections
 from fastprice_kernels.ops.nf4_dequantize import dequantize_nf4
-from fastprice_kernels.patching.forwards import layers_for, mlp, run
-from fastprice_kernels.patching.installation import PATCH
-from fastprice_kernels.patching.linear_layers import read_layer
+from fastprice_kernels.patching.forwards import layers_for, run_mlp, run_projections
+from fastprice_kernels.patching.installation import PATCH, Patch
+from fastprice_kernels.patching.linear_layers import Layer
 from fastprice_kernels.patching.structure import MLP, OUTPUT, QKV
 
 __all__ = ["CORE", "Fused", "find_fused", "is_unsloth", "patch", "unpatch"]
@@ -177,7 +176,7 @@ def _dequantize(stock: Any) -> Any:
 
 def _qkv(stock: Any) -> Any:
     def apply_lora_qkv(self: Any, X: Tensor, inplace: bool = True) -> Any:
-        results = _try(self, X, QKV, lora_projections)
+        results = _try(self, X, QKV)
         return stock(self, X, inplace) if results is None else results
 
     return apply_lora_qkv
@@ -185,7 +184,7 @@ def _qkv(stock: Any) -> Any:
 
 def _output(stock: Any) -> Any:
     def apply_lora_o(self: Any, X: Tensor) -> Any:
-        results = _try(self, X, (OUTPUT,), lora_projections)
+        results = _try(self, X, (OUTPUT,))
         return stock(self, X) if results is None else results[0]
 
     return apply_lora_o
@@ -194,19 +193,25 @@ def _output(stock: Any) -> Any:
 def _mlp(activation: str) -> Callable[[Any], Any]:
     def replace(stock: Any) -> Any:
         def apply_lora_mlp(self: Any, X: Tensor, *inplace: Any, **named: Any) -> Any:
-            results = _try(self, X, MLP, mlp, activation=activation)
-            return stock(self, X, *inplace, **named) if results is None else results[0]
+            found = _layers(self, X, MLP)
+            return stock(self, X, *inplace, **named) if found is None else run_mlp(*found, activation=activation)
 
         return apply_lora_mlp
 
     return replace
 
 
-def _try(self: Any, x: Tensor, names: Sequence[str], function: Any, **options: Any) -> tuple[Tensor, ...] | None:
-    """The kernels' results on these layers of `self`, or None where Unsloth's own function has to run."""
+def _layers(self: Any, x: Tensor, names: Sequence[str]) -> tuple[Patch, Tensor, Sequence[Layer]] | None:
+    """What the kernels run for these layers of `self`, or None where Unsloth's own function has to run."""
     patch = self.__dict__.get(PATCH)
-    layers = None if patch is None else layers_for(patch, x, [read_layer(getattr(self, name)) for name in names])
-    return None if layers is None else run(function, x, layers, **options, **patch.arguments)
+    layers = None if patch is None else layers_for(patch, x, [getattr(self, name) for name in names])
+    return None if layers is None else (patch, x, layers)
+
+
+def _try(self: Any, x: Tensor, names: Sequence[str]) -> tuple[Tensor, ...] | None:
+    """The kernels' results on layers of `self` that share x, or None."""
+    found = _layers(self, x, names)
+    return None if found is None else tuple(run_projections(*found))
 
 
 _ACTIVATIONS = {

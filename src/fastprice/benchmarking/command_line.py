@@ -59,6 +59,11 @@ def main(arguments: Sequence[str], prog: str = "fastprice bench") -> int:
             options.page.write_text(step_time_page(options.file), encoding="utf-8")
             return 0
         return check_traffic(options.file) if options.check else update_traffic(options.file)
+    if options.command == "host":
+        from fastprice.benchmarking.host_time import measure_host_time
+
+        print(measure_host_time(rounds=options.host_rounds))
+        return 0
     return _run(options)
 
 
@@ -98,12 +103,14 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument("--commit", metavar="ID", help="for the record, where the checkout has no .git")
     parser.add_argument("--cpu", action="store_true", help="the CPU, even where there is a GPU")
 
-    commands = parser.add_subparsers(dest="command", metavar="{report,static,traffic}")
+    commands = parser.add_subparsers(dest="command", metavar="{report,static,traffic,host}")
     report = commands.add_parser("report", help="tables and a page of plots from the newest result")
     report.add_argument("folder", type=Path, nargs="?", default=_RESULTS, metavar="DIR", help="default %(default)s")
     report.add_argument("--out", type=Path, dest="page", metavar="FILE", help="the page (default report.html in DIR)")
     static = commands.add_parser("static", help="the kernels' machine code, compiled without a GPU")
     static.add_argument("file", type=Path, nargs="?", default=_STATIC, metavar="FILE", help="default %(default)s")
+    host = commands.add_parser("host", help="the host's time for a layer, kernels stubbed, beside stock PEFT")
+    host.add_argument("--rounds", type=int, dest="host_rounds", default=40, metavar="N", help="default %(default)s")
     static.add_argument("--check", action="store_true", help="compare with FILE instead of writing it")
     traffic = commands.add_parser("traffic", help="launches and bytes of a layer in training, counted without a GPU")
     traffic.add_argument("file", type=Path, nargs="?", default=_TRAFFIC, metavar="FILE", help="default %(default)s")

@@ -15,7 +15,8 @@ from fastprice.benchmarking.kernel_comparison import OURS, ROUNDING, Comparison,
 from fastprice.benchmarking.peer_kernels import unsloth_kernel
 from fastprice.benchmarking.random_models import random_nf4_weight
 from fastprice.benchmarking.workload import NF4_BYTES, linear_shapes, shape_of
-from fastprice_kernels.ops.lora import Projection, lora_linear, lora_mlp
+from fastprice_kernels.ops.lora import Projection, lora_linear
+from fastprice_kernels.ops.lora_mlp import lora_mlp
 from fastprice_kernels.reference import lora as reference
 
 __all__ = ["linear_cases", "mlp_cases"]

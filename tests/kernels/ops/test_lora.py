@@ -11,7 +11,9 @@ from torch.utils.checkpoint import checkpoint
 
 from fastprice_kernels import reference
 from fastprice_kernels.ops import lora_products
-from fastprice_kernels.ops.lora import Projection, lora_linear, lora_mlp, lora_projections, lora_qkv
+from fastprice_kernels.ops.lora import Projection, apply_projections, lora_linear, lora_projections, lora_qkv
+from fastprice_kernels.ops.lora_mlp import lora_mlp
+from fastprice_kernels.ops.lora_products import ProjectionGroup
 from fastprice_kernels.ops.nf4_dequantize import dequantize_nf4
 
 bnb = pytest.importorskip("bitsandbytes")
@@ -375,3 +377,150 @@ def test_refuses_an_mlp_that_does_not_fit():
         lora_mlp(torch.zeros(2, 41), gate, up, replace(gate))
     with pytest.raises(ValueError, match="'relu' is not one of"):
         lora_mlp(torch.zeros(2, 41), gate, up, down, activation="relu")
+
+
+# The MLP that recomputes gate and up, and the tiled one
+
+
+@pytest.mark.parametrize("nf4", [False, True], ids=["dense", "nf4"])
+@pytest.mark.parametrize("kind", ["silu", "gelu"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_recomputing_gate_and_up_gives_the_same_bits(dtype, kind, nf4):
+    ps = mlp(dtype, nf4=nf4, bias=True)
+    x = draw(9, 7, 41, seed=5, dtype=dtype).requires_grad_()
+    results = []
+    for options in ({}, {"recompute": True}, {"tile": 63}, {"tile": 1000}):
+        y = lora_mlp(x, *ps, activation=kind, **options)
+        results.append([y.detach(), *torch.autograd.grad(y, leaves(x, *ps), draw(9, 7, 23, seed=9, dtype=dtype))])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(other, results[0], strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("tile", "shape"), [(1, (3, 41)), (4, (9, 41)), (5, (2, 5, 41)), (7, (9, 7, 41)), (3, (0, 41))]
+)
+def test_tiles_compute_the_whole(tile, shape, dtype):
+    ps = mlp(dtype, nf4=True, bias=True)
+    x = draw(*shape, seed=5, dtype=dtype).requires_grad_()
+    compare(lora_mlp(x, *ps, tile=tile), mlp_truth(x, ps, "silu"), leaves(x, *ps), dtype)
+
+
+def test_tiles_of_a_frozen_input_and_of_frozen_adapters():
+    ps = mlp(torch.float64)
+    still = [replace(ps[0], lora_a=ps[0].lora_a.detach(), lora_b=ps[0].lora_b.detach()), *ps[1:]]
+    x = draw(9, 41, seed=5)
+    inputs = leaves(x, *ps[1:])[1:]
+    got, want = (
+        torch.autograd.grad(y.square().sum(), inputs)
+        for y in (lora_mlp(x, *still, tile=4), mlp_truth(x, still, "silu"))
+    )
+    for a, b in zip(got, want, strict=True):
+        assert_near(a, b, 1e-13)
+    with pytest.raises(ValueError, match="tiles of 0 rows"):
+        lora_mlp(x, *ps, tile=0)
+
+
+def test_a_recomputing_mlp_saves_neither_gate_nor_up():
+    ps = mlp(torch.float32, nf4=True)
+    x = draw(64, 41, seed=5, dtype=torch.float32).requires_grad_()
+    ranks, width = 4 * 64 * (5 + 3 + 4), 4 * 64 * 29
+    for options, extra in (({}, 2 * width), ({"recompute": True}, 0), ({"tile": 16}, 0)):
+        saved = saved_bytes(lambda options=options: lora_mlp(x, *ps, **options))
+        for own in leaves(x, *ps):
+            saved.pop(own.untyped_storage().data_ptr(), None)
+        assert sum(saved.values()) == ranks + extra, options
+
+
+def test_a_direction_dequantizes_each_weight_once(monkeypatch):
+    ps = mlp(torch.float32, nf4=True)
+    x = draw(12, 41, seed=5, dtype=torch.float32).requires_grad_()
+    calls, dequantize = [], lora_products.dequantize_nf4
+    monkeypatch.setattr(lora_products, "dequantize_nf4", lambda *a, **k: calls.append(1) or dequantize(*a, **k))
+    for options in ({}, {"recompute": True}, {"tile": 5}):
+        y = lora_mlp(x, *ps, **options).sum()
+        assert len(calls) == 3, options
+        y.backward()
+        assert len(calls) == 6, options
+        calls.clear()
+
+
+@pytest.mark.parametrize("options", [{"recompute": True}, {"tile": 4}])
+def test_tiles_do_not_depend_on_uninitialized_memory(monkeypatch, options):
+    ps = mlp(torch.float32, nf4=True)
+    x = draw(6, 41, seed=5, dtype=torch.float32).requires_grad_()
+    want = mlp_truth(x, ps, "silu")
+    for name in ("empty", "empty_like"):
+        make_empty = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda *a, _f=make_empty, **k: poison(_f(*a, **k)))
+    new_empty = torch.Tensor.new_empty
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: poison(new_empty(*a, **k)))
+    compare(lora_mlp(x, *ps, **options), want, leaves(x, *ps), torch.float32)
+
+
+@pytest.mark.parametrize("options", [{"recompute": True}, {"tile": 4}])
+def test_a_recomputing_mlp_compiles(options):
+    ps = mlp(torch.float32, nf4=True)
+    x = draw(6, 41, seed=5, dtype=torch.float32).requires_grad_()
+
+    def run(x):
+        return lora_mlp(x * 2, *ps, **options).sum()
+
+    want = torch.autograd.grad(run(x), leaves(x, *ps))
+    got = torch.autograd.grad(torch.compile(run, backend="aot_eager", fullgraph=True)(x), leaves(x, *ps))
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+# Scales, and the branches that only CUDA takes
+
+
+@FORMS
+def test_projections_of_different_scales(augmented):
+    ps = [make(8, 41, 4, 1, torch.float64, scale=0.5), make(8, 41, 3, 20, torch.float64, scale=3.0)]
+    x = draw(5, 41, seed=5).requires_grad_()
+    got = torch.cat(lora_projections(x, ps, augmented=augmented), -1)
+    compare(got, torch.cat([truth(p, x) for p in ps], -1), leaves(x, *ps), torch.float64)
+
+
+def test_gradients_come_in_fp32_out_of_16_bit_products_where_the_device_has_them(monkeypatch):
+    """CUDA's `out_dtype`, stood in for by fp32 products, as it accumulates: no gradient is rounded or cast."""
+    p = make(13, 41, 5, 1, torch.bfloat16)
+    p = replace(p, lora_a=p.lora_a.detach().float().requires_grad_(), lora_b=p.lora_b.detach().float().requires_grad_())
+    x = draw(64, 41, seed=5, dtype=torch.bfloat16)
+    mm, wide = torch.mm, []
+
+    def mm_of_cuda(a, b, out_dtype=None):
+        if out_dtype is None:
+            return mm(a, b)
+        wide.append(tuple(a.shape))
+        return mm(a.to(out_dtype), b.to(out_dtype))
+
+    monkeypatch.setattr(lora_products, "_gives_fp32", lambda a: True)
+    monkeypatch.setattr(torch, "mm", mm_of_cuda)
+    y = lora_linear(x, p.weight, p.lora_a, p.lora_b, p.scale)
+    cotangent = draw(64, 13, seed=9, dtype=torch.bfloat16)
+    da, db = torch.autograd.grad(y, [p.lora_a, p.lora_b], cotangent)
+    assert wide == [(5, 64), (13, 64)]
+    assert da.dtype == db.dtype == torch.float32
+    t = (p.scale * x.float() @ p.lora_a.bfloat16().float().T).bfloat16().float()
+    torch.testing.assert_close(db, cotangent.float().T @ t, rtol=1e-2, atol=1e-3)
+    assert not torch.equal(db, db.bfloat16().float()), "it was rounded to 16 bits on the way"
+
+
+@pytest.mark.parametrize("scale", [1.0, 1.7])
+def test_resident_weights_joined_as_on_cuda(monkeypatch, scale):
+    """The joined product: results that may be changed in place, bands of the separate products, no dequantization."""
+    ps = [make(n, 41, r, 10 * n, torch.float32, nf4=True, scale=scale) for n, r in ((24, 4), (8, 5), (8, 0))]
+    x = draw(3, 6, 41, seed=5, dtype=torch.float32).requires_grad_()
+    group = ProjectionGroup(ps)
+    group.resident = torch.cat([dense(p).float() for p in ps])
+    monkeypatch.setattr(lora_products, "dequantize_nf4", None)
+    for joins in (True, False):
+        monkeypatch.setattr(lora_products, "_joins", lambda x, joins=joins: joins)
+        ys = apply_projections(x, group)
+        for y in ys:
+            y.mul_(2.0)  # RoPE changes queries and keys in place
+        assert (ys[0].untyped_storage().data_ptr() == ys[1].untyped_storage().data_ptr()) is joins
+        want = [2 * truth(p, x.double()) for p in ps]
+        compare(torch.cat(ys, -1), torch.cat(want, -1), leaves(x, *ps), torch.float32)

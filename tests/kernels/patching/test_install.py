@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import inspect
+import weakref
 
 import pytest
 import torch
@@ -21,7 +23,7 @@ from tests.kernels.adapted_models import (
 )
 
 from fastprice_kernels.patching.install import install, installed, uninstall
-from fastprice_kernels.patching.installation import PATCH
+from fastprice_kernels.patching.installation import PATCH, Patch
 
 bnb = pytest.importorskip("bitsandbytes")
 
@@ -185,6 +187,117 @@ def test_keep_dense_does_nothing_without_recomputation(monkeypatch):
     assert patch.arguments["keep_dense"] is True
     layer.eval()
     assert patch.arguments["keep_dense"] is False
+
+
+@pytest.mark.parametrize("options", [{}, {"mlp_tile": 7}])
+def test_an_mlp_that_recomputes_gate_and_up(options):
+    """`recompute_mlp` on a decoder layer: the same bits, and less saved; tiles: the same up to rounding."""
+    model = make()
+    install(model, loss_head=True)
+    layers = model.get_decoder().layers
+    want, most = gradients(model), saved_bytes(model)
+    install(model, loss_head=True, **options)
+    if options:
+        assert_close(gradients(model), want, 2e-5)
+    for layer in layers[1:3]:
+        layer.recompute_mlp = True
+    got, less = gradients(model), saved_bytes(model)
+    if options:
+        assert_close(got, want, 2e-5)
+    else:
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    gate_and_up = 36 * 2 * 56 * 4  # tokens, tensors, intermediate size, bytes
+    assert most - less == gate_and_up * (LAYERS if options else 2)
+    for layer in layers:
+        layer.__dict__.pop("recompute_mlp", None)
+    install(model, loss_head=True)
+    assert saved_bytes(model) == most
+
+
+def saved_bytes(model):
+    """Of all tensors that a forward pass saves, each storage once."""
+    saved = {}
+
+    def pack(x):
+        saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        loss = model(**batch()).loss
+    del loss
+    return sum(saved.values())
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama-bias"])
+def test_dense_weights_change_no_bit_and_are_freed(kind, monkeypatch):
+    from fastprice_kernels.ops import lora_products
+    from fastprice_kernels.patching import resident
+
+    model = make(kind)
+    install(model, loss_head=True, last_layer=True)
+    want, want_logits = gradients(model), model.eval()(**batch()).loss.detach()
+    model.train()
+    calls = []
+    for module in (lora_products, resident):
+        monkeypatch.setattr(
+            module, "dequantize_nf4", lambda *a, _f=module.dequantize_nf4, **k: calls.append(1) or _f(*a, **k)
+        )
+    report = install(model, loss_head=True, last_layer=True, dense_layers=2)
+    assert len(calls) == 2 * 7
+    weights = 40 * (40 + 20 + 20 + 40 + 3 * 56)
+    assert report.dense == {f"base_model.model.model.layers.{i}": 4 * weights for i in (2, 3)}
+    assert f"2 x dense weights: {8 * weights / 1e9:.3g} GB" in str(report)
+    calls.clear()
+    got = gradients(model)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    assert torch.equal(model.eval()(**batch()).loss, want_logits)
+    # Forward, backward (without q, k and v of the first layer, whose input needs no gradient), and the evaluation.
+    assert len(calls) == (LAYERS - 2) * 7 * 3 - 3
+    model.train()
+
+    copied = copy.deepcopy(model)
+    assert not any(m.__dict__[PATCH].resident for m in copied.modules() if hasattr(m.__dict__.get(PATCH), "resident"))
+    assert all(torch.equal(a, b) for a, b in zip(gradients(copied), want, strict=True))
+    held = [
+        weakref.ref(each.weights)
+        for m in model.modules()
+        if isinstance(m.__dict__.get(PATCH), Patch)
+        for each in m.__dict__[PATCH].resident.values()
+    ]
+    assert len(set(map(id, held))) == 2 * 4  # q, k and v; o; gate and up; down
+    uninstall(model)
+    gc.collect()
+    assert not any(ref() is not None for ref in held)
+
+
+def test_dense_weights_are_refused_where_they_may_move():
+    model = make()
+    layers = model.get_decoder().layers
+    handle = layers[3].register_forward_pre_hook(lambda *_: None)
+    with pytest.warns(UserWarning, match="1 x dense weights of a layer with hooks, which may move its weights"):
+        report = install(model, dense_layers=2)
+    assert list(report.dense) == ["base_model.model.model.layers.2"]
+    handle.remove()
+    with pytest.raises(ValueError, match="dense_layers=-1 and mlp_tile=None"):
+        install(model, dense_layers=-1)
+    with pytest.raises(ValueError, match="mlp_tile=0"):
+        install(model, mlp_tile=0)
+    plain = make(nf4=False)
+    with pytest.warns(UserWarning, match="4 x dense weights of a layer without 4-bit weights"):
+        assert not install(plain, dense_layers=9).dense
+
+
+def test_dense_weights_of_a_layer_that_gets_other_weights_are_not_used():
+    model, other = make(), make(seed=1)
+    install(model, loss_head=True, dense_layers=LAYERS)
+    gradients(model)
+    for mine, theirs in zip(model.modules(), other.modules(), strict=True):
+        if type(mine) is bnb.nn.Linear4bit:
+            mine.weight = theirs.weight
+    got = gradients(model)
+    uninstall(model)
+    install(model, loss_head=True)
+    assert all(torch.equal(a, b) for a, b in zip(got, gradients(model), strict=True))
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2"])
