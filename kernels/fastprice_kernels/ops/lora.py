@@ -83,8 +83,8 @@ class _Projections(torch.autograd.Function):
         augmented = augmented and used.rank > 0
         with plain_arithmetic(x):
             a, b = used.adapters(x.dtype, in_backward=True)
-            ys, x, t, weights = used.forward(x, a, b, augmented)
-        save(ctx, flat, x, t, *(weights if keep_dense and used.resident is None else ()))
+            ys, x, t, weights = used.forward(x, a, b, augmented, keep=keep_dense and used.resident is None)
+        save(ctx, flat, x, t, *weights)
         ctx.group, ctx.augmented = group, augmented
         return tuple(ys)
 

@@ -49,15 +49,15 @@ class _MLP(torch.autograd.Function):
         inner_wide, outer_wide = (augmented and group.rank > 0 for group in (inner, outer))
         with plain_arithmetic(x):
             a, b = inner.adapters(x.dtype, in_backward=True)
-            (e, g), x, t, weights = inner.forward(x, a, b, inner_wide)
+            keep = keep_dense and inner.resident is None and outer.resident is None
+            (e, g), x, t, weights = inner.forward(x, a, b, inner_wide, keep=keep)
             a, b = outer.adapters(x.dtype, in_backward=True)
             wide = outer.input_buffer(e.shape[0], e, outer_wide)
             h = glu_forward(e, g, activation, out=wide[:, : e.shape[1]] if outer_wide else wide)
-            (y,), _, t_down, weights_down = outer.forward(h, a, b, outer_wide, wide=wide)
+            (y,), _, t_down, weights_down = outer.forward(h, a, b, outer_wide, wide=wide, keep=keep)
             if outer_wide:
                 t_down = t_down.clone()  # a view would keep the whole buffer of h alive
-        dense = (*weights, *weights_down) if keep_dense and inner.resident is None and outer.resident is None else ()
-        save(ctx, flat, x, t, e, g, t_down, *dense)
+        save(ctx, flat, x, t, e, g, t_down, *weights, *weights_down)
         ctx.groups, ctx.activation, ctx.augmented = groups, activation, (inner_wide, outer_wide)
         return y
 

@@ -202,13 +202,15 @@ class ProjectionGroup:
         *,
         wide: Tensor | None = None,
         weights: Sequence[Tensor] = (),
+        keep: bool = False,
     ) -> tuple[list[Tensor], Tensor, Tensor, list[Tensor]]:
-        """Each y (T, N); x (T, K) and t (T, R) to be saved for the backward; the weights, which may be saved too.
+        """Each y (T, N); x (T, K) and t (T, R) to be saved for the backward; the weights, if they are to be kept.
 
         Args:
             a, b: as `adapters` returns them.
             wide: in the augmented form, a buffer from `input_buffer` that already holds x.
             weights: in the separate form, those of an earlier call.
+            keep: return the weights that are dequantized here; otherwise each is freed before the next one is.
         """
         k, t = self.width, self.inner(x, a)
         if augmented:
@@ -220,19 +222,22 @@ class ProjectionGroup:
             source, x, t = wide, wide[:, :k], wide[:, k : k + self.rank]
         else:
             source = x
-        weights = list(weights) or self.weights(x.dtype, b, augmented)
+        kept: list[Tensor] = []
         ys = self._joined_products(x) if not augmented and _joins(x) else None
         if ys is None:
-            ys = [
-                torch.nn.functional.linear(source, weight, None if p.bias is None else p.bias.to(x.dtype))
-                for p, weight in zip(self.projections, weights, strict=True)
-            ]
+            ys = []
+            for i, p in enumerate(self.projections):
+                weight = weights[i] if weights else self.weight(i, x.dtype, b, augmented)
+                bias = None if p.bias is None else p.bias.to(x.dtype)
+                ys.append(torch.nn.functional.linear(source, weight, bias))
+                kept += [weight] if keep else []
+                del weight
         if a is not None and not augmented:
             for i, at in enumerate(self.slices):
                 own = b[i]
                 if own is not None:
                     ys[i] = _plus_product(ys[i], t if len(ys) == 1 else t[:, at], own.t())
-        return ys, x, t, weights
+        return ys, x, t, kept
 
     def _joined_products(self, x: Tensor) -> list[Tensor] | None:
         """Each y without its adapter, by one product with the resident weights; None without such weights or a bias."""
@@ -260,6 +265,7 @@ class ProjectionGroup:
         for i, dy in enumerate(dys):
             weight = weights[i] if weights else self.weight(i, dy.dtype, b, augmented)
             sums = dy @ weight if sums is None else sums.addmm_(dy, weight)
+            del weight  # before the next one is dequantized
         assert sums is not None
         if a is None:
             return sums, sums.new_empty(sums.shape[0], 0)

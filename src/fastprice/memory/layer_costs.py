@@ -122,7 +122,7 @@ def _rms(tape: Tape, shape: ModelShape, batch: MicroBatch, x: Value, width: int,
     elements = rows * width
     if batch.fused:
         statistics = tape.allocate(4 * rows, "temporary")
-        y = tape.apply(source * elements, [x], saves=[x, statistics])
+        y = tape.apply(source * elements, [x], saves=[x, statistics], saves_last=True)
         tape.release(statistics)
         return y
     full = 4 * elements
@@ -193,10 +193,10 @@ def _fused_group(tape: Tape, linears: Sequence[Linear], batch: MicroBatch, x: Va
     low = tape.allocate(2 * batch.tokens * batch.rank * len(linears), "temporary")
     sizes = [2 * batch.tokens * linear.outputs for linear in linears]
     dense = [dequantized_bytes(linear.weights) if batch.method == "qlora" else 0 for linear in linears]
-    first = tape.apply(sizes[0], [x], saves=[x, low], trainable=True, scratch=dense[0],
+    first = tape.apply(sizes[0], [x], saves=[x, low], saves_last=True, trainable=True, scratch=dense[0],
                        backward_scratch=max(dense) + sum(sizes[1:]), scratch_kind="dequantized")  # fmt: skip
     others = [
-        tape.apply(size, [], trainable=True, scratch=scratch, scratch_kind="dequantized")
+        tape.apply(size, [], saves_last=True, trainable=True, scratch=scratch, scratch_kind="dequantized")
         for size, scratch in zip(sizes[1:], dense[1:], strict=True)
     ]
     tape.release(low)
@@ -305,7 +305,7 @@ def _fused_mlp(tape: Tape, shape: ModelShape, batch: MicroBatch, x: Value) -> Va
     if batch.method == "qlora":
         dense = max(dequantized_bytes(linear.weights) for linear in shape.linears[4:])
     saved: list[Value | Buffer] = [x, low] if batch.mlp else [x, low, gate, up]
-    y = tape.apply(2 * batch.tokens * shape.width, [x], saves=saved, trainable=True, scratch=dense,
+    y = tape.apply(2 * batch.tokens * shape.width, [x], saves=saved, saves_last=True, trainable=True, scratch=dense,
                    backward_scratch=(3 if batch.mlp else 1) * inner + dense, scratch_kind="dequantized")  # fmt: skip
     tape.release(gate, up, product, low)
     return y

@@ -112,6 +112,7 @@ class Tape:
         saves_constant: bool = False,
         passes_gradient: bool = False,
         trainable: bool = False,
+        saves_last: bool = False,
         scratch: int = 0,
         backward_scratch: int = 0,
         scratch_kind: str = "temporary",
@@ -123,6 +124,7 @@ class Tape:
                           on they count as "saved"
         saves_output      the new tensor as well; saves_constant: a weight or a number, which takes no further memory
         passes_gradient   its backward hands the incoming gradient on to every input without a copy
+        saves_last        it saves after its output is computed, as a function written by hand does
         trainable         the operation has a trainable weight, and so a backward whatever its inputs require
         scratch, backward_scratch   bytes alive only while the operation, or its backward, runs; of `scratch_kind`
         """
@@ -135,7 +137,7 @@ class Tape:
             self._retain(workspace)
             self.release(workspace)
         input_gradients = _gradients_of(inputs)
-        if saves_output:
+        if saves_output or saves_last:
             self.peak_at_last_save = self.peak
         if not (input_gradients or trainable):
             return Value(buffer, size, None)
