@@ -89,7 +89,7 @@ def _summarize_peer(
     """The entry of one peer of a group, without its ratio; `reference` is the stock row that it is checked against."""
     model, tokens, rank, cap = group
     first = rounds[0]
-    rates = sorted(row["mean_tokens_per_second"] for row in rounds)
+    rates = sorted(row["tokens_per_second"]["p50"] for row in rounds)
     middle = median(rates)
     checks = [agreement(row, reference) for row in rounds] if reference else []
     return {
@@ -103,7 +103,7 @@ def _summarize_peer(
         "rounds": len(rounds),
         "rates": rates,
         "tokens_per_second": middle,
-        "items_per_second": median(row["items_per_second"] for row in rounds),
+        "items_per_second": median(row["items_per_second"]["p50"] for row in rounds),
         "step_seconds": first["step_seconds"],
         "phase_seconds": first["phase_seconds"],
         "load_seconds": first["load_seconds"],

@@ -72,13 +72,13 @@ def row_line(row: Mapping[str, Any]) -> str:
     if kind == "step":
         memory = row["peak_reserved"]
         reserved = f", {memory / GIB:.2f} GiB reserved" if memory else ""
-        return f"{what}: {row['mean_tokens_per_second']:,.0f} tokens/s, {row['steps']} steps{reserved}"
+        return f"{what}: {row['tokens_per_second']['p50']:,.0f} tokens/s, {row['steps']} steps{reserved}"
     if kind == "predict":
         rates = ", ".join(f"{name} {each['p50']:,.0f} items/s" for name, each in row["items_per_second"].items())
         return f"{what}: {rates}"
     if kind == "offload":
         offloaded = f"{row['offloaded_layers']} layers offloaded" if row["cap_bytes"] else "all layers on the device"
-        return f"{what}: {row['mean_tokens_per_second']:,.0f} tokens/s, {offloaded}"
+        return f"{what}: {row['tokens_per_second']['p50']:,.0f} tokens/s, {offloaded}"
     if kind == "tests":
         return ", ".join(f"{count} {outcome}" for outcome, count in row["counts"].items())
     if kind == "estimate":
@@ -238,13 +238,13 @@ def _predict_table(rows: Iterable[Mapping[str, Any]]) -> str:
 def _offload_table(rows: Iterable[Mapping[str, Any]]) -> str:
     """Training with offloaded layers beside training with all on the device, which a CPU simulates."""
     found = ok_rows(rows, "offload")
-    resident = {row["case"]["model"]: row["mean_tokens_per_second"] for row in found if not row["cap_bytes"]}
+    resident = {row["case"]["model"]: row["tokens_per_second"]["p50"] for row in found if not row["cap_bytes"]}
     lines = [
         "| offload | layers on the host | tokens/s | of all on the device | peak reserved |",
         "|---|---|---|---|---|",
     ]
     for row in found:
-        model, rate = row["case"]["model"], row["mean_tokens_per_second"]
+        model, rate = row["case"]["model"], row["tokens_per_second"]["p50"]
         share = f"{rate / resident[model]:.0%}" if row["cap_bytes"] and model in resident else "-"
         layers = f"{row['offloaded_layers']} of {row['layers']}" if row["cap_bytes"] else "none"
         name = f"{model}, {row['micro_batch']:,} tokens" + (", simulated device" if not row["peak_reserved"] else "")
