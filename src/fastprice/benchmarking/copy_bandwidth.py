@@ -14,6 +14,7 @@ import torch
 
 from fastprice.benchmarking.kernel_comparison import dtype_name, seeded_generator
 from fastprice.benchmarking.random_models import random_nf4_weight
+from fastprice.benchmarking.reporting.summaries import WORTH_TIMING
 from fastprice.benchmarking.timing import seconds_per_launch
 from fastprice.benchmarking.workload import NF4_BYTES
 from fastprice_kernels.ops.nf4_dequantize import dequantize_nf4
@@ -21,7 +22,7 @@ from fastprice_kernels.ops.nf4_dequantize import dequantize_nf4
 __all__ = ["BAR", "HOLDS_FROM", "dequantize_bandwidth"]
 
 BAR = 0.85
-HOLDS_FROM = 40e-6  # seconds of the move at the copy rate
+HOLDS_FROM = WORTH_TIMING  # seconds of the move at the copy rate
 _ROTATED_BYTES = 2**28  # moved by one replay: more than any L2 cache
 _MOST_LAUNCHES = 64
 

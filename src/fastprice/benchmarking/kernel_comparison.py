@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -105,11 +106,13 @@ def run_comparison(
     *,
     ways: Collection[str] | None = None,
     samples: bool = False,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Any]:
     """A row of figures. A wrong function is not timed, and where `OURS` is wrong or absent there is no ratio at all.
 
     limits: as `environment.measure_limits` returns them; {}: no floors. seconds: of timing, over all functions
-    together. ways: those to time beside `OURS`, all by default. samples: every sample goes into the row.
+    together. ways: those to time beside `OURS`, all by default. samples: every sample goes into the row. clock: as
+    `interleave` takes it.
     """
     comparison = case.make()
     right, errors, absent = check_functions(comparison)
@@ -126,7 +129,7 @@ def run_comparison(
         return row
     timed = {name: function for name, function in right.items() if name == OURS or ways is None or name in ways}
     row["peaks"] = {name: _peaks(function, device) for name, function in timed.items()}
-    found = interleave(timed, device, seconds=seconds)
+    found = interleave(timed, device, seconds=seconds, clock=clock)
     if samples:
         row["samples"] = found
     row["seconds"] = {name: spread_of(values).as_dict() for name, values in found.items()}

@@ -14,7 +14,7 @@ from fastprice.benchmarking.host_memory import host_peak, reset_host_peak
 from fastprice.benchmarking.timing import synchronize
 from fastprice.models.peft_engine import PeftEngine, compute_dtype
 
-__all__ = ["LOADING_WAYS", "load_rounds"]
+__all__ = ["load_rounds"]
 
 _TOKENS = 512
 
@@ -22,10 +22,10 @@ _TOKENS = 512
 def load_rounds(way: str, folder: str, rounds: int) -> Iterator[dict[str, Any]]:
     """A row a round: seconds and peaks in bytes of loading the model in `folder`; the first includes lazy imports.
 
-    Raises KeyError for a way that is none of `LOADING_WAYS`.
+    Raises KeyError for a way that is none of `peers.LOADING_WAYS`.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    load = LOADING_WAYS[way]
+    load = _LOADERS[way]
     for number in range(rounds):
         gc.collect()
         reset = reset_host_peak()
@@ -70,7 +70,7 @@ def _unsloth(folder: str) -> Any:
     return engine.FastLanguageModel.from_pretrained(model_name=folder, max_seq_length=_TOKENS, load_in_4bit=True)[0]
 
 
-LOADING_WAYS: dict[str, Callable[[str], Any]] = {
+_LOADERS: dict[str, Callable[[str], Any]] = {
     "fastprice": _fastprice,
     "transformers": _transformers,
     "unsloth": _unsloth,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Literal
 
-__all__ = ["FASTPRICE", "HEADLINE", "PEERS", "RUN_PEERS", "STOCK", "Peer"]
+__all__ = ["FASTPRICE", "HEADLINE", "LOADING_WAYS", "PEERS", "RUN_PEERS", "STOCK", "Peer"]
 
 
 @dataclass(frozen=True)
@@ -51,20 +51,20 @@ PEERS = {
     "unsloth-tuned": Peer("Unsloth without recomputation, packing=True", "unsloth", recompute=False),
     "trl-packed": Peer("transformers + PEFT + TRL with packing=True", "trl"),
     "unsloth": Peer("Unsloth's notebooks: its checkpointing, 8-bit AdamW, 4 rows", "unsloth", padded=True),
-    "unsloth-equal": Peer("as unsloth, as many rows as hold a pack's tokens", "unsloth", padded=True, equal_tokens=True),
+    "unsloth-equal": Peer("as unsloth, with the tokens of a pack a step", "unsloth", padded=True, equal_tokens=True),
     "trl-packed-no-recompute": Peer("as trl-packed, gradient_checkpointing=False", "trl", recompute=False),
     "unsloth-kernels": Peer("fastprice on the unsloth engine", "fastprice", engine="unsloth", kernels="on"),
     "peft-graphs": Peer("as peft, its steps replayed as CUDA graphs", "fastprice", kernels="on", cuda_graphs="on"),
     "peft-off": Peer("fastprice on the peft engine, its kernels off", "fastprice"),
     "trl-padded": Peer("transformers + PEFT + TRL with its defaults, padded rows", "trl", padded=True),
-    "trl-padded-no-recompute": Peer(
-        "as trl-padded, gradient_checkpointing=False", "trl", padded=True, recompute=False
-    ),
+    "trl-padded-no-recompute": Peer("as trl-padded, gradient_checkpointing=False", "trl", padded=True, recompute=False),
 }
 
 # The reference of the check, and the stock path of ratios: the first of these that was measured.
 STOCK = ("trl-packed", "trl-padded", "trl-packed-no-recompute", "trl-padded-no-recompute", "peft-off")
 FASTPRICE = tuple(name for name, peer in PEERS.items() if peer.kernels == "on")
+# Who loads a model: model_loading.py.
+LOADING_WAYS = ("fastprice", "transformers", "unsloth")
 # What a short run must reach, and what whole training runs are made with.
 HEADLINE = ("peft", "unsloth-tuned", "trl-packed")
 RUN_PEERS = (

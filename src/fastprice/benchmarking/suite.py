@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fastprice.benchmarking.offloaded_training import offload_cap
-from fastprice.benchmarking.model_loading import LOADING_WAYS
-from fastprice.benchmarking.peers import HEADLINE, RUN_PEERS
+from fastprice.benchmarking.peers import HEADLINE, LOADING_WAYS, RUN_PEERS
 from fastprice.benchmarking.process_runner import ProcessRunner
 from fastprice.benchmarking.pytest_run import outcome_row, pytest_command
 from fastprice.benchmarking.reporting.summaries import ok_rows

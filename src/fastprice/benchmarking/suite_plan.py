@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fastprice.benchmarking.peers import PEERS
 from fastprice.benchmarking.workload import GIB, KERNEL_FAMILIES, MODELS, linear_weights, shape_of
@@ -100,6 +100,11 @@ class SuitePlan:
             memory_caps=(),
             peers=("peft", "unsloth-tuned", "trl-packed"),
         )
+
+    @classmethod
+    def for_pytest_cpu(cls) -> SuitePlan:
+        """As `for_cpu`, small enough for `pytest benchmarks` to end in three minutes on two slow cores."""
+        return replace(cls.for_cpu(), steps=5, step_seconds=2.0, run_items=64)
 
     @classmethod
     def for_cpu(cls) -> SuitePlan:

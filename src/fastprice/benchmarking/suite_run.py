@@ -97,7 +97,7 @@ class SuiteRun:
         return rows + self.runner.measure_in_turns("runs", turns, plan.run_rounds, timeout=allowed)
 
     def loading(self, way: str) -> list[dict[str, Any]]:
-        """The rows of loading the first model in one of `model_loading.LOADING_WAYS`."""
+        """The rows of loading the first model in one of `peers.LOADING_WAYS`."""
         model = self.plan.models[0]
         case = {"kind": "load", "way": way, "model": model, "rounds": self.plan.load_rounds}
         missing = PEERS["unsloth"].missing(cuda=self.plan.gpu) if way == "unsloth" else None

@@ -1,8 +1,8 @@
 """Whole training runs of fastprice and its peers: the same texts, once each, from the same adapters.
 
-Every run sees every text of a synthetic catalogue once, in steps of as many tokens: packs of `tokens`, or as many padded
-rows as hold so many. The time is that of the trainer's `train()`, with its data loading, optimizer and logging; the
-loss on unseen texts, before and after, is computed by one function for all, so that a fast run that learns less shows.
+Every run sees every text of a synthetic catalogue once, in steps of as many tokens: packs of `tokens`, or as many
+padded rows as hold so many. The time is that of the trainer's `train()`, with its data loading, optimizer and logging.
+The loss on unseen texts, before and after, is computed by one function for all, so that a run that learns less shows.
 """
 
 from __future__ import annotations
