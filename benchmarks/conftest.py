@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from fastprice.benchmarking.pytest_recording import TIME, extra_info
 from fastprice.benchmarking.suite_plan import SuitePlan
 from fastprice.benchmarking.suite_run import SuiteRun
 from fastprice.benchmarking.timing import Spread, interleave, ratios
+from fastprice.benchmarking.worker_process import KINDS
 
 BASELINE = Path(__file__).parent / "baseline.json"
 # Ratios of unlike work differ between processors by this much (caches, vector units) without any change of code.
@@ -37,14 +39,24 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--write-baseline", action="store_true", help="write the ratios measured now to baseline.json")
 
 
+class InThisProcess(ProcessRunner):
+    """Measures single cases here, which on a CPU saves the import of the libraries by each; runs in turns do not."""
+
+    def measure(self, stage: str, case: Mapping[str, Any], *, timeout: float) -> list[dict[str, Any]]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the peers' libraries, as in a worker
+            return [self.add(stage, case, {"status": "ok", **row}) for row in KINDS[case["kind"]](case)]
+
+
 @pytest.fixture(scope="session")
 def suite(tmp_path_factory: pytest.TempPathFactory) -> SuiteRun:
-    """The suite's cases on this machine; its workers run one at a time, as long as they need."""
+    """The suite's cases on this machine; each may take as long as it needs."""
     from fastprice.benchmarking.environment import gpu_memory_bytes
 
     plan = SuitePlan.full(gpu_memory_bytes()) if CUDA else SuitePlan.for_pytest_cpu()
     folder = tmp_path_factory.mktemp("benchmarks")
-    return SuiteRun(ProcessRunner(folder / "out", math.inf, quiet=True), plan, folder)
+    runner = ProcessRunner if CUDA else InThisProcess
+    return SuiteRun(runner(folder / "out", math.inf, quiet=True), plan, folder)
 
 
 @pytest.fixture(scope="session")

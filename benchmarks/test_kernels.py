@@ -42,7 +42,7 @@ def rows() -> dict[str, dict[str, Any]]:
 @pytest.mark.parametrize(("case", "way"), [(case, way) for case in CASES for way in CASES[case].ways])
 def test_kernel(case: str, way: str, rows: dict[str, Any], record: Any, request: pytest.FixtureRequest) -> None:
     if case not in rows:
-        ways = selected_values(request, "way", same=["case"])
+        ways = selected_values(request.session.items, "test_kernel", "way", case=case)
         rows[case] = run_comparison(CASES[case], DEVICE, {}, SECONDS, ways=ways, samples=True, clock=CLOCK)
         if CUDA:
             torch.cuda.empty_cache()
@@ -65,7 +65,7 @@ def test_kernel_beside_unsloth(
         work = {
             "kind": "kernels", "families": [one.family], "name": one.name, "model": MODEL, "tokens": TOKENS,
             "seconds": SECONDS, "limits": {}, "unsloth": True, "samples": True,
-            "ways": selected_values(request, "way", same=["case"]),
+            "ways": selected_values(request.session.items, "test_kernel_beside_unsloth", "way", case=case),
         }  # fmt: skip
         (rows[key],) = suite.measure("kernels", work, timeout=120)
     give(ran(rows[key]), WITH_UNSLOTH[case], way, record, beside=", beside unsloth")

@@ -1,4 +1,4 @@
-"""Loading a 4-bit model, as fastprice, stock transformers and Unsloth load it, each in a process of its own."""
+"""Loading a 4-bit model, as fastprice, stock transformers and Unsloth load it; on CUDA each in its own process."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ AT_LEAST = {
 @pytest.fixture(scope="module")
 def rows(suite: SuiteRun, request: pytest.FixtureRequest) -> list[dict[str, Any]]:
     """The rows of all rounds of the selected peers, and of fastprice."""
-    chosen = selected_values(request, "peer")
+    chosen = selected_values(request.session.items, "test_training_run", "peer")
     return suite.training_runs([peer for peer in RUN_PEERS if peer in chosen or peer == "peft"])
 
 

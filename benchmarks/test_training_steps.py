@@ -1,4 +1,4 @@
-"""Training steps of fastprice and of every peer, each in its own process and through its own trainer."""
+"""Training steps of fastprice and of every peer, through its own trainer; on CUDA each in a process of its own."""
 
 from __future__ import annotations
 

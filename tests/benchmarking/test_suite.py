@@ -55,8 +55,7 @@ def step(case: Mapping[str, Any]) -> dict[str, Any]:
     if case["kind"] != "step":
         return {"status": "ok"}
     return {
-        "status": "ok", "peer": case["peer"], "tokens_per_step": 4000, "items_per_second": 30.0,
-        "mean_tokens_per_second": 4000.0, "labeled_share": 0.02, "recompute": None, "peak_reserved": GIB,
+        "status": "ok", "peer": case["peer"], "tokens_per_step": 4000, "texts_per_step": 30.0, "labeled_share": 0.02, "recompute": None, "peak_reserved": GIB,
         "peak_allocated": GIB,
     }  # fmt: skip
 

@@ -6,7 +6,7 @@ that pytest-benchmark reads and that goes forward by each of those samples: its 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 __all__ = ["TIME", "RecordedTime", "extra_info", "selected_values"]
@@ -54,14 +54,13 @@ def _median(value: Any) -> Any:
     return value["p50"] if isinstance(value, Mapping) and "p50" in value else value
 
 
-def selected_values(request: Any, name: str, *, same: Sequence[str] = ()) -> list[Any]:
-    """The values of the parameter `name` over all selected tests of this function that share the values of `same`.
-
-    With `-k` only what was selected is measured.
-    """
-    function, values = request.node.originalname, request.node.callspec.params
-    matches: Callable[[Any], bool] = lambda item: (  # noqa: E731
-        getattr(item, "originalname", None) == function
-        and all(item.callspec.params[each] == values[each] for each in same)
-    )
-    return list(dict.fromkeys(item.callspec.params[name] for item in request.session.items if matches(item)))
+def selected_values(items: Sequence[Any], function: str, name: str, **same: Any) -> list[Any]:
+    """The values of the parameter `name` over all of pytest's `items` of this test function whose other parameters are
+    `same`: with `-k` only what was selected is measured."""
+    found = []
+    for item in items:
+        if getattr(item, "originalname", None) == function:
+            values = item.callspec.params
+            if all(values[each] == value for each, value in same.items()):
+                found.append(values[name])
+    return list(dict.fromkeys(found))

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from fastprice.benchmarking.host_memory import host_peak
+from fastprice.benchmarking.host_memory import host_peak, reset_host_peak
 from fastprice.benchmarking.random_models import seed_adapters
 from fastprice.benchmarking.reporting.summaries import PHASES
 from fastprice.benchmarking.timing import Stopwatch, spread_of
@@ -30,7 +30,7 @@ __all__ = ["LOGGING_STEPS", "WARMUP", "MeasurementDone", "StepProbe", "log_alike
 WARMUP = 4  # steps: autotuning, allocator growth, lazy compilation
 
 LOGGING_STEPS = 10  # TRL's default
-_TRAJECTORY = 5  # updates on the fixed batch
+_TRAJECTORY = 3  # updates on the fixed batch
 _TRAJECTORY_RATE = 1e-3  # learning rate of these
 
 
@@ -64,7 +64,8 @@ class StepProbe:
 
     @contextmanager
     def loading(self) -> Iterator[None]:
-        """Times what loads the model, and takes the process's peak of host memory (VmHWM) after it."""
+        """Times what loads the model, and takes its peak of host memory (VmHWM)."""
+        reset_host_peak()
         began = time.perf_counter()
         yield
         if self.device.type == "cuda":

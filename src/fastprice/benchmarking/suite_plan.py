@@ -104,7 +104,7 @@ class SuitePlan:
     @classmethod
     def for_pytest_cpu(cls) -> SuitePlan:
         """As `for_cpu`, small enough for `pytest benchmarks` to end in three minutes on two slow cores."""
-        return replace(cls.for_cpu(), steps=5, step_seconds=2.0, run_items=64)
+        return replace(cls.for_cpu(), step_seconds=2.0, run_items=40)
 
     @classmethod
     def for_cpu(cls) -> SuitePlan:

@@ -30,7 +30,7 @@ from fastprice.prompts.template import IGNORE, TrainingRow
 __all__ = ["RunProbe", "run_training", "save_shipped_nano"]
 
 _MAX_TOKENS = 200  # of a text
-_UNSEEN = 32  # texts of the loss before and after
+_UNSEEN = 24  # texts of the loss before and after
 
 
 def run_training(name: str, *, folder: str, items: int, tokens: int, rank: int) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["ROW_MARK", "failure_row", "main"]
+__all__ = ["KINDS", "ROW_MARK", "failure_row", "main"]
 
 ROW_MARK = "FASTPRICE-ROW "
 
