@@ -86,6 +86,12 @@ def test_peers_agree_and_are_counted_alike(folder: str, work: Work) -> None:
         phases = sum(phase["p50"] for phase in row["phase_seconds"].values())
         assert phases == pytest.approx(row["step_seconds"]["p50"], rel=0.2)
         assert row["load_seconds"] > 0
+        assert len(row["step_samples"]) == 2
+        first, *_, last = row["trajectory"]
+        assert first == pytest.approx(row["check_loss"], rel=1e-5)
+        assert last < first
+        # The same updates on the same texts, whoever trains: the loss follows one trajectory.
+        assert row["trajectory"] == pytest.approx(rows["trl-packed"]["trajectory"], rel=2e-3)
     for peer in ("trl-padded", "peft-off", "peft"):
         check = agreement(rows[peer], rows["trl-packed"])
         assert check["ok"], f"{peer}: {check}"
