@@ -62,6 +62,7 @@ class FakeCuda:
         for name in ("synchronize", "empty_cache", "reset_peak_memory_stats"):
             note(name)
         note("is_available", True)
+        note("is_bf16_supported", True)
         note("memory_allocated", 100)
         note("memory_reserved", 1000)
         note("max_memory_allocated", 700)
