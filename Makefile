@@ -27,14 +27,15 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Everything that a rented GPU can show in nine minutes, without network and without installing fastprice: its tests
-# first, training steps before all others, without those that read machine code or run in Triton's interpreter, which
-# need no GPU.
+# Everything that a rented GPU can show in nine minutes, without network and without installing fastprice. Its tests
+# first, at most a third of the time: that the kernels are right, then that training on them is, then all else. Then the
+# headline, and every other stage.
+GPU_OTHER := attention or checkpointing or graphs or unsloth
 gpu:
 	PYTHONPATH=src:kernels $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m fastprice.benchmarking --minutes 9 \
-	  --tests "tests/gpu/test_training_steps_gpu.py" \
-	  --tests "tests/gpu -m 'not slow' --ignore tests/gpu/test_training_steps_gpu.py" \
-	  --tests "tests/kernels -m 'not interpreter and not slow' -k 'not codegen and not machine_code'" \
+	  --tests "tests/gpu -m 'not slow' -k 'not (training or $(GPU_OTHER))'" \
+	  --tests "tests/gpu -m 'not slow' -k training" \
+	  --tests "tests/gpu -m 'not slow' -k '($(GPU_OTHER)) and not training'" \
 	  --out benchmarks/results
 
 # Launches and bytes of a decoder layer in training, counted without a GPU: none may rise, and the bars must hold.

@@ -1,74 +1,66 @@
-"""Point estimates from the distribution against `generate` and a regular expression, batch for batch."""
+"""Point estimates from the distribution, or off a head, beside `generate` and a regular expression."""
 
 from __future__ import annotations
 
-import copy
+import time
 from typing import Any
 
 import pytest
 import torch
 
-from fastprice.benchmarking.prediction import check_prediction, draw_prompts, generate_prices, sharpen_logits
-from fastprice.benchmarking.random_models import seed_adapters
-from fastprice.inference.price_decoder import SAMPLING_TOLERANCE, PriceDecoder
-from fastprice.inference.price_heads import make_head, prompt_hidden_states
-from fastprice.inference.scorers.merged import MergedScorer
-from fastprice.inference.scorers.stock import StockScorer
-from fastprice.models.adapters import lora_config
-from fastprice.models.base_models import load_tokenizer
+from fastprice.benchmarking.kernel_comparison import OURS
+from fastprice.benchmarking.prediction import PREDICTION_WAYS, PredictionModel
+from fastprice.benchmarking.pytest_recording import TIME, selected_values
+from fastprice.benchmarking.suite_run import SuiteRun
+from fastprice.benchmarking.timing import ratios
 
-BATCHES = pytest.mark.parametrize("batch", [1, 8, 64])
+pytestmark = pytest.mark.benchmark(timer=TIME)
+
+CUDA = torch.cuda.is_available()
+GENERATE = "generate + regex"
+# Of each way's speed to that of `generate`, by batch, on any CPU.
+BATCHES = (1, 8, 64) if CUDA else (1, 8, 32)
+AT_LEAST = {OURS: {1: 3.0, 8: 1.6, 32: 1.6}, "fastprice head": {1: 5.0, 8: 2.0, 32: 2.0}}
 
 
 @pytest.fixture(scope="module")
-def tuned(model: Any) -> Any:
-    """As it comes out of training: NF4 with adapters beside it."""
-    from peft import get_peft_model
-
-    copied = copy.deepcopy(model)
-    copied.set_attn_implementation("sdpa")
-    sharpen_logits(copied)
-    tuned = get_peft_model(copied, lora_config(rank=16, alpha=32.0, dropout=0.0)).eval()
-    seed_adapters(tuned)
-    return tuned
+def tuned(suite: SuiteRun) -> PredictionModel:
+    folder = suite.folder(suite.plan.smallest)
+    assert folder is not None
+    return PredictionModel(folder)
 
 
-@BATCHES
-def test_distribution_against_generate(batch: int, tuned: Any, ratio: Any) -> None:
-    """Rows as they come, four tokens an answer."""
-    tokenizer = load_tokenizer("nano")
-    prompts = draw_prompts(tokenizer, max(8, batch), tuned.config.vocab_size)[: max(4, batch)]
-    decoder = PriceDecoder.of(tuned, tokenizer)
-    assert isinstance(decoder.scorer, MergedScorer)
-    error, off = check_prediction(decoder, StockScorer(tuned, decoder.trie), prompts[:4])
-    assert error < 0.01
-    assert off <= SAMPLING_TOLERANCE
-    ratio(
-        lambda: decoder.distributions(prompts, tolerance=SAMPLING_TOLERANCE, batch_size=batch),
-        lambda: generate_prices(tuned, tokenizer, prompts, batch),
-        at_least={1: 3.0, 8: 1.6, 64: 1.8}[batch],
+@pytest.fixture(scope="module")
+def rows() -> dict[int, dict[str, Any]]:
+    return {}
+
+
+@pytest.mark.parametrize("way", PREDICTION_WAYS)
+@pytest.mark.parametrize("batch", BATCHES)
+def test_prediction(
+    batch: int,
+    way: str,
+    tuned: PredictionModel,
+    suite: SuiteRun,
+    rows: dict[int, dict[str, Any]],
+    record: Any,
+    hold: Any,
+    request: pytest.FixtureRequest,
+) -> None:
+    if batch not in rows:
+        ways = {*selected_values(request.session.items, "test_prediction", "way", batch=batch), GENERATE}
+        items, seconds = (max(64, 4 * batch), 15.0) if CUDA else (max(4, batch), 2.0)
+        clock = time.perf_counter if CUDA else time.process_time
+        rows[batch] = tuned.compare(items=items, batch=batch, seconds=seconds, ways=ways, samples=True, clock=clock)
+    row = rows[batch]
+    assert row.get("status", "ok") == "ok", row.get("reason")
+    samples = row["samples"]
+    record(
+        samples[way],
+        {"items_per_second": row["items_per_second"][way]},
+        group=f"prediction: {suite.plan.smallest}, batch {batch}",
+        scorer=row["scorer"],
+        clock="device" if CUDA else "processor time",
     )
-
-
-@BATCHES
-def test_head_against_generate(batch: int, tuned: Any, ratio: Any) -> None:
-    """The same, read off a head: one pass over the prompts and nothing after them."""
-    tokenizer = load_tokenizer("nano")
-    prompts = draw_prompts(tokenizer, max(8, batch), tuned.config.vocab_size)[: max(4, batch)]
-    decoder = PriceDecoder.of(tuned, tokenizer)
-    head = make_head("histogram", tuned.config.hidden_size, 1.0, 1000.0)
-
-    def read() -> Any:
-        states = decoder.last_hidden_states(prompts, batch_size=batch)
-        assert states is not None
-        return head.distributions(head(states))
-
-    ((order, states),) = prompt_hidden_states(tuned, prompts)
-    found = decoder.last_hidden_states(prompts)
-    assert found is not None
-    torch.testing.assert_close(found[order], states, rtol=1e-3, atol=1e-3)
-    ratio(
-        read,
-        lambda: generate_prices(tuned, tokenizer, prompts, batch),
-        at_least={1: 5.0, 8: 2.0, 64: 2.0}[batch],
-    )
+    if way in AT_LEAST and not CUDA:
+        hold(ratios(samples[GENERATE], samples[way]), at_least=AT_LEAST[way][batch])

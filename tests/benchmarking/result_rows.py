@@ -17,8 +17,8 @@ def step_row(peer: str, rate: float, *, loss: float = 11.0, norm: float = 2.0, n
         "dtype": "bfloat16",
         "check_loss": loss,
         "check_gradient_norm": norm,
-        "mean_tokens_per_second": rate,
-        "items_per_second": rate / 140,
+        "tokens_per_second": {"p50": rate},
+        "items_per_second": {"p50": rate / 140},
         "step_seconds": {"p20": 1.0, "p50": 1.0, "p80": 1.0, "count": 9, "noise": noise, "noisy": noise > 0.05},
         "phase_seconds": {"forward": {"p50": 0.3}, "backward": {"p50": 0.6}, "between": {"p50": 0.1}},
         "load_seconds": 12.0,
@@ -43,9 +43,30 @@ def kernel_row(ours: float, peer: float) -> dict[str, Any]:
         "seconds": times,
         "ratios": {"bitsandbytes": {"p50": peer / ours}},
         "share_of_limit": {"fastprice": 0.8, "bitsandbytes": 0.5},
+        "floor_seconds": 8e-5,
         "flops": 1e9,
         "bytes_moved": 1e7,
         "noisy": [],
+    }
+
+
+def run_row(peer: str, rate: float, *, loss: float = 3.0, number: int = 0) -> dict[str, Any]:
+    return {
+        "stage": "runs",
+        "case": {"kind": "run", "peer": peer, "model": "shipped nano", "items": 600, "tokens": 512},
+        "status": "ok",
+        "peer": peer,
+        "round": number,
+        "settings": {"attention": "sdpa"},
+        "items": 600,
+        "tokens": 40_000,
+        "steps": 80,
+        "items_per_second": rate,
+        "tokens_per_second": 66 * rate,
+        "loss_before": 6.0,
+        "loss_after": loss,
+        "host_peak": 2**30,
+        "peak_reserved": None,
     }
 
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 from tests.benchmarking.result_rows import result, step_row
 
-from fastprice.benchmarking import command_line, main, suite
+from fastprice.benchmarking import command_line, environment, main, suite
 from fastprice.benchmarking.suite_plan import SuitePlan
+from fastprice.benchmarking.workload import GIB
 from fastprice.errors import ConfigError
 
 Made = dict[str, Any]
@@ -33,6 +34,7 @@ def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Made]
 
         monkeypatch.setattr(suite, "run_suite", run_suite)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+        monkeypatch.setattr(environment, "gpu_memory_bytes", lambda: 24 * GIB)
         assert main([*arguments, "--out", str(tmp_path)]) == 0
         return got
 
@@ -44,7 +46,7 @@ def test_a_gpu_gets_the_whole_suite_in_nine_minutes(made: Callable[..., Made]) -
     assert got["minutes"] == 9.0
     assert got["stages"] is None
     plan: SuitePlan = got["plan"]
-    assert (plan.models, plan.tokens, plan.rank) == (("llama-3.2-1b", "llama-3.1-8b"), 4096, 16)
+    assert (plan.models, plan.tokens, plan.rank) == (("llama-3.1-8b", "llama-3.2-1b"), 4096, 16)
     assert plan.variants == ((2048, 16), (8192, 16), (4096, 32))
     assert plan.gpu
 
@@ -70,7 +72,7 @@ def test_quick_takes_two_stages_and_ends_with_the_line_to_paste(
     made: Callable[..., Made], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     got = made("--quick", gpu=False)
-    assert got["stages"] == ("kernels", "steps")
+    assert got["stages"] == ("headline", "kernels")
     assert got["minutes"] == 2.8
     assert got["plan"].models == ("nano",)
     assert not got["plan"].gpu
@@ -84,7 +86,7 @@ def test_a_run_ends_with_the_table_and_the_path(
 ) -> None:
     made()
     out = capsys.readouterr().out
-    assert "| llama-3.2-1b, 4096, 16 | trl-packed | 10 " in out
+    assert "| llama-3.2-1b, 4096, 16 | trl-packed | sdpa | 10 " in out
     assert out.endswith(f"results: {tmp_path / 'result.json'}\n")
 
 

@@ -55,8 +55,8 @@ def step(case: Mapping[str, Any]) -> dict[str, Any]:
     if case["kind"] != "step":
         return {"status": "ok"}
     return {
-        "status": "ok", "peer": case["peer"], "tokens_per_step": 4000, "items_per_second": 30.0,
-        "mean_tokens_per_second": 4000.0, "labeled_share": 0.02, "recompute": None, "peak_reserved": GIB,
+        "status": "ok", "peer": case["peer"], "tokens_per_step": 4000, "texts_per_step": 30.0,
+        "labeled_share": 0.02, "recompute": None, "peak_reserved": GIB,
         "peak_allocated": GIB,
     }  # fmt: skip
 
@@ -67,6 +67,41 @@ def test_peers_take_turns_round_after_round(run: Callable[..., Any]) -> None:
     one_round = [(model, peer) for model in ("llama-3.2-1b", "llama-3.1-8b") for peer in ("peft", "unsloth")]
     assert turns == one_round * 2
     assert len({case["folder"] for case in rows if case["model"] == "llama-3.2-1b"}) == 1
+
+
+def test_the_headline_comes_first_and_is_measured_once(run: Callable[..., Any]) -> None:
+    peers = ("peft", "unsloth", "trl-packed")
+    models = ("llama-3.1-8b", "llama-3.2-1b")
+    rows = run(step, ("headline", "kernels", "steps"), peers=peers, models=models)
+    stages = [row["stage"] for row in rows if row["stage"] not in ("machine", "folder")]
+    assert stages[:4] == ["headline"] * 4
+    assert stages[4] == "kernels"
+    first = [(row["case"]["model"], row["case"]["peer"]) for row in rows if row["stage"] == "headline"]
+    assert first == [("llama-3.1-8b", "peft"), ("llama-3.1-8b", "trl-packed")] * 2
+    later = [(row["case"]["model"], row["case"]["peer"]) for row in rows if row["stage"] == "steps"]
+    assert later == [("llama-3.1-8b", "unsloth"), *(("llama-3.2-1b", peer) for peer in peers)] * 2
+
+
+def test_a_peer_that_this_machine_lacks_is_skipped_without_a_process(run: Callable[..., Any]) -> None:
+    rows = run(step, ("steps",), peers=("peft", "unsloth-tuned"), gpu=False)
+    skipped = [row for row in rows if row["status"] == "skipped"]
+    assert [row["case"]["peer"] for row in skipped] == ["unsloth-tuned"] * 2
+    assert {row["reason"] for row in skipped} == {"Unsloth trains on CUDA devices alone"}
+    assert all("folder" not in row["case"] for row in skipped)
+
+
+def test_whole_runs_take_turns_and_name_who_cannot(run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    turns: list[Any] = []
+
+    def take_turns(self: Any, stage: str, cases: Any, rounds: int, *, timeout: float) -> list[dict[str, Any]]:
+        turns.extend((stage, rounds, case["peer"], case["tokens"]) for case in cases)
+        return []
+
+    monkeypatch.setattr(FakeRunner, "measure_in_turns", take_turns)
+    plan = {"peers": ("peft", "trl-packed", "unsloth-tuned", "trl-padded"), "gpu": False, "run_tokens": 512}
+    rows = run(step, ("runs",), **plan)
+    assert turns == [("runs", 2, peer, 512) for peer in ("peft", "trl-packed", "trl-padded")]
+    assert [row["case"]["peer"] for row in rows if row["stage"] == "runs"] == ["unsloth-tuned"]
 
 
 def test_variants_come_when_all_rounds_of_the_first_are_done(run: Callable[..., Any]) -> None:
@@ -143,7 +178,7 @@ def test_the_largest_multiple_that_fits_is_found(unit: int, limit: int, steps: i
 
 def test_runs_of_pytest_come_before_the_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def call(self: FakeRunner, stage: str, command: list[str], *, timeout: float) -> tuple[int, str]:
-        assert timeout == 100.0, "a third of the time"
+        assert timeout == 50.0, "together a third of the time"
         return 0, f"{command[3]}::test_x PASSED"
 
     monkeypatch.setattr(FakeRunner, "answer", staticmethod(step), raising=False)

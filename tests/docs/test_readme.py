@@ -46,7 +46,8 @@ ELSEWHERE = {
     "make test": (".ci/run", "make test"),
     "make docs": (".ci/run", "make docs"),
     "make gpu": ("tests/integration/test_benchmarking.py", "fastprice.benchmarking"),  # its CPU side
-    "pytest benchmarks -k packed": (".ci/run", "pytest -q benchmarks"),
+    "pytest benchmarks -k packed_against_padded": (".ci/run", "pytest -q benchmarks"),
+    "pytest benchmarks -k training_run": (".ci/run", "pytest -q benchmarks"),
     "pytest benchmarks -k completion_loss": (".ci/run", "pytest -q benchmarks"),
     "python -m fastprice_kernels.codegen --check": (".ci/run", "fastprice bench static --check"),  # the same and more
 }

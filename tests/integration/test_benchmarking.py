@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from fastprice.benchmarking.kernel_comparison import Comparison, run_comparison
+from fastprice.benchmarking.kernel_comparison import Comparison, KernelCase, run_comparison
 from fastprice.benchmarking.offloaded_training import offload_cap, train_offloaded
+from fastprice.benchmarking.prediction import PREDICTION_WAYS
 from fastprice.benchmarking.random_models import model_config, random_nf4_model, save_model, seed_adapters
 from fastprice.benchmarking.reporting.page import write_report
 from fastprice.benchmarking.reporting.results import find_results, load_result
@@ -85,6 +86,12 @@ def test_peers_agree_and_are_counted_alike(folder: str, work: Work) -> None:
         phases = sum(phase["p50"] for phase in row["phase_seconds"].values())
         assert phases == pytest.approx(row["step_seconds"]["p50"], rel=0.2)
         assert row["load_seconds"] > 0
+        assert len(row["step_samples"]) == 2
+        first, *_, last = row["trajectory"]
+        assert first == pytest.approx(row["check_loss"], rel=1e-5)
+        assert last < first
+        # The same updates on the same texts, whoever trains: the loss follows one trajectory.
+        assert row["trajectory"] == pytest.approx(rows["trl-packed"]["trajectory"], rel=2e-3)
     for peer in ("trl-padded", "peft-off", "peft"):
         check = agreement(rows[peer], rows["trl-packed"])
         assert check["ok"], f"{peer}: {check}"
@@ -152,8 +159,8 @@ def test_a_wrong_function_gets_no_time_and_no_ratio() -> None:
 
     def comparison(ours: torch.Tensor, theirs: torch.Tensor) -> dict[str, Any]:
         functions = {"fastprice": lambda: ours, "peer": lambda: theirs, "broken": lambda: 1 / 0}
-        made = Comparison("x", "y", functions, lambda: right, 1e-3, 1.0, 1.0)  # type: ignore[arg-type]
-        return run_comparison(made, "cpu", LIMITS, 0.01)
+        made = Comparison(functions, lambda: right, 1e-3, 1.0, 1.0)  # type: ignore[arg-type]
+        return run_comparison(KernelCase("x", "y", tuple(functions), lambda: made), "cpu", LIMITS, 0.01)
 
     red = comparison(wrong, right)
     assert red["status"] == "wrong"
@@ -170,7 +177,7 @@ def test_prediction_is_compared_with_generate(folder: str, work: Work) -> None:
     assert row["status"] == "ok", row.get("reason")
     assert row["error"] < 1e-3
     assert row["scorer"] == "MergedScorer"
-    assert set(row["items_per_second"]) == {"fastprice", "generate + regex", "generate + regex, sorted"}
+    assert set(row["items_per_second"]) == set(PREDICTION_WAYS)
     assert row["ratios"]["generate + regex"]["count"] >= 3
 
 
@@ -199,7 +206,7 @@ def test_the_memory_estimate_stands_beside_what_was_measured(work: Work) -> None
 def test_training_through_the_estimator_is_measured(folder: str) -> None:
     row = train_offloaded(folder, cap_bytes=0, tokens=600, steps=2, max_tokens=200)
     assert row["steps"] == 2
-    assert row["mean_tokens_per_second"] > 0
+    assert row["tokens_per_second"]["p50"] > 0
     assert row["offloaded_layers"] == 0
 
 
@@ -276,7 +283,7 @@ def test_the_front_end_runs_where_only_what_training_needs_is_installed(bare: An
     assert done.stdout.endswith(f"results: {path.relative_to(tmp_path)}\n")
     wrong = bare("-m", "fastprice.benchmarking", "--stages", "memery")
     assert wrong.returncode == 2
-    assert wrong.stderr.startswith("error: stage: 'memery' is not one of kernels")
+    assert wrong.stderr.startswith("error: stage: 'memery' is not one of headline")
     assert wrong.stderr.count("\n") == 1
 
 

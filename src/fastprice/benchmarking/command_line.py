@@ -131,7 +131,7 @@ def _run(options: argparse.Namespace) -> int:
         options.out,
         minutes=(2.8 if options.quick else 9.0) if options.minutes is None else options.minutes,
         plan=_plan(options),
-        stages=("kernels", "steps") if options.quick and options.stages is None else options.stages,
+        stages=("headline", "kernels") if options.quick and options.stages is None else options.stages,
         tests=options.tests,
         commit=options.commit,
     )
@@ -153,7 +153,7 @@ def _plan(options: argparse.Namespace) -> SuitePlan:
     elif options.quick:
         plan = SuitePlan.quick(gpu_memory_bytes())
     else:
-        plan = SuitePlan(models=("llama-3.2-1b", "llama-3.1-8b"), variants=((2048, 16), (8192, 16), (4096, 32)))
+        plan = SuitePlan.full(gpu_memory_bytes())
     chosen = {
         name: value for name in ("models", "batch", "peers", "rounds") if (value := getattr(options, name)) is not None
     }

@@ -7,6 +7,7 @@ compare with Unsloth alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from fastprice.benchmarking.kernel_comparison import (
     OURS,
     ROUNDING,
     Comparison,
+    KernelCase,
     KernelSettings,
     dtype_name,
     seeded_generator,
@@ -33,13 +35,14 @@ from fastprice_kernels.ops.nf4_matmul_small import nf4_matmul_small
 __all__ = ["kernel_cases"]
 
 _SMALL_ROWS = (1, 4, 16)  # of x, for nf4_matmul_small
+_LOSS_WAYS = (OURS, "full logits", "trl chunked", "liger", "torch.compile, full logits")
 
-Makers = Iterator[Callable[[], Comparison]]
+Cases = Iterator[KernelCase]
 
 
-def kernel_cases(families: Sequence[str], settings: KernelSettings) -> Makers:
-    """Makers of the comparisons of `families`, in order; each allocates its tensors only when it is called."""
-    makers: dict[str, Callable[[KernelSettings], Makers]] = {
+def kernel_cases(families: Sequence[str], settings: KernelSettings) -> Cases:
+    """The cases of `families`, in order; each allocates its tensors only when it is made."""
+    makers: dict[str, Callable[[KernelSettings], Cases]] = {
         "dequantize": _dequantize_cases,
         "lora_linear": linear_cases,
         "lora_mlp": mlp_cases,
@@ -50,7 +53,7 @@ def kernel_cases(families: Sequence[str], settings: KernelSettings) -> Makers:
         yield from makers[family](settings)
 
 
-def _dequantize_cases(settings: KernelSettings) -> Makers:
+def _dequantize_cases(settings: KernelSettings) -> Cases:
     shapes: Sequence[tuple[tuple[int, int], str]]
     if settings.device.type == "cpu":
         shapes = [((256, 512), "float32"), ((384, 128), "float32")]
@@ -62,7 +65,9 @@ def _dequantize_cases(settings: KernelSettings) -> Makers:
         dtype = getattr(torch, name)
         if dtype == torch.bfloat16 and settings.dtype != torch.bfloat16 and settings.device.type == "cuda":
             dtype = torch.float16  # a card that does not compute in bf16
-        yield lambda shape=shape, dtype=dtype: _dequantize(shape, dtype, settings)  # type: ignore[misc]
+        name = f"{shape[0]}x{shape[1]} {dtype_name(dtype)}"
+        ways = (OURS, "unsloth" if settings.unsloth else "bitsandbytes")
+        yield KernelCase("dequantize", name, ways, partial(_dequantize, shape, dtype, settings))
 
 
 def _dequantize(shape: tuple[int, int], dtype: torch.dtype, settings: KernelSettings) -> Comparison:
@@ -81,8 +86,6 @@ def _dequantize(shape: tuple[int, int], dtype: torch.dtype, settings: KernelSett
         functions["bitsandbytes"] = lambda: functional.dequantize_4bit(packed, state)
     elements = shape[0] * shape[1]
     return Comparison(
-        family="dequantize",
-        case=f"{shape[0]}x{shape[1]} {dtype_name(dtype)}",
         functions=functions,
         reference=lambda: functional.dequantize_4bit(packed, state),
         tolerance=0.0,
@@ -92,10 +95,11 @@ def _dequantize(shape: tuple[int, int], dtype: torch.dtype, settings: KernelSett
     )
 
 
-def _loss_cases(settings: KernelSettings) -> Makers:
+def _loss_cases(settings: KernelSettings) -> Cases:
     if not settings.unsloth:
         for share in (0.02, 1.0):
-            yield lambda share=share: _loss_head(share, settings)  # type: ignore[misc]
+            name = f"{settings.model}, {settings.tokens} tokens, {share:.0%} labeled"
+            yield KernelCase("loss_head", name, _LOSS_WAYS, partial(_loss_head, share, settings))
 
 
 def _loss_head(share: float, settings: KernelSettings) -> Comparison:
@@ -142,8 +146,6 @@ def _loss_head(share: float, settings: KernelSettings) -> Comparison:
         absent["torch.compile, full logits"] = "not run on a CPU: compiling takes longer than all other cases"
     labeled = int((shifted != IGNORE).sum())
     return Comparison(
-        family="loss_head",
-        case=f"{settings.model}, {tokens} tokens, {share:.0%} labeled",
         functions=functions,
         reference=run(full_logits) if dtype == torch.float32 else _loss_in_fp32(hidden, weight, shifted),
         tolerance=2 * ROUNDING[dtype],
@@ -171,10 +173,12 @@ def _loss_in_fp32(hidden: Tensor, weight: Tensor, shifted: Tensor) -> Callable[[
     return both
 
 
-def _small_cases(settings: KernelSettings) -> Makers:
+def _small_cases(settings: KernelSettings) -> Cases:
     if not settings.unsloth:
         for rows in _SMALL_ROWS:
-            yield lambda rows=rows: _small_matmul(rows, settings)  # type: ignore[misc]
+            n, k = linear_shapes(shape_of(settings.model))["down_proj"]
+            name = f"{rows} rows, {n}x{k} {dtype_name(settings.dtype)}"
+            yield KernelCase("small_matmul", name, (OURS, "bitsandbytes"), partial(_small_matmul, rows, settings))
 
 
 def _small_matmul(rows: int, settings: KernelSettings) -> Comparison:
@@ -188,8 +192,6 @@ def _small_matmul(rows: int, settings: KernelSettings) -> Comparison:
     # "auto" would leave the work to bitsandbytes where this kernel has not been shown to be faster.
     backend = "triton" if device.type == "cuda" else "auto"
     return Comparison(
-        family="small_matmul",
-        case=f"{rows} rows, {shape[0]}x{shape[1]} {dtype_name(dtype)}",
         functions={
             OURS: lambda: nf4_matmul_small(x, packed, state, backend=backend),
             "bitsandbytes": lambda: bitsandbytes.matmul_4bit(x, packed, state),

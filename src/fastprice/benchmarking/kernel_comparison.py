@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +11,17 @@ import torch
 
 from fastprice.benchmarking.timing import NOISY, interleave, ratios, spread_of, synchronize
 
-__all__ = ["OURS", "ROUNDING", "Comparison", "KernelSettings", "dtype_name", "run_comparison", "seeded_generator"]
+__all__ = [
+    "OURS",
+    "ROUNDING",
+    "Comparison",
+    "KernelCase",
+    "KernelSettings",
+    "check_functions",
+    "dtype_name",
+    "run_comparison",
+    "seeded_generator",
+]
 
 OURS = "fastprice"
 # Relative error of one product or sum in each dtype; the tolerance of a case with several is as many times that.
@@ -38,7 +49,6 @@ class KernelSettings:
 class Comparison:
     """Functions that do the same work.
 
-    family, case         its name, such as "dequantize" and "4096x14336 bfloat16"
     functions            by name, `OURS` among them; each returns its result, a tensor or a tuple of tensors
     reference            computes the result to compare them with
     tolerance            largest ||out - reference|| / ||reference|| over the tensors of a result; 0: bit for bit
@@ -46,8 +56,6 @@ class Comparison:
     absent               names that cannot take part, with the reason
     """
 
-    family: str
-    case: str
     functions: dict[str, Callable[[], Any]]
     reference: Callable[[], Any]
     tolerance: float
@@ -56,47 +64,83 @@ class Comparison:
     absent: dict[str, str] = field(default_factory=dict)
 
 
-def run_comparison(
-    comparison: Comparison, device: torch.device | str, limits: Mapping[str, Any], seconds: float
-) -> dict[str, Any]:
-    """A row of figures. A wrong function is not timed, and where `OURS` is wrong or absent there is no ratio at all.
+@dataclass(frozen=True)
+class KernelCase:
+    """One comparison before its tensors exist.
 
-    limits: as `environment.measure_limits` returns them; seconds: of timing, over all functions together.
+    family, name   such as "dequantize" and "4096x14336 bfloat16"
+    ways           names of the functions that are compared, `OURS` first; those that cannot run here among them
+    make           allocates the tensors
     """
-    row: dict[str, Any] = {
-        "family": comparison.family,
-        "name": comparison.case,
-        "tolerance": comparison.tolerance,
-        "absent": dict(comparison.absent),
-        "errors": {},
-        "status": "ok",
-    }
+
+    family: str
+    name: str
+    ways: tuple[str, ...]
+    make: Callable[[], Comparison]
+
+
+def check_functions(comparison: Comparison) -> tuple[dict[str, Callable[[], Any]], dict[str, float], dict[str, str]]:
+    """(the functions whose results are right, errors by name, why the others are absent)."""
+    absent, errors = dict(comparison.absent), {}
     truth = _tensors(comparison.reference())
     right: dict[str, Callable[[], Any]] = {}
     for name, function in comparison.functions.items():
         try:
             error = _error(_tensors(function()), truth)
         except Exception as problem:  # a peer may raise anything; that it cannot run here is a finding
-            row["absent"][name] = f"{type(problem).__name__}: {str(problem).strip().splitlines()[:1]}"[:300]
+            absent[name] = f"{type(problem).__name__}: {str(problem).strip().splitlines()[:1]}"[:300]
             continue
-        row["errors"][name] = error
+        errors[name] = error
         if error <= comparison.tolerance:
             right[name] = function
         else:
-            row["absent"][name] = f"wrong: error {error:.2e}, {comparison.tolerance:.2e} allowed"
-    del truth
+            absent[name] = f"wrong: error {error:.2e}, {comparison.tolerance:.2e} allowed"
+    return right, errors, absent
+
+
+def run_comparison(
+    case: KernelCase,
+    device: torch.device | str,
+    limits: Mapping[str, Any],
+    seconds: float,
+    *,
+    ways: Collection[str] | None = None,
+    samples: bool = False,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Any]:
+    """A row of figures. A wrong function is not timed, and where `OURS` is wrong or absent there is no ratio at all.
+
+    limits: as `environment.measure_limits` returns them; {}: no floors. seconds: of timing, over all functions
+    together. ways: those to time beside `OURS`, all by default. samples: every sample goes into the row. clock: as
+    `interleave` takes it.
+    """
+    comparison = case.make()
+    right, errors, absent = check_functions(comparison)
+    row: dict[str, Any] = {
+        "family": case.family,
+        "name": case.name,
+        "tolerance": comparison.tolerance,
+        "absent": absent,
+        "errors": errors,
+        "status": "ok",
+    }
     if OURS not in right:
-        wrong = OURS in row["errors"]
-        row["status"], row["reason"] = ("wrong" if wrong else "absent"), row["absent"].get(OURS, "missing")
+        row["status"], row["reason"] = ("wrong" if OURS in errors else "absent"), absent.get(OURS, "missing")
         return row
-    row["extra_bytes"] = {name: _extra_bytes(function, device) for name, function in right.items()}
-    samples = interleave(right, device, seconds=seconds)
-    row["seconds"] = {name: spread_of(values).as_dict() for name, values in samples.items()}
-    row["ratios"] = {name: ratios(values, samples[OURS]).as_dict() for name, values in samples.items() if name != OURS}
-    floor = max(comparison.bytes_moved / limits["copy_bytes_per_second"], comparison.flops / limits["matmul_flops"])
-    row |= {"floor_seconds": floor, "bytes_moved": comparison.bytes_moved, "flops": comparison.flops}
-    row["share_of_limit"] = {name: floor / spread["p50"] for name, spread in row["seconds"].items()}
+    timed = {name: function for name, function in right.items() if name == OURS or ways is None or name in ways}
+    row["peaks"] = {name: _peaks(function, device) for name, function in timed.items()}
+    found = interleave(timed, device, seconds=seconds, clock=clock)
+    if samples:
+        row["samples"] = found
+    row["seconds"] = {name: spread_of(values).as_dict() for name, values in found.items()}
+    row["ratios"] = {name: ratios(values, found[OURS]).as_dict() for name, values in found.items() if name != OURS}
     row["noisy"] = [name for name, spread in row["seconds"].items() if spread["noise"] > NOISY]
+    row |= {"bytes_moved": comparison.bytes_moved, "flops": comparison.flops}
+    if not limits:
+        return row
+    floor = max(comparison.bytes_moved / limits["copy_bytes_per_second"], comparison.flops / limits["matmul_flops"])
+    row["floor_seconds"] = floor
+    row["share_of_limit"] = {name: floor / spread["p50"] for name, spread in row["seconds"].items()}
     return row
 
 
@@ -127,15 +171,19 @@ def _error(results: list[torch.Tensor], truths: list[torch.Tensor]) -> float:
     return worst
 
 
-def _extra_bytes(function: Callable[[], Any], device: torch.device | str) -> int | None:
-    """Peak bytes allocated while the function runs, its result included; None on a CPU."""
+def _peaks(function: Callable[[], Any], device: torch.device | str) -> dict[str, int | None]:
+    """Peak bytes allocated and reserved beyond what was there while the function runs, its result included; None on a
+    CPU."""
     if torch.device(device).type != "cuda":
-        return None
+        return {"peak_allocated": None, "peak_reserved": None}
     synchronize(device)
+    torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
+    before = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
     result = function()
     synchronize(device)
-    extra = int(torch.cuda.max_memory_allocated(device)) - before
     del result
-    return extra
+    return {
+        "peak_allocated": int(torch.cuda.max_memory_allocated(device)) - before[0],
+        "peak_reserved": int(torch.cuda.max_memory_reserved(device)) - before[1],
+    }

@@ -5,13 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastprice.benchmarking.kernel_comparison import OURS, ROUNDING, Comparison, KernelSettings, seeded_generator
+from fastprice.benchmarking.kernel_comparison import (
+    OURS,
+    ROUNDING,
+    Comparison,
+    KernelCase,
+    KernelSettings,
+    seeded_generator,
+)
 from fastprice.benchmarking.peer_kernels import unsloth_kernel
 from fastprice.benchmarking.random_models import random_nf4_weight
 from fastprice.benchmarking.workload import NF4_BYTES, linear_shapes, shape_of
@@ -36,20 +44,24 @@ class _Layer:
     b: Tensor
 
 
-def linear_cases(settings: KernelSettings) -> Iterator[Callable[[], Comparison]]:
-    """Makers of the comparisons of single linear layers, as `kernel_cases.kernel_cases` gives them."""
+def linear_cases(settings: KernelSettings) -> Iterator[KernelCase]:
+    """The cases of single linear layers, as `kernel_cases.kernel_cases` gives them."""
     for name in ("down_proj", "q_proj"):
         for backward in (False, True):
             if settings.unsloth and backward:
                 continue  # its backward is part of whole layers, which the training steps compare
-            yield lambda name=name, backward=backward: _linear(name, backward, settings)  # type: ignore[misc]
+            n, k = linear_shapes(shape_of(settings.model))[name]
+            case = f"{settings.model} {name} {n}x{k}, {settings.tokens} tokens, r={_RANK}, {_passes(backward)}"
+            ways = (OURS, "fastprice augmented", "unsloth" if settings.unsloth else "peft")
+            yield KernelCase("lora_linear", case, ways, partial(_linear, name, backward, settings))
 
 
-def mlp_cases(settings: KernelSettings) -> Iterator[Callable[[], Comparison]]:
-    """Makers of the comparisons of the whole MLP, likewise."""
+def mlp_cases(settings: KernelSettings) -> Iterator[KernelCase]:
+    """The cases of the whole MLP, likewise."""
     if not settings.unsloth:
         for backward in (True, False):
-            yield lambda backward=backward: _mlp(backward, settings)  # type: ignore[misc]
+            case = f"{settings.model}, {settings.tokens} tokens, r={_RANK}, {_passes(backward)}"
+            yield KernelCase("lora_mlp", case, (OURS, "peft"), partial(_mlp, backward, settings))
 
 
 def _linear(name: str, backward: bool, settings: KernelSettings) -> Comparison:
@@ -82,8 +94,6 @@ def _linear(name: str, backward: bool, settings: KernelSettings) -> Comparison:
         peft, adapter = _peft_linear(layer, (n, k), dtype)
         functions["peft"] = _run(peft, x, adapter, dy, backward)
     return Comparison(
-        family="lora_linear",
-        case=f"{settings.model} {name} {n}x{k}, {tokens} tokens, r={_RANK}, {_passes(backward)}",
         functions=functions,
         reference=_run(truth, x, [layer.a, layer.b], dy, backward),
         tolerance=2 * ROUNDING[dtype],
@@ -116,8 +126,6 @@ def _mlp(backward: bool, settings: KernelSettings) -> Comparison:
 
     weights, widths = sum(n * k for n, k in shapes), sum(n + k for n, k in shapes)
     return Comparison(
-        family="lora_mlp",
-        case=f"{settings.model}, {settings.tokens} tokens, r={_RANK}, {_passes(backward)}",
         functions={
             OURS: _run(ours, x, trained, dy, backward),
             "peft": _run(peft, x, [parameter for _, pair in stock for parameter in pair], dy, backward),

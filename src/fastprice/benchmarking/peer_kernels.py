@@ -25,13 +25,26 @@ def unsloth_kernel(name: str) -> Function:
     return _attribute("unsloth.kernels.utils", name)
 
 
-def unsloth_attention() -> str:
-    """The attention backend that Unsloth chooses for packed texts here; "unknown" where it does not say."""
+def unsloth_attention() -> tuple[str, bool]:
+    """The attention backend that Unsloth chooses for packed texts here, and whether it is the best that Unsloth has.
+
+    Flash Attention wins where it is installed, then xformers; from torch 2.12 on "sdpa" means `varlen_attn`, before
+    that one SDPA call for each run of equally long texts. ("unknown", False) where Unsloth does not say.
+    """
+    module = "unsloth.utils.attention_dispatch"
     try:
-        choose = _attribute("unsloth.utils.attention_dispatch", "select_attention_backend")
+        chosen = str(_attribute(module, "select_attention_backend")(use_varlen=True))
     except ImportError:
-        return "unknown"
-    return str(choose(use_varlen=True))
+        return "unknown", False
+    if chosen != "sdpa":
+        return chosen, "flash" in chosen
+    try:
+        varlen = _attribute(module, "_TORCH_VARLEN_ATTN") is not None
+    except ImportError:
+        return "sdpa", False
+    if varlen:
+        return "torch varlen", True
+    return "sdpa, a call for each run of equal texts", False
 
 
 def trl_chunked_loss() -> Function:

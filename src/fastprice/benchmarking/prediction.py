@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fastprice.benchmarking.kernel_comparison import OURS
 from fastprice.benchmarking.random_models import seed_adapters
 from fastprice.benchmarking.timing import Stopwatch, interleave, ratios, spread_of
 from fastprice.benchmarking.workload import draw_rows
@@ -18,7 +20,17 @@ from fastprice.prompts.template import IGNORE, PREAMBLE
 if TYPE_CHECKING:
     from fastprice.inference.price_decoder import PriceDecoder
 
-__all__ = ["check_prediction", "compare_prediction", "draw_prompts", "generate_prices", "sharpen_logits"]
+__all__ = [
+    "PREDICTION_WAYS",
+    "PredictionModel",
+    "check_prediction",
+    "compare_prediction",
+    "draw_prompts",
+    "generate_prices",
+    "sharpen_logits",
+]
+
+PREDICTION_WAYS = (OURS, "fastprice head", "generate + regex", "generate + regex, sorted")
 
 _TOLERANCE = 5e-2  # relative, on the probability found: bf16 logits differ by that much between batch shapes
 _ANSWER_TOKENS = 4  # three digits and an end token, as a tuned model writes; a random one would not stop
@@ -27,64 +39,115 @@ _PRICE = re.compile(r"\d+(?:\.\d+)?")
 
 
 def compare_prediction(folder: str, *, items: int, batch: int, seconds: float) -> dict[str, Any]:
-    """A row: items a second of each way over the same `items` prompts in batches of `batch`; the ways take turns.
+    """The row of `PredictionModel.compare` for the model in `folder`."""
+    return PredictionModel(folder).compare(items=items, batch=batch, seconds=seconds)
 
-    The model is as after training: NF4, with adapters beside it, its logits sharpened (`sharpen_logits`). `generate`
-    runs as most people run it, on rows in their order, and once more on rows sorted by length. fastprice computes the
-    distributions that point estimates need; making the decoder (`ready_seconds`: price trie, merged copy of the
-    weights) happens once and is not in the figures.
 
-    First the distributions are compared with the exact ones (`check_prediction`) on two prompts. Where they differ by
-    more than the tolerances there is no ratio.
+class PredictionModel:
+    """The model in `folder` as after training: NF4, with adapters beside it, its logits sharpened (`sharpen_logits`),
+    and a price head beside it.
+
+    Making the decoder (`ready_seconds`: price trie, merged copy of the weights) happens once and is in no other figure.
     """
-    from fastprice.inference.price_decoder import SAMPLING_TOLERANCE, PriceDecoder
-    from fastprice.models.engine_choice import choose_engine
 
-    engine = choose_engine("peft")
-    loaded = engine.load_base(folder, method="qlora", max_tokens=512)
-    tokenizer = loaded.tokenizer
-    sharpen_logits(loaded.model)
-    model = engine.attach(loaded.model, method="qlora", rank=16, alpha=32.0, dropout=0.0, seed=0)
-    seed_adapters(model)
-    engine.for_prediction(model)
-    device = next(model.parameters()).device
-    prompts = draw_prompts(tokenizer, items, model.config.vocab_size)
-    watch = Stopwatch(device)
-    watch.mark()
-    decoder = PriceDecoder.of(model, tokenizer)
-    watch.mark()
-    error, off = check_prediction(decoder, StockScorer(model, decoder.trie), prompts[:2])
-    row: dict[str, Any] = {
-        "items": items,
-        "batch": batch,
-        "scorer": type(decoder.scorer).__name__,
-        "ready_seconds": watch.intervals()[0],
-        "error": error,
-        "tolerance": _TOLERANCE,
-        "median_error": off,
-        "median_tolerance": SAMPLING_TOLERANCE,
-    }
-    if not (error <= _TOLERANCE and off <= SAMPLING_TOLERANCE):
-        return {**row, "status": "wrong", "reason": f"probability is off by {error:.1%}, the median by {off:.1%} of it"}
-    samples = interleave(
-        {
-            "fastprice": lambda: decoder.distributions(prompts, tolerance=SAMPLING_TOLERANCE, batch_size=batch),
-            "generate + regex": lambda: generate_prices(model, tokenizer, prompts, batch),
-            "generate + regex, sorted": lambda: generate_prices(model, tokenizer, sorted(prompts, key=len), batch),
-        },
-        device,
-        seconds=seconds,
-        warmup=1,
-        min_rounds=3,
-    )
-    ours = samples["fastprice"]
-    return {
-        **row,
-        "items_per_second": {
-            name: spread_of([items / each for each in values]).as_dict() for name, values in samples.items()
-        },
-        "ratios": {name: ratios(theirs, ours).as_dict() for name, theirs in samples.items() if name != "fastprice"},
-    }
+    def __init__(self, folder: str) -> None:
+        from fastprice.inference.price_decoder import PriceDecoder
+        from fastprice.inference.price_heads import make_head
+        from fastprice.models.engine_choice import choose_engine
+
+        engine = choose_engine("peft")
+        loaded = engine.load_base(folder, method="qlora", max_tokens=512)
+        self.tokenizer = loaded.tokenizer
+        sharpen_logits(loaded.model)
+        self.model = engine.attach(loaded.model, method="qlora", rank=16, alpha=32.0, dropout=0.0, seed=0)
+        seed_adapters(self.model)
+        engine.for_prediction(self.model)
+        self.device = next(self.model.parameters()).device
+        watch = Stopwatch(self.device)
+        watch.mark()
+        self.decoder = PriceDecoder.of(self.model, self.tokenizer)
+        watch.mark()
+        self.ready_seconds = watch.intervals()[0]
+        self.head = make_head("histogram", self.model.config.hidden_size, 1.0, 1000.0).to(self.device)
+
+    def compare(
+        self,
+        *,
+        items: int,
+        batch: int,
+        seconds: float,
+        ways: Collection[str] = PREDICTION_WAYS,
+        samples: bool = False,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> dict[str, Any]:
+        """A row: items a second of each of `ways` over the same `items` prompts in batches of `batch`, in turns.
+
+        `generate` runs as most people run it, on rows in their order, and once more on rows sorted by length. fastprice
+        computes the distributions that point estimates need; its head reads them off one pass over the prompts.
+        samples: every sample goes into the row.
+
+        First the distributions are compared with the exact ones (`check_prediction`) on two prompts, and the head's
+        hidden states with those of transformers' own forward pass. Where they differ by more than the tolerances there
+        is no ratio.
+        """
+        from fastprice.inference.price_decoder import SAMPLING_TOLERANCE
+
+        prompts = draw_prompts(self.tokenizer, items, self.model.config.vocab_size)
+        error, off = check_prediction(self.decoder, StockScorer(self.model, self.decoder.trie), prompts[:2])
+        states_off = self._states_error(prompts[:4])
+        row: dict[str, Any] = {
+            "items": items,
+            "batch": batch,
+            "scorer": type(self.decoder.scorer).__name__,
+            "ready_seconds": self.ready_seconds,
+            "error": error,
+            "tolerance": _TOLERANCE,
+            "median_error": off,
+            "median_tolerance": SAMPLING_TOLERANCE,
+            "states_error": states_off,
+        }
+        if not (error <= _TOLERANCE and off <= SAMPLING_TOLERANCE and states_off <= _TOLERANCE):
+            reason = f"probability is off by {error:.1%}, the median by {off:.1%} of it, states by {states_off:.1%}"
+            return {**row, "status": "wrong", "reason": reason}
+        every: dict[str, Callable[[], object]] = {
+            OURS: lambda: self.decoder.distributions(prompts, tolerance=SAMPLING_TOLERANCE, batch_size=batch),
+            "fastprice head": lambda: self._read_head(prompts, batch),
+            "generate + regex": lambda: generate_prices(self.model, self.tokenizer, prompts, batch),
+            "generate + regex, sorted": lambda: generate_prices(
+                self.model, self.tokenizer, sorted(prompts, key=len), batch
+            ),
+        }
+        timed = {name: way for name, way in every.items() if name == OURS or name in ways}
+        found = interleave(timed, self.device, seconds=seconds, warmup=1, min_rounds=3, clock=clock)
+        if samples:
+            row["samples"] = found
+        return {
+            **row,
+            "items_per_second": {
+                name: spread_of([items / each for each in values]).as_dict() for name, values in found.items()
+            },
+            "ratios": {name: ratios(theirs, found[OURS]).as_dict() for name, theirs in found.items() if name != OURS},
+        }
+
+    def _read_head(self, prompts: Sequence[Sequence[int]], batch: int) -> object:
+        states = self.decoder.last_hidden_states(prompts, batch_size=batch)
+        if states is None:
+            raise RuntimeError("this model's hidden states cannot be read")
+        with torch.no_grad():
+            return self.head.distributions(self.head(states))
+
+    def _states_error(self, prompts: Sequence[Sequence[int]]) -> float:
+        """The largest relative error of a prompt's hidden state; 0 where the model gives none."""
+        from fastprice.inference.price_heads import prompt_hidden_states
+
+        found = self.decoder.last_hidden_states(prompts)
+        if found is None:
+            return 0.0
+        worst = 0.0
+        for order, states in prompt_hidden_states(self.model, prompts):
+            distance = (found[order].float() - states.float()).norm(dim=-1) / states.float().norm(dim=-1)
+            worst = max(worst, float(distance.max()))
+        return worst
 
 
 def check_prediction(

@@ -6,23 +6,20 @@ every row, by a rename, so that whatever stops the run leaves a readable result.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import queue
-import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from fastprice.benchmarking.reporting.results import FORMAT, result_path
 from fastprice.benchmarking.reporting.tables import row_line
+from fastprice.benchmarking.turn_takers import TurnTakers
+from fastprice.benchmarking.worker_group import kill_group, start_process
 from fastprice.benchmarking.worker_process import ROW_MARK
 from fastprice.common.files import write_text_atomically
 
@@ -76,13 +73,36 @@ class ProcessRunner:
             rows.append(self.add(stage, case, {"status": "failed", "reason": failure}))
         return rows
 
+    def measure_in_turns(
+        self, stage: str, cases: Sequence[Mapping[str, Any]], rounds: int, *, timeout: float
+    ) -> list[dict[str, Any]]:
+        """The rows of `rounds` rounds over workers that all stay alive and of which one runs at a time (A, B, A, B).
+
+        timeout: seconds of a turn, a worker's start among them. A worker that fails leaves a row and takes no more
+        turns.
+        """
+        rows: list[dict[str, Any]] = []
+
+        def take(case: Mapping[str, Any], row: Mapping[str, Any]) -> None:
+            rows.append(self.add(stage, case, row))
+
+        with TurnTakers(self._worker, cases, take, lambda lines: self._log(stage, lines)) as takers:
+            for number in range(-1, rounds):  # -1: their start
+                for case in cases:
+                    allowed = min(timeout, self.seconds_left)
+                    if allowed >= _LEAST_SECONDS:
+                        takers.turn(case, None if number < 0 else number, allowed)
+                    elif takers.running(case):
+                        takers.stop(case, "skipped", "no time was left")
+        return rows
+
     def call(self, stage: str, command: Sequence[str], *, timeout: float) -> tuple[int, str]:
         """Runs any other command: its status (124 when it was stopped) and what it printed."""
         allowed = min(timeout, self.seconds_left)
         if allowed < _LEAST_SECONDS:
             return 124, "no time was left"
         lines: list[str] = []
-        process = self._start(command)
+        process = start_process(command)
         status = self._listen(process, allowed, lines.append)
         self._log(stage, lines)
         return (124 if status is None else status), "".join(lines)
@@ -124,7 +144,7 @@ class ProcessRunner:
                 other.append(line)
                 del other[:-_LOG_LINES]
 
-        process = self._start(command)
+        process = start_process(command)
         status = self._listen(process, allowed, take)
         if status is None:
             failure = f"stopped after {allowed:.0f} s"
@@ -134,17 +154,6 @@ class ProcessRunner:
             return rows, "" if rows else "printed no row"
         self._log(stage, other)
         return rows, failure
-
-    def _start(self, command: Sequence[str]) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            env=_worker_environment(),
-            start_new_session=True,  # so that a worker's own children end with it
-        )
 
     def _listen(self, process: subprocess.Popen[str], allowed: float, take: Callable[[str], None]) -> int | None:
         """Feeds lines to `take` until the process ends (its status) or its time is over (None, and it is killed)."""
@@ -169,7 +178,7 @@ class ProcessRunner:
                     return process.wait(timeout=30)
                 take(line)
         finally:
-            _kill(process)
+            kill_group(process)
             reader.join(timeout=5)
             if not reader.is_alive() and process.stdout is not None:  # else an escaped grandchild still holds the pipe
                 process.stdout.close()
@@ -177,28 +186,3 @@ class ProcessRunner:
     def _log(self, stage: str, lines: Sequence[str]) -> None:
         with (self.folder / "log.txt").open("a", encoding="utf-8") as log:
             log.write(f"--- {stage} ---\n{''.join(lines[-_LOG_LINES:])}\n")
-
-
-def _kill(process: subprocess.Popen[str]) -> None:
-    """Ends a worker and its children; GPU memory is free again only when the process is gone."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):  # ended by itself
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
-def _worker_environment() -> dict[str, str]:
-    """This process's environment variables, with the packages that it runs first, offline and without statistics."""
-    specs = [find_spec(name) for name in ("fastprice", "fastprice_kernels")]
-    roots = [
-        str(Path(spec.origin).resolve().parents[1]) for spec in specs if spec is not None and spec.origin is not None
-    ]
-    before = os.environ.get("PYTHONPATH")
-    return {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([*dict.fromkeys(roots), *([before] if before else [])]),
-        "PYTHONUNBUFFERED": "1",
-        "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "UNSLOTH_DISABLE_STATISTICS": "1",
-        "UNSLOTH_COMPILE_LOCATION": os.path.join(tempfile.gettempdir(), "fastprice-unsloth-cache"),
-    }

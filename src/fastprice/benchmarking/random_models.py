@@ -146,11 +146,11 @@ def save_model(model: Any, folder: Path) -> Path:
     return folder
 
 
-def seed_adapters(model: Any, seed: int = 0) -> int:
+def seed_adapters(model: Any, seed: int = 0, *, zero_b: bool = False) -> int:
     """Fills every LoRA A and B of `model` from `seed` and the parameter's name; returns how many were filled.
 
     Engines draw A differently and leave B at zero, where A's gradient is zero too. With the same small values
-    everywhere, losses and gradient norms of two engines can be compared.
+    everywhere, losses and gradient norms of two engines can be compared. zero_b: B stays zero, as a training begins.
     """
     filled = 0
     for name, parameter in model.named_parameters():
@@ -161,6 +161,8 @@ def seed_adapters(model: Any, seed: int = 0) -> int:
             values = torch.randn(parameter.shape, generator=generator) * (0.3 / math.sqrt(parameter.shape[1]))
             with torch.no_grad():
                 parameter.copy_(values)
+                if zero_b and "lora_B" in name:
+                    parameter.zero_()
             filled += 1
     return filled
 

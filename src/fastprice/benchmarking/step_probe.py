@@ -1,8 +1,9 @@
 """Measures the training steps of one run, whatever trainer runs it.
 
 Before the first step it takes loss and gradient norm of a fixed batch with fixed adapters, in the trainer's own path
-(its collator, autocast, scaling), by which runs are compared. Then it times steps and their phases without ever waiting
-for the device, and last it samples the allocator over one more step. `MeasurementDone` then ends the run.
+(its collator, autocast, scaling), by which runs are compared, and the losses of a few updates on that batch. Then it
+times steps and their phases without ever waiting for the device, and last it samples the allocator over one more step.
+`MeasurementDone` then ends the run. Every trainer logs as often: reading a loss makes the host wait for the device.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from fastprice.benchmarking.host_memory import host_peak, reset_host_peak
 from fastprice.benchmarking.random_models import seed_adapters
 from fastprice.benchmarking.reporting.summaries import PHASES
 from fastprice.benchmarking.timing import Stopwatch, spread_of
@@ -24,9 +25,13 @@ from fastprice.memory.recompute_levels import format_recompute_levels
 from fastprice.models.peft_engine import compute_dtype
 from fastprice.prompts.template import IGNORE
 
-__all__ = ["WARMUP", "MeasurementDone", "StepProbe"]
+__all__ = ["LOGGING_STEPS", "WARMUP", "MeasurementDone", "StepProbe", "log_alike"]
 
 WARMUP = 4  # steps: autotuning, allocator growth, lazy compilation
+
+LOGGING_STEPS = 10  # TRL's default
+_TRAJECTORY = 3  # updates on the fixed batch
+_TRAJECTORY_RATE = 1e-3  # learning rate of these
 
 
 class MeasurementDone(BaseException):
@@ -59,15 +64,17 @@ class StepProbe:
 
     @contextmanager
     def loading(self) -> Iterator[None]:
-        """Times what loads the model, and takes the process's peak of host memory (VmHWM) after it."""
+        """Times what loads the model, and takes its peak of host memory (VmHWM)."""
+        reset_host_peak()
         began = time.perf_counter()
         yield
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-        self._figures |= {"load_seconds": time.perf_counter() - began, "load_host_bytes": _host_peak()}
+        self._figures |= {"load_seconds": time.perf_counter() - began, "load_host_bytes": host_peak()}
 
     def attach(self, trainer: Any) -> None:
         """Lets every `training_step` of this trainer, a transformers.Trainer that was not started yet, run here."""
+        log_alike(trainer)
         original = trainer.training_step
 
         def training_step(model: Any, inputs: Any, num_items_in_batch: Any = None, *rest: Any, **named: Any) -> Any:
@@ -84,17 +91,17 @@ class StepProbe:
         times = [sum(each) for each in zip(*self._phases.values(), strict=True)]
         tokens, texts = ([int(count[place]) for count in self._counts[: len(times)]] for place in (0, 1))
         phases = self._phases if self._phases_seen else {}
-        rates = spread_of([count / each for count, each in zip(tokens, times, strict=True)])
         return {
             "dtype": str(compute_dtype()).removeprefix("torch."),
             **self._figures,
             "steps": len(times),
             "step_seconds": spread_of(times).as_dict(),
             "phase_seconds": {name: spread_of(each).as_dict() for name, each in phases.items()},
-            "tokens_per_second": rates.as_dict(),
-            "mean_tokens_per_second": sum(tokens) / sum(times),
-            "items_per_second": sum(texts) / sum(times),
+            "step_samples": times,
+            "tokens_per_second": spread_of([n / each for n, each in zip(tokens, times, strict=True)]).as_dict(),
+            "items_per_second": spread_of([n / each for n, each in zip(texts, times, strict=True)]).as_dict(),
             "tokens_per_step": sum(tokens) / len(tokens),
+            "texts_per_step": sum(texts) / len(texts),
         }
 
     def _step(self, trainer: Any, model: Any, inputs: Any, items: Any, run: Callable[[Any, Any], Any]) -> Any:
@@ -149,9 +156,12 @@ class StepProbe:
             if parameter.grad is not None
         ]
         norm = sum(squares) ** 0.5 / scale
-        self._figures |= {"check_loss": loss, "check_gradient_norm": norm, "adapters": adapters}
+        self._figures |= {"check_loss": loss, "check_gradient_norm": norm, "adapters": adapters, "trajectory": []}
         for parameter in model.parameters():
             parameter.grad = None
+        if not getattr(trainer, "captures", False):  # a CUDA graph being recorded keeps its gradients where they are
+            self._figures["trajectory"] = _trajectory(trainer.optimizer, lambda: float(run(dict(batch), labeled)))
+            seed_adapters(model)
 
     def _reset_memory(self) -> None:
         if self.device.type == "cuda":
@@ -183,11 +193,30 @@ class StepProbe:
         raise MeasurementDone
 
 
-def _host_peak() -> int:
-    """Bytes of the highest resident set of this process. Not ru_maxrss: a child's begins with its parent's peak."""
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    (kibibytes,) = (line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:"))
-    return 1024 * int(kibibytes)
+def log_alike(trainer: Any) -> None:
+    """Makes a transformers.Trainer that was not started yet log every `LOGGING_STEPS` steps and nothing else."""
+    trainer.args.logging_strategy = type(trainer.args.logging_strategy)("steps")
+    trainer.args.logging_steps = LOGGING_STEPS
+    trainer.args.logging_first_step = False
+
+
+def _trajectory(optimizer: Any, loss: Callable[[], float]) -> list[float]:
+    """The losses before each of a few updates on one batch by the trainer's own optimizer, which is as new after it.
+
+    `loss` runs forward and backward.
+    """
+    rates = [group["lr"] for group in optimizer.param_groups]
+    losses = []
+    for group in optimizer.param_groups:
+        group["lr"] = _TRAJECTORY_RATE
+    for _ in range(_TRAJECTORY):
+        losses.append(loss())
+        optimizer.step()
+        optimizer.zero_grad()
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    optimizer.state.clear()
+    return losses
 
 
 def _predicted(labels: torch.Tensor) -> int:

@@ -10,22 +10,22 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from fastprice.benchmarking.offloaded_training import offload_cap
+from fastprice.benchmarking.peers import HEADLINE, LOADING_WAYS, RUN_PEERS
 from fastprice.benchmarking.process_runner import ProcessRunner
 from fastprice.benchmarking.pytest_run import outcome_row, pytest_command
 from fastprice.benchmarking.reporting.summaries import ok_rows
 from fastprice.benchmarking.suite_plan import SuitePlan
-from fastprice.benchmarking.workload import GIB, MODELS, folder_bytes, linear_weights, shape_of
+from fastprice.benchmarking.suite_run import START, SuiteRun
+from fastprice.benchmarking.workload import GIB, MODELS, dequantize_shapes, folder_bytes, linear_weights, shape_of
 from fastprice.errors import ConfigError, nearest_name
 
-__all__ = ["STAGES", "Stage", "SuiteRun", "largest_multiple", "run_suite"]
-
-_START = 25.0  # seconds for a worker to import its libraries on a machine that does little else
+__all__ = ["STAGES", "Stage", "largest_multiple", "run_suite"]
 
 
 def run_suite(
@@ -40,7 +40,7 @@ def run_suite(
 ) -> Path:
     """Runs `stages` (all of them by default, in the order of `STAGES`) and returns the result file in `out`.
 
-    tests    arguments of runs of pytest, before the stages, each for at most a third of the time
+    tests    arguments of runs of pytest, before the stages, together for at most a third of the time
     commit   for the record, where there is no git
     quiet    print no line a row
 
@@ -57,7 +57,7 @@ def run_suite(
         run = SuiteRun(runner, plan, Path(scratch))
         _describe_machine(run, commit)
         for arguments in tests:
-            status, output = runner.call("tests", pytest_command(arguments), timeout=20 * minutes)
+            status, output = runner.call("tests", pytest_command(arguments), timeout=20 * minutes / len(tests))
             runner.add("tests", {"kind": "tests", "arguments": list(arguments)}, outcome_row(status, output))
         for stage in STAGES:
             if stage in chosen:
@@ -65,60 +65,6 @@ def run_suite(
     runner.write()
     assert runner.path is not None
     return runner.path
-
-
-@dataclass
-class SuiteRun:
-    """A run under way: its plan, its runner, and the folders of models made so far (None where that failed)."""
-
-    runner: ProcessRunner
-    plan: SuitePlan
-    scratch: Path
-    folders: dict[str, str | None] = field(default_factory=dict)
-
-    def measure(self, stage: str, case: Mapping[str, Any], *, timeout: float) -> list[dict[str, Any]]:
-        """The rows of one worker; `timeout` in seconds on an otherwise idle GPU machine."""
-        return self.runner.measure(stage, case, timeout=self.plan.time_factor * timeout)
-
-    def folder(self, model: str) -> str | None:
-        """The folder of `model`, made by a worker when it is first needed; None where that failed."""
-        if model not in self.folders:
-            self.folders[model] = self._make_folder(model)
-        return self.folders[model]
-
-    def _make_folder(self, model: str) -> str | None:
-        folder = self.scratch / model
-        needed = folder_bytes(model)
-        free = shutil.disk_usage(self.scratch).free
-        case = {"kind": "folder", "model": model, "folder": str(folder)}
-        if free < 1.1 * needed:
-            reason = f"{needed / GIB:.1f} GiB are needed for its weights, {free / GIB:.1f} GiB are free"
-            self.runner.add("folder", case, {"status": "skipped", "reason": reason})
-            return None
-        rows = self.measure("folder", case, timeout=60 + 4 * needed / GIB)
-        return str(folder) if rows[-1]["status"] == "ok" else None
-
-    def step(self, stage: str, peer: str, model: str, **changes: Any) -> dict[str, Any] | None:
-        """The row of one peer's training steps, as planned except for `changes`; None without a folder."""
-        folder = self.folder(model)
-        if folder is None:
-            return None
-        plan = self.plan
-        case: dict[str, Any] = {
-            "kind": "step",
-            "peer": peer,
-            "model": model,
-            "folder": folder,
-            "tokens": plan.tokens,
-            "batch": plan.batch,
-            "rank": plan.rank,
-            "steps": plan.steps,
-            "seconds": plan.step_seconds,
-            **changes,
-        }
-        # Unsloth compiles on its first steps; loading takes a second for a few GB.
-        allowed = 2 * _START + 4 * plan.step_seconds + 4 * folder_bytes(model) / GIB + 30 * ("unsloth" in peer)
-        return self.measure(stage, case, timeout=allowed)[-1]
 
 
 def _describe_machine(run: SuiteRun, commit: str | None) -> None:
@@ -152,12 +98,21 @@ def _kernels(run: SuiteRun) -> None:
     }
     first, *others = plan.kernel_families
     run.measure("kernels", {**case, "families": [first], "unsloth": False}, timeout=90)
+    if plan.gpu and first == "dequantize":
+        rate = run.runner.limits["copy_bytes_per_second"]
+        shapes = {"kind": "bandwidth", "shapes": dequantize_shapes(), "copy_bytes_per_second": rate}
+        run.measure("kernels", shapes, timeout=60)
     if plan.gpu:
         # In a process of its own: importing Unsloth replaces functions that the stock rows call.
         with_unsloth = [first, "lora_linear"] if others else [first]
         run.measure("kernels", {**case, "families": with_unsloth, "unsloth": True}, timeout=120)
     if others:
         run.measure("kernels", {**case, "families": others, "unsloth": False}, timeout=150)
+
+
+def _headline(run: SuiteRun) -> None:
+    """The first model through fastprice, tuned Unsloth and packed TRL, all rounds, before anything else is measured."""
+    _rounds(run, "headline", [run.plan.models[0]], [peer for peer in HEADLINE if peer in run.plan.peers])
 
 
 def _unsloth(run: SuiteRun) -> None:
@@ -168,17 +123,32 @@ def _unsloth(run: SuiteRun) -> None:
 
 
 def _steps(run: SuiteRun) -> None:
-    """Round after round over all models and peers, so that a peer's runs lie apart in time (A, B, A, B)."""
+    """All models and peers, but for those that the headline has; then packs of other sizes and other ranks."""
     plan = run.plan
-    failed: set[tuple[int, int, str, str]] = set()
-    for (tokens, rank), _ in product([(plan.tokens, plan.rank), *plan.variants], range(plan.rounds)):
-        for model, peer in product(plan.models, plan.peers):
-            this = (tokens, rank, model, peer)
-            if this in failed or run.runner.seconds_left < _START + plan.step_seconds:
+    _rounds(run, "steps", plan.models, plan.peers)
+    for tokens, rank in plan.variants:
+        _rounds(run, "steps", plan.models, plan.peers, tokens=tokens, rank=rank)
+
+
+def _rounds(run: SuiteRun, stage: str, models: Sequence[str], peers: Sequence[str], **changes: int) -> None:
+    """Round after round over models and peers, so that a peer's runs lie apart in time (A, B, A, B).
+
+    What the headline measured, or could not, is not measured again, and what fails is not tried again.
+    """
+    plan = run.plan
+    sizes = {"tokens": plan.tokens, "rank": plan.rank, **changes}
+    done = {
+        (row["case"]["model"], row["case"]["peer"])
+        for row in run.runner.rows
+        if row["stage"] == "headline" and {name: row["case"][name] for name in sizes} == sizes
+    }
+    for _ in range(plan.rounds):
+        for model, peer in product(models, peers):
+            if (model, peer) in done or run.runner.seconds_left < START + plan.step_seconds:
                 continue
-            row = run.step("steps", peer, model, tokens=tokens, rank=rank)
+            row = run.step(stage, peer, model, **sizes)
             if row is None or row["status"] != "ok":
-                failed.add(this)
+                done.add((model, peer))
 
 
 def _memory(run: SuiteRun) -> None:
@@ -189,7 +159,7 @@ def _memory(run: SuiteRun) -> None:
             "model": model,
             "peer": peer,
             "tokens": row["tokens_per_step"],
-            "texts": row["items_per_second"] / row["mean_tokens_per_second"] * row["tokens_per_step"],
+            "texts": row["texts_per_step"],
             "rank": row["case"]["rank"],
             "labeled": row["labeled_share"],
             "recompute": row["recompute"],
@@ -205,38 +175,47 @@ def _memory(run: SuiteRun) -> None:
     run.measure("memory", {"kind": "estimate", "steps": steps}, timeout=90)
 
 
+def _runs(run: SuiteRun) -> None:
+    run.training_runs([peer for peer in RUN_PEERS if peer in run.plan.peers])
+
+
+def _load(run: SuiteRun) -> None:
+    for way in LOADING_WAYS:
+        run.loading(way)
+
+
 def _predict(run: SuiteRun) -> None:
-    model = run.plan.models[0]
+    model = run.plan.smallest
     folder = run.folder(model)
     if folder is not None:
         items, batch = (512, 64) if run.plan.gpu else (16, 8)
         seconds = 15.0 if run.plan.gpu else 1.0
         case = {"kind": "predict", "model": model, "folder": folder, "items": items, "batch": batch, "seconds": seconds}
-        run.measure("predict", case, timeout=2 * _START + 4 * seconds)
+        run.measure("predict", case, timeout=2 * START + 4 * seconds)
 
 
 def _offload(run: SuiteRun) -> None:
     """The largest model, with all weights on the device and then with most layers offloaded, on the same work."""
-    plan, model = run.plan, run.plan.models[-1]
+    plan, model = run.plan, run.plan.largest
     folder = run.folder(model)
     if folder is None:
         return
-    if run.runner.seconds_left < _START:
+    if run.runner.seconds_left < START:
         skipped: dict[str, Any] = {"kind": "offload", "model": model}
         run.runner.add("offload", skipped, {"status": "skipped", "reason": "no time was left"})
         return
     cap = offload_cap(model, tokens=plan.tokens, rank=plan.rank, kernels=plan.gpu)
     for cap_bytes in (0, cap):
         case = {"kind": "offload", "model": model, "folder": folder, "cap_bytes": cap_bytes, "tokens": plan.tokens}
-        run.measure("offload", {**case, "rank": plan.rank}, timeout=3 * _START + 60)
+        run.measure("offload", {**case, "rank": plan.rank}, timeout=3 * START + 60)
 
 
 def _fit(run: SuiteRun) -> None:
     plan, runner = run.plan, run.runner
     for cap in plan.memory_caps:
         for peer in ("peft", "unsloth", "trl-packed"):
-            case = {"kind": "fit", "peer": peer, "model": plan.models[0], "cap_bytes": cap * GIB}
-            if runner.seconds_left < 3 * _START:
+            case = {"kind": "fit", "peer": peer, "model": plan.smallest, "cap_bytes": cap * GIB}
+            if runner.seconds_left < 3 * START:
                 runner.add("fit", case, {"status": "skipped", "reason": "no time was left"})
                 return
             tokens = _largest_micro_batch(run, peer, cap)
@@ -254,7 +233,7 @@ def _largest_micro_batch(run: SuiteRun, peer: str, cap: int) -> int:
     def fits(tokens: int) -> bool:
         batch = max(1, tokens // 140)
         changes = {"tokens": tokens, "batch": batch, "steps": 2, "cap_bytes": cap * GIB}
-        row = run.step("fit", peer, run.plan.models[0], **changes)
+        row = run.step("fit", peer, run.plan.smallest, **changes)
         return row is not None and row["status"] == "ok"
 
     return largest_multiple(fits, 1024, 65536)
@@ -308,10 +287,13 @@ class Stage:
 
 # In the order in which they run, the most important first.
 STAGES: Mapping[str, Stage] = {
+    "headline": Stage("training steps of the first model: fastprice, tuned Unsloth, packed TRL", _headline),
     "kernels": Stage("every kernel beside its peers", _kernels),
     "unsloth": Stage("a few steps of a small model through Unsloth, and through fastprice on it", _unsloth),
     "steps": Stage("training steps of all peers, round after round", _steps),
     "memory": Stage("the memory estimate beside the peaks of the steps", _memory),
+    "runs": Stage("whole training runs, from the first text to the last", _runs),
+    "load": Stage("loading the first model", _load),
     "predict": Stage("prices a second, beside generate and a regular expression", _predict),
     "offload": Stage("training with all weights on the device, and with most layers offloaded", _offload),
     "fit": Stage("the largest micro-batch and the largest model under memory caps", _fit),

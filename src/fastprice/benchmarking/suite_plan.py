@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fastprice.benchmarking.peers import PEERS
-from fastprice.benchmarking.workload import GIB, KERNEL_FAMILIES, MODELS
+from fastprice.benchmarking.workload import GIB, KERNEL_FAMILIES, MODELS, linear_weights, shape_of
 from fastprice.errors import ConfigError, nearest_name
 
 __all__ = ["SuitePlan"]
@@ -16,13 +16,18 @@ __all__ = ["SuitePlan"]
 class SuitePlan:
     """What to measure; ConfigError that names every unknown model, peer and kernel family.
 
-    models           names of `workload.MODELS`, the most important first
+    models           names of `workload.MODELS`, the most important first: the headline is of the first
     tokens           of a pack
     batch            rows of a padded micro-batch
     rank             of the adapters
     variants         further pairs of (tokens, rank) to train with, when all rounds of the first are done
     steps            timed steps of a training run, which take at most `step_seconds`
     rounds           of all peers over all models
+    run_model        of whole training runs: a name of `workload.MODELS`, or "shipped nano", whose weights are real
+    run_items, run_tokens   texts of a whole run, tokens of its steps
+    run_rounds       of whole runs over all peers
+    run_seconds      that a whole run may take
+    load_rounds      of loading a model
     kernel_seconds   of timing for one kernel case
     kernel_families  of `workload.KERNEL_FAMILIES`, the most important first
     memory_caps      GPU sizes to search the largest micro-batch and model for, in GiB
@@ -39,6 +44,12 @@ class SuitePlan:
     steps: int = 20
     step_seconds: float = 10.0
     rounds: int = 2
+    run_model: str = "llama-3.2-1b"
+    run_items: int = 2000
+    run_tokens: int = 4096
+    run_rounds: int = 2
+    run_seconds: float = 90.0
+    load_rounds: int = 3
     kernel_seconds: float = 0.5
     kernel_families: Sequence[str] = KERNEL_FAMILIES
     memory_caps: Sequence[int] = (8, 12, 16, 24, 48)
@@ -60,6 +71,22 @@ class SuitePlan:
         if unknown:
             raise ConfigError("; ".join(unknown))
 
+    @property
+    def smallest(self) -> str:
+        """The model with the fewest weights."""
+        return min(self.models, key=lambda name: linear_weights(shape_of(name)))
+
+    @property
+    def largest(self) -> str:
+        """The model with the most weights."""
+        return max(self.models, key=lambda name: linear_weights(shape_of(name)))
+
+    @classmethod
+    def full(cls, memory_bytes: int) -> SuitePlan:
+        """Everything on a card of `memory_bytes`: an 8B model first where its weights and a pack fit, and a 1B one."""
+        models = ("llama-3.1-8b", "llama-3.2-1b") if memory_bytes >= 14 * GIB else ("llama-3.2-1b",)
+        return cls(models=models, variants=((2048, 16), (8192, 16), (4096, 32)))
+
     @classmethod
     def quick(cls, memory_bytes: int) -> SuitePlan:
         """What three minutes allow on a card of `memory_bytes`: one model, three peers, a few kernel cases."""
@@ -75,6 +102,11 @@ class SuitePlan:
         )
 
     @classmethod
+    def for_pytest_cpu(cls) -> SuitePlan:
+        """As `for_cpu`, small enough for `pytest benchmarks` to end in three minutes on two slow cores."""
+        return replace(cls.for_cpu(), step_seconds=2.0, run_items=40)
+
+    @classmethod
     def for_cpu(cls) -> SuitePlan:
         """The same stages with a small model: the code is exercised, the figures are a CPU's."""
         return cls(
@@ -84,9 +116,20 @@ class SuitePlan:
             steps=3,
             step_seconds=5.0,
             rounds=1,
+            run_model="shipped nano",
+            run_items=600,
+            run_tokens=512,
             kernel_seconds=0.1,
             memory_caps=(),
-            peers=("peft", "trl-packed", "unsloth", "peft-off"),
+            peers=(
+                "peft",
+                "unsloth-tuned",
+                "trl-packed",
+                "trl-packed-no-recompute",
+                "peft-off",
+                "trl-padded",
+                "trl-padded-no-recompute",
+            ),
             gpu=False,
             time_factor=5.0,
         )

@@ -16,7 +16,16 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["NOISY", "Spread", "Stopwatch", "interleave", "ratios", "spread_of", "synchronize"]
+__all__ = [
+    "NOISY",
+    "Spread",
+    "Stopwatch",
+    "interleave",
+    "ratios",
+    "seconds_per_launch",
+    "spread_of",
+    "synchronize",
+]
 
 NOISY = 0.05  # spread above which a figure is flagged
 
@@ -93,30 +102,63 @@ def interleave(
     min_rounds: int = 5,
     max_rounds: int = 200,
     clock: Callable[[], float] = time.perf_counter,
+    flush: bool = True,
 ) -> dict[str, list[float]]:
     """Seconds of each function, one sample a round, for about `seconds` in all after `warmup` untimed rounds.
 
     Between `min_rounds` and `max_rounds` rounds are run. Each function must do the same work every time it is called.
-    `clock` serves where there is no device; `time.process_time` leaves out the time of other programs.
+    `clock` serves where there is no device; `time.process_time` leaves out the time of other programs. flush: overwrite
+    the L2 cache before each call.
     """
     for _ in range(warmup):
         for function in functions.values():
             function()
     synchronize(device)
-    flush = _flusher(device)
+    overwrite_cache = _flusher(device) if flush else lambda: None
     samples: dict[str, list[float]] = {name: [] for name in functions}
     end = time.perf_counter() + seconds
     for done in range(max_rounds):
         if done >= min_rounds and time.perf_counter() > end:
             break
         for name, function in functions.items():
-            flush()
+            overwrite_cache()
             watch = Stopwatch(device, clock)
             watch.mark()
             function()
             watch.mark()
             samples[name] += watch.intervals()
     return samples
+
+
+def seconds_per_launch(
+    launches: Sequence[Callable[[], object]], device: torch.device | str, *, rounds: int = 20
+) -> tuple[float, str]:
+    """(median seconds of one of `launches`, "graph" or "stream"): all of them back to back, `rounds` times.
+
+    For kernels of a few microseconds, next to which an event and a launch by the host cost too much: on CUDA the
+    launches are captured and replayed as one CUDA graph, or go through the stream where they cannot be captured. Give
+    each its own tensors, together larger than the L2 cache, or they are timed on cached data.
+    """
+    for launch in launches:
+        launch()  # compilation and autotuning must be over before a capture
+    synchronize(device)
+
+    def run() -> None:
+        for launch in launches:
+            launch()
+
+    how = "stream"
+    if torch.device(device).type == "cuda":
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                run()
+        except RuntimeError:
+            synchronize(device)
+        else:
+            run, how = graph.replay, "graph"
+    samples = interleave({"launches": run}, device, seconds=0.0, min_rounds=rounds, flush=False)
+    return spread_of(samples["launches"]).p50 / len(launches), how
 
 
 def _flusher(device: torch.device | str) -> Callable[[], None]:

@@ -5,8 +5,11 @@ rows before. All other lines are output of libraries. A failure is a row too: th
 
 kinds:  environment   the machine and its limits
         kernels       families, model, tokens, seconds a case, unsloth: one row a comparison
-        folder        writes `model` with random NF4 weights to `folder`
+        bandwidth     dequantization's share of the copy rate, a row a shape (copy_bandwidth.py)
+        folder        writes `model` with random NF4 weights to `folder`; "shipped nano": the real weights
+        load          one way of loading the model in `folder`, a row a round (model_loading.py)
         step          one peer's training steps (peer_training.py)
+        run           one peer's whole training run, for each line on standard input (training_runs.py, turn_takers.py)
         predict       prices a second: the distribution, and generate + a regular expression, in turns
         estimate      the memory estimate for each measured step of `steps`
         offload       training through PriceEstimator, resident or under a memory cap with layers offloaded to the host
@@ -21,7 +24,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["ROW_MARK", "failure_row", "main"]
+__all__ = ["KINDS", "ROW_MARK", "failure_row", "main"]
 
 ROW_MARK = "FASTPRICE-ROW "
 
@@ -94,11 +97,14 @@ def _kernels(case: Case) -> Iterator[Row]:
         import fastprice.models.unsloth_engine  # noqa: F401  (before anything that it patches)
     device = _device()
     settings = KernelSettings(case["model"], case["tokens"], device, compute_dtype(), case["unsloth"])
-    for make in kernel_cases(case["families"], settings):
+    for each in kernel_cases(case["families"], settings):
+        if case.get("name") not in (None, each.name):
+            continue
         try:
-            comparison = make()
-            yield {**run_comparison(comparison, device, case["limits"], case["seconds"]), "unsloth": case["unsloth"]}
-            del comparison
+            row = run_comparison(
+                each, device, case["limits"], case["seconds"], ways=case.get("ways"), samples=case.get("samples", False)
+            )
+            yield {**row, "unsloth": case["unsloth"]}
         except Exception as error:  # one case that fails leaves the others
             yield {"status": "failed", **failure_row(error)}
         if device.type == "cuda":
@@ -109,6 +115,12 @@ def _folder(case: Case) -> Iterator[Row]:
     from fastprice.benchmarking.random_models import model_config, random_nf4_model, save_model
     from fastprice.models.peft_engine import compute_dtype
 
+    if case["model"] == "shipped nano":
+        from fastprice.benchmarking.training_runs import save_shipped_nano
+
+        folder = save_shipped_nano(Path(case["folder"]))
+        yield {"bytes": sum(file.stat().st_size for file in folder.iterdir())}
+        return
     began = time.perf_counter()
     model = random_nf4_model(model_config(case["model"]), _device(), compute_dtype())
     made = time.perf_counter()
@@ -122,6 +134,42 @@ def _step(case: Case) -> Iterator[Row]:
 
     sizes = {name: case[name] for name in ("tokens", "batch", "rank", "steps", "seconds")}
     yield train_steps(case["peer"], TrainingCase(case["folder"], **sizes))
+
+
+def _bandwidth(case: Case) -> Iterator[Row]:
+    import torch
+
+    from fastprice.benchmarking.copy_bandwidth import dequantize_bandwidth
+
+    for (n, k), name in case["shapes"]:
+        yield dequantize_bandwidth((n, k), getattr(torch, name), _device(), case["copy_bytes_per_second"])
+
+
+def _load(case: Case) -> Iterator[Row]:
+    from fastprice.benchmarking.model_loading import load_rounds
+
+    yield from load_rounds(case["way"], case["folder"], case["rounds"])
+
+
+def _run(case: Case) -> Iterator[Row]:
+    import gc
+
+    import torch
+
+    from fastprice.benchmarking.peers import PEERS
+    from fastprice.benchmarking.training_runs import run_training
+
+    if "unsloth" in (PEERS[case["peer"]].trainer, PEERS[case["peer"]].engine):
+        import fastprice.models.unsloth_engine  # noqa: F401  (before anything that it patches)
+    import trl  # noqa: F401
+
+    sizes = {name: case[name] for name in ("folder", "items", "tokens", "rank")}
+    yield {"ready": True}
+    for _ in sys.stdin:
+        yield run_training(case["peer"], **sizes)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 def _predict(case: Case) -> Iterator[Row]:
@@ -145,8 +193,11 @@ def _offload(case: Case) -> Iterator[Row]:
 KINDS: dict[str, Callable[[Case], Iterator[Row]]] = {
     "environment": _environment,
     "kernels": _kernels,
+    "bandwidth": _bandwidth,
     "folder": _folder,
+    "load": _load,
     "step": _step,
+    "run": _run,
     "predict": _predict,
     "estimate": _estimate,
     "offload": _offload,

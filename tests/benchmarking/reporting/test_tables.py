@@ -8,11 +8,11 @@ from tests.benchmarking.result_rows import result, step_row
 from fastprice.benchmarking.reporting.tables import limits_table, markdown
 
 
-def test_phases_are_shares_of_the_step_beside_the_attention_backend() -> None:
+def test_phases_are_shares_of_the_step() -> None:
     unseen = {**step_row("trl-packed", 9.0), "phase_seconds": {}}
     text = markdown(result(step_row("peft", 10.0), unseen))
-    assert "| peft | sdpa | 30% | 60% | 10% | 12.0 s | 5.00 GiB |" in text
-    assert "| trl-packed | sdpa | - | - | - | 12.0 s | 5.00 GiB |" in text
+    assert "| peft | 30% | 60% | 10% | 12.0 s | 5.00 GiB |" in text
+    assert "| trl-packed | - | - | - | 12.0 s | 5.00 GiB |" in text
 
 
 def test_arithmetic_ceilings_match_the_known_ones() -> None:

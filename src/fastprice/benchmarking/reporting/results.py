@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fastprice.benchmarking.reporting.summaries import ok_rows, summarize_steps
+from fastprice.benchmarking.reporting.summaries import ok_rows, summarize_runs, summarize_steps
 from fastprice.benchmarking.workload import GIB
 from fastprice.errors import DataError
 
@@ -87,6 +87,9 @@ def _speeds(result: Result) -> dict[str, tuple[float, float]]:
         beside = " beside unsloth" if row["unsloth"] else ""
         took = row["seconds"]["fastprice"]
         speeds[f"{row['family']} {row['name']}{beside}"] = (1 / took["p50"], took["noise"] / 2)
+    for entry in summarize_runs(result["rows"]):
+        name = f"whole run, {entry['model']}, {entry['items']} texts, {entry['peer']}"
+        speeds[name] = (entry["items_per_second"], entry["noise"])
     for row in ok_rows(result["rows"], "predict"):
         rate = row["items_per_second"]["fastprice"]
         speeds[f"prediction, {row['case']['model']}"] = (rate["p50"], rate["noise"] / 2)

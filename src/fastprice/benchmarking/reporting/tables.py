@@ -7,10 +7,12 @@ table of their own: no figure can look as if a GPU had been measured.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from statistics import median
 from typing import Any
 
 from fastprice.benchmarking.reporting.results import Result
-from fastprice.benchmarking.reporting.summaries import PHASES, ok_rows, summarize_kernels, summarize_steps
+from fastprice.benchmarking.reporting.summaries import ok_rows, summarize_kernels, summarize_steps
+from fastprice.benchmarking.reporting.training_tables import phase_table, run_table, step_table
 from fastprice.benchmarking.workload import GIB, NF4_BYTES, linear_weights, shape_of, step_flops
 
 __all__ = ["comparison_table", "limits_table", "markdown", "paste_line", "row_line", "short_table", "title"]
@@ -72,13 +74,22 @@ def row_line(row: Mapping[str, Any]) -> str:
     if kind == "step":
         memory = row["peak_reserved"]
         reserved = f", {memory / GIB:.2f} GiB reserved" if memory else ""
-        return f"{what}: {row['mean_tokens_per_second']:,.0f} tokens/s, {row['steps']} steps{reserved}"
+        return f"{what}: {row['tokens_per_second']['p50']:,.0f} tokens/s, {row['steps']} steps{reserved}"
+    if kind == "run":
+        rate = f"{row['items_per_second']:,.1f} items/s"
+        return f"{what}: {rate}, {row['steps']} steps, loss {row['loss_before']:.3f} to {row['loss_after']:.3f}"
+    if kind == "load":
+        return (
+            f"{row['case']['model']} {row['way']}: {row['load_seconds']:.2f} s, host {row['host_peak'] / GIB:.2f} GiB"
+        )
+    if kind == "bandwidth":
+        return f"dequantize {row['shape']}: {row['share_of_copy']:.0%} of the copy rate ({row['timed_by']})"
     if kind == "predict":
         rates = ", ".join(f"{name} {each['p50']:,.0f} items/s" for name, each in row["items_per_second"].items())
         return f"{what}: {rates}"
     if kind == "offload":
         offloaded = f"{row['offloaded_layers']} layers offloaded" if row["cap_bytes"] else "all layers on the device"
-        return f"{what}: {row['mean_tokens_per_second']:,.0f} tokens/s, {offloaded}"
+        return f"{what}: {row['tokens_per_second']['p50']:,.0f} tokens/s, {offloaded}"
     if kind == "tests":
         return ", ".join(f"{count} {outcome}" for outcome, count in row["counts"].items())
     if kind == "estimate":
@@ -135,64 +146,17 @@ def _limits_line(result: Result) -> str:
 def _blocks(result: Result) -> list[str]:
     rows = result["rows"]
     return [
-        _step_table(result),
-        _phase_table(result),
+        step_table(result),
+        phase_table(result),
+        run_table(rows),
         _kernel_table(rows),
+        _bandwidth_table(rows),
+        _load_table(rows),
         _memory_table(rows),
         _predict_table(rows),
         _offload_table(rows),
         _fit_table(rows),
     ]
-
-
-def _step_table(result: Result) -> str:
-    entries = summarize_steps(result["rows"], result["limits"])
-    if not entries:
-        return ""
-    gpu = result["environment"]["kind"] == "gpu"
-    lines = [
-        "| model, tokens, rank | peer | tokens/s | items/s | peak reserved | FLOP utilization | fastprice is |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for entry in entries:
-        memory = f"{entry['peak_reserved'] / GIB:.2f} GiB" if entry["peak_reserved"] else "-"
-        used = f"{entry['flop_utilization']:.1%}" if gpu and entry["flop_utilization"] is not None else "-"
-        if not entry["ok"]:
-            ratio = "check failed" if entry["check"] else "nothing to check against"
-        elif entry["ratio"]:
-            spread = entry["ratio"]
-            ratio = f"{spread['mid']:.2f}x as fast"
-            if entry["rounds"] > 1:
-                ratio += f" ({spread['low']:.2f}-{spread['high']:.2f})"
-        else:
-            ratio = "-"
-        rate = f"{entry['tokens_per_second']:,.0f}" + (" (noisy)" if entry["noisy"] else "")
-        lines.append(
-            f"| {entry['model']}, {entry['tokens']}, {entry['rank']} | {entry['peer']} | {rate} | "
-            f"{entry['items_per_second']:,.1f} | {memory} | {used} | {ratio} |"
-        )
-    return "\n".join(lines)
-
-
-def _phase_table(result: Result) -> str:
-    """The phases of a step as shares of its time, the attention that served it, and what loading the model took."""
-    entries = summarize_steps(result["rows"], result["limits"])
-    if not entries:
-        return ""
-    lines = [
-        "| model, tokens, rank | peer | attention | forward | backward | optimizer, data | loading | host peak after |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for entry in entries:
-        took = {name: each["p50"] for name, each in entry["phase_seconds"].items()}
-        whole = sum(took.values())
-        shares = [f"{took[name] / whole:.0%}" if took else "-" for name in PHASES]
-        lines.append(
-            f"| {entry['model']}, {entry['tokens']}, {entry['rank']} | {entry['peer']} | {entry['attention']} | "
-            f"{' | '.join(shares)} | "
-            f"{entry['load_seconds']:.1f} s | {entry['load_host_bytes'] / GIB:.2f} GiB |"
-        )
-    return "\n".join(lines)
 
 
 def _kernel_table(rows: Iterable[Mapping[str, Any]]) -> str:
@@ -204,11 +168,36 @@ def _kernel_table(rows: Iterable[Mapping[str, Any]]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for entry in summary:
+        share = entry["share_of_limit"]
         lines.append(
             f"| {entry['family']} | {entry['peer']} | {entry['cases']} | {entry['mean']:.2f}x as fast | "
-            f"{entry['smallest']:.2f}x | {entry['share_of_limit']:.0%} |"
+            f"{entry['smallest']:.2f}x | {'-' if share is None else f'{share:.0%}'} |"
         )
     return "\n".join(lines)
+
+
+def _bandwidth_table(rows: Iterable[Mapping[str, Any]]) -> str:
+    found = ok_rows(rows, "bandwidth")
+    if not found:
+        return ""
+    lines = ["| dequantization | microseconds | timed by | of the copy rate | 85 % |", "|---|---|---|---|---|"]
+    for row in found:
+        verdict = {None: "too short to say", True: "reached", False: "missed"}[row["passes"]]
+        took = f"{1e6 * row['seconds']:.1f} | {row['timed_by']}"
+        lines.append(f"| {row['shape']} | {took} | {row['share_of_copy']:.0%} | {verdict} |")
+    return "\n".join(lines)
+
+
+def _load_table(rows: Iterable[Mapping[str, Any]]) -> str:
+    found: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for row in ok_rows(rows, "load"):
+        found.setdefault((row["case"]["model"], row["way"]), []).append(row)
+    lines = ["| loading | way | first, s | later (median), s | host peak |", "|---|---|---|---|---|"]
+    for (model, way), rounds in found.items():
+        later = f"{median(row['load_seconds'] for row in rounds[1:]):.2f}" if rounds[1:] else "-"
+        peak = max(row["host_peak"] for row in rounds) / GIB
+        lines.append(f"| {model} | {way} | {rounds[0]['load_seconds']:.2f} | {later} | {peak:.2f} GiB |")
+    return "\n".join(lines) if found else ""
 
 
 def _memory_table(rows: Iterable[Mapping[str, Any]]) -> str:
@@ -238,13 +227,13 @@ def _predict_table(rows: Iterable[Mapping[str, Any]]) -> str:
 def _offload_table(rows: Iterable[Mapping[str, Any]]) -> str:
     """Training with offloaded layers beside training with all on the device, which a CPU simulates."""
     found = ok_rows(rows, "offload")
-    resident = {row["case"]["model"]: row["mean_tokens_per_second"] for row in found if not row["cap_bytes"]}
+    resident = {row["case"]["model"]: row["tokens_per_second"]["p50"] for row in found if not row["cap_bytes"]}
     lines = [
         "| offload | layers on the host | tokens/s | of all on the device | peak reserved |",
         "|---|---|---|---|---|",
     ]
     for row in found:
-        model, rate = row["case"]["model"], row["mean_tokens_per_second"]
+        model, rate = row["case"]["model"], row["tokens_per_second"]["p50"]
         share = f"{rate / resident[model]:.0%}" if row["cap_bytes"] and model in resident else "-"
         layers = f"{row['offloaded_layers']} of {row['layers']}" if row["cap_bytes"] else "none"
         name = f"{model}, {row['micro_batch']:,} tokens" + (", simulated device" if not row["peak_reserved"] else "")

@@ -1,17 +1,21 @@
-"""Training on packs, and the loss at labeled positions alone, against what everyone does."""
+"""Training on packs, and the loss at labeled positions alone, against what everyone does: ratios on a CPU."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 
+from fastprice.benchmarking.pytest_recording import TIME
 from fastprice.benchmarking.workload import draw_rows
 from fastprice.models.packed_attention import PACKED_ATTENTION, register_packed_attention
 from fastprice.prompts.packing import PackCollator
 from fastprice.prompts.template import IGNORE, TrainingRow
+
+pytestmark = pytest.mark.benchmark(timer=TIME)
 
 
 def _padded(rows: list[TrainingRow]) -> dict[str, torch.Tensor]:
@@ -41,7 +45,7 @@ def _step(model: Any, attention: str, batch: dict[str, Any]) -> Callable[[], tor
     return run
 
 
-def test_packed_against_padded(model: Any, ratio: Any) -> None:
+def test_packed_against_padded(model: Any, compare: Any) -> None:
     register_packed_attention()
     rows = draw_rows(12, model.config.vocab_size, model.config.eos_token_id)
     packs = [{"input_ids": row.ids, "labels": row.labels, "lengths": [len(row.ids)]} for row in rows]
@@ -49,10 +53,10 @@ def test_packed_against_padded(model: Any, ratio: Any) -> None:
     padded = _step(model, "sdpa", _padded(rows))
     torch.testing.assert_close(packed(), padded(), rtol=1e-4, atol=1e-4)
     # The padding alone is a quarter of the work.
-    ratio(packed, padded, at_least=1.05)
+    compare(packed, padded, at_least=1.05, group="packs")
 
 
-def test_completion_loss_against_full_logits(ratio: Any) -> None:
+def test_completion_loss_against_full_logits(compare: Any) -> None:
     from fastprice_kernels.ops.completion_cross_entropy import completion_cross_entropy
 
     generator = torch.Generator().manual_seed(0)
@@ -73,4 +77,4 @@ def test_completion_loss_against_full_logits(ratio: Any) -> None:
 
     torch.testing.assert_close(ours(), full(), rtol=1e-4, atol=1e-6)
     # 2 % of the rows: what is left is finding them.
-    ratio(ours, full, at_least=3.0)
+    compare(ours, full, at_least=3.0, group="loss")
