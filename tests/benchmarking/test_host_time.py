@@ -1,4 +1,4 @@
-"""The host's time for a layer: kernels are stubbed while it is measured, restored after, and ours is below PEFT's."""
+"""The host's time for a layer: kernels are stubbed while it is measured, and ours is below stock PEFT's."""
 
 from __future__ import annotations
 

@@ -57,6 +57,8 @@ class AdapterCasts:
         self._a = [each for each in a if each is not None]
         self._b = list(b)
         self._parameters = [*self._a, *(each for each in b if each is not None)]
+        self._seen: list[tuple[int, int]] = []  # address and version of each parameter
+        self._step = -1
         self._bind()
 
     def refresh(self, *, in_backward: bool) -> None:
@@ -85,8 +87,7 @@ class AdapterCasts:
 
         The sources keep these storages alive, so that no other tensor can get the address of one.
         """
-        self._seen: list[tuple[int, int]] = [(each.data_ptr(), -1) for each in self._parameters]
-        self._step = -1
+        self._seen = [(each.data_ptr(), -1) for each in self._parameters]
         detached = [each.detach() for each in self._parameters]
         in_dtype = [each.dtype == self._dtype for each in detached]
         self._sources: list[Tensor] = []

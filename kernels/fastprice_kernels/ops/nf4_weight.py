@@ -96,8 +96,8 @@ def _unchanged(checked: _Checked, packed: Tensor, state: dict[str, Any]) -> NF4W
     """The weight, if the state has the tensors and the settings that were checked."""
     absmax, code, state2 = state["absmax"], state["code"], state["state2"]
     if (
-        checked.absmax() is not absmax
-        or checked.code() is not code
+        absmax is not checked.absmax()
+        or code is not checked.code()
         or packed.data_ptr() != checked.address
         or packed.numel() != checked.bytes
         or packed.dtype != torch.uint8
@@ -109,7 +109,7 @@ def _unchanged(checked: _Checked, packed: Tensor, state: dict[str, Any]) -> NF4W
     ):
         return None
     if state2 is None:
-        plain = NF4Weight(packed, code, absmax, None, None, None, checked.blocksize, 1)
+        plain = NF4Weight(packed, state["code"], state["absmax"], None, None, None, checked.blocksize, 1)
         return plain if checked.absmax2 is None else None
     if checked.absmax2 is None or checked.code2 is None or checked.offset is None:
         return None
@@ -121,24 +121,30 @@ def _unchanged(checked: _Checked, packed: Tensor, state: dict[str, Any]) -> NF4W
         or state2.blocksize != checked.blocksize2
     ):
         return None
-    return NF4Weight(packed, code, absmax, code2, absmax2, offset, checked.blocksize, checked.blocksize2)
+    small = state["code"], state["absmax"], state2.code, state2.absmax, state["offset"]
+    return NF4Weight(packed, *small, checked.blocksize, checked.blocksize2)
 
 
 def _remember(packed: Tensor, state: Any, found: tuple[NF4Weight, tuple[int, int], torch.dtype]) -> None:
     weight, shape, dtype = found
-    if not hasattr(state, "__dict__"):
+    if not (hasattr(state, "__dict__") and hasattr(state, "__weakref__")):
         return
     key = id(state)
-    nested = [
-        None if tensor is None else weakref.ref(tensor) for tensor in (weight.absmax2, weight.code2, weight.offset)
-    ]
-    _CHECKED[key] = (
-        weakref.ref(state, lambda _: _CHECKED.pop(key, None)),
-        _Checked(
-            weakref.ref(weight.absmax), weakref.ref(weight.code), *nested, weight.blocksize, weight.blocksize2, dtype,
-            state.shape, packed.data_ptr(), packed.numel(), shape,
-        ),
-    )  # fmt: skip
+    checked = _Checked(
+        absmax=weakref.ref(weight.absmax),
+        code=weakref.ref(weight.code),
+        absmax2=None if weight.absmax2 is None else weakref.ref(weight.absmax2),
+        code2=None if weight.code2 is None else weakref.ref(weight.code2),
+        offset=None if weight.offset is None else weakref.ref(weight.offset),
+        blocksize=weight.blocksize,
+        blocksize2=weight.blocksize2,
+        dtype=dtype,
+        size=state.shape,
+        address=packed.data_ptr(),
+        bytes=packed.numel(),
+        shape=shape,
+    )
+    _CHECKED[key] = weakref.ref(state, lambda _: _CHECKED.pop(key, None)), checked
 
 
 def _check_weight(packed: Tensor, quant_state: Any) -> tuple[NF4Weight, tuple[int, int], torch.dtype]:

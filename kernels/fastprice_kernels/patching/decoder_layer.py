@@ -65,6 +65,7 @@ def layer_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -
     if norms.after_attention is not None:
         attended = getattr(self, norms.after_attention)(attended)
     between, normed = add_norm(getattr(self, norms.before_feed_forward), residual, attended)
+    del attended  # not needed while the MLP runs, which takes the most memory
     mixed = feed_forward(normed)
     if norms.after_feed_forward is not None:
         mixed = getattr(self, norms.after_feed_forward)(mixed)

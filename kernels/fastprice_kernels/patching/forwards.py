@@ -38,7 +38,7 @@ def _read(patch: Patch, module: nn.Module) -> Layer | str | None:
     read = patch.reads.get(module)
     if read is None:
         read = patch.reads[module] = LayerRead(module)
-    return read()  # type: ignore[no-any-return]
+    return read()
 
 
 def layers_for(patch: Patch, x: Tensor, modules: Sequence[nn.Module]) -> list[Layer] | None:
@@ -76,7 +76,7 @@ def _group(patch: Patch, layers: Sequence[Layer]) -> ProjectionGroup:
         for resident in patch.resident.values():
             if resident.fits(projections):
                 found[1].resident = resident.weights
-    return found[1]  # type: ignore[no-any-return]
+    return found[1]
 
 
 def _run(function: Callable[[Tensor], Sequence[Tensor]], x: Tensor, layer: Layer) -> Sequence[Tensor]:

@@ -297,16 +297,20 @@ def _mlp(tape: Tape, shape: ModelShape, batch: MicroBatch, x: Value) -> Value:
 
 def _fused_mlp(tape: Tape, shape: ModelShape, batch: MicroBatch, x: Value) -> Value:
     """One function that saves x, gate, up and three rank-r products; its backward overwrites gate and up and needs one
-    more buffer of their size. At level "mlp" it saves neither, and computes them again."""
+    more buffer of their size. At level "mlp" it saves neither, and computes them again from weights that it keeps for
+    the gradient of x."""
     inner = 2 * batch.tokens * shape.inner
     gate, up, product = (tape.allocate(inner, "temporary") for _ in range(3))
     low = tape.allocate(3 * 2 * batch.tokens * batch.rank, "temporary")
-    dense = 0
-    if batch.method == "qlora":
-        dense = max(dequantized_bytes(linear.weights) for linear in shape.linears[4:])
+    gate_dense, up_dense, down_dense = (
+        dequantized_bytes(linear.weights) if batch.method == "qlora" else 0 for linear in shape.linears[4:]
+    )
+    dense = max(gate_dense, up_dense, down_dense)
+    dense_backward = gate_dense + up_dense + down_dense if batch.mlp else dense
     saved: list[Value | Buffer] = [x, low] if batch.mlp else [x, low, gate, up]
     y = tape.apply(2 * batch.tokens * shape.width, [x], saves=saved, saves_last=True, trainable=True, scratch=dense,
-                   backward_scratch=(3 if batch.mlp else 1) * inner + dense, scratch_kind="dequantized")  # fmt: skip
+                   backward_scratch=(3 if batch.mlp else 1) * inner + dense_backward,
+                   scratch_kind="dequantized")  # fmt: skip
     tape.release(gate, up, product, low)
     return y
 
