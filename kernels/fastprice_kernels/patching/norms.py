@@ -24,7 +24,7 @@ class NormPatch:
         kind: one of `ops.norms.NORMS`.
         eps: the name of the module's attribute.
         feeds_projections: whether only projections read the result, which cast it to the autocast dtype in any case.
-        on_output: called in training with each result and a function that computes it again from what is saved anyway;
+        on_output: called with each result and a function that computes it again from what is saved anyway;
             selective recomputation uses it. None: results are saved.
     """
 
@@ -62,7 +62,7 @@ def _arguments(norm: Any, patch: NormPatch, x: Tensor) -> dict[str, Any]:
 
 
 def _announce(norm: Any, patch: NormPatch, x: Tensor, y: Tensor) -> None:
-    if patch.on_output is None or not y.requires_grad:
+    if patch.on_output is None:
         return
     arguments, source, version = _arguments(norm, patch, x), x.detach(), x._version
 

@@ -305,12 +305,16 @@ def _fused_mlp(tape: Tape, shape: ModelShape, batch: MicroBatch, x: Value) -> Va
     gate_dense, up_dense, down_dense = (
         dequantized_bytes(linear.weights) if batch.method == "qlora" else 0 for linear in shape.linears[4:]
     )
-    dense = max(gate_dense, up_dense, down_dense)
-    dense_backward = gate_dense + up_dense + down_dense if batch.mlp else dense
+    # Backward: first the gradient of the product beside gate and up; then that of x, when the product's is gone. The
+    # tape has the gradient of x beside all of it.
+    if batch.mlp:
+        product_gradient, x_gradient = 3 * inner + gate_dense + up_dense + down_dense, 2 * inner + gate_dense + up_dense
+    else:
+        product_gradient, x_gradient = inner + down_dense, max(gate_dense, up_dense)
+    backward = max(product_gradient - (0 if x.operation is None else x.size), x_gradient)
     saved: list[Value | Buffer] = [x, low] if batch.mlp else [x, low, gate, up]
-    y = tape.apply(2 * batch.tokens * shape.width, [x], saves=saved, saves_last=True, trainable=True, scratch=dense,
-                   backward_scratch=(3 if batch.mlp else 1) * inner + dense_backward,
-                   scratch_kind="dequantized")  # fmt: skip
+    y = tape.apply(2 * batch.tokens * shape.width, [x], saves=saved, saves_last=True, trainable=True, scratch=down_dense,
+                   backward_scratch=backward, scratch_kind="dequantized")  # fmt: skip
     tape.release(gate, up, product, low)
     return y
 
