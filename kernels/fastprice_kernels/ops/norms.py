@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastprice_kernels.codegen.machine_code import CompileCase, Requirements
+from fastprice_kernels.ops._launching import launch
 from fastprice_kernels.ops._library import define_op
 
 __all__ = ["NORMS", "add_norm", "norm", "norm_dtype"]
@@ -155,7 +156,8 @@ def _forward_cuda(
     rows, width = x.shape
     tiling = _tiling(width)
     if rows:
-        _norm_forward_kernel[(triton.cdiv(rows, tiling["ROWS"]),)](
+        launch(
+            _norm_forward_kernel, (triton.cdiv(rows, tiling["ROWS"]),),
             x, residual, weight, bias, y, total, statistics, rows, width, eps,
             KIND=kind, RESIDUAL=residual is not None, BIAS=bias is not None, **tiling,
         )  # fmt: skip
@@ -171,8 +173,8 @@ def _backward_cuda(
     if dparameters is not None:
         tiles, programs = triton.cdiv(programs, dparameters.shape[0]), dparameters.shape[0]
     if rows:
-        _norm_backward_kernel[(programs,)](
-            dy, x, dtotal, weight, statistics, dx, dparameters, rows, width,
+        launch(
+            _norm_backward_kernel, (programs,), dy, x, dtotal, weight, statistics, dx, dparameters, rows, width,
             KIND=kind, RESIDUAL=dtotal is not None, PARAMETERS=dparameters is not None, TILES=tiles, **tiling,
         )  # fmt: skip
     elif dparameters is not None:

@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastprice_kernels.codegen.machine_code import CompileCase, Requirements
+from fastprice_kernels.ops._launching import launch
 from fastprice_kernels.ops._library import define_op
 
 __all__ = ["ROTARY_FORMS", "rotate_"]
@@ -117,8 +118,8 @@ def _rotate_cuda(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, form: str, back
         heads = max(1, min(_TILE // (2 * pairs), triton.next_power_of_2(q_heads)))
         q_programs = triton.cdiv(q_heads, heads)
         grid = (batch * tokens, q_programs + triton.cdiv(k.shape[1], heads))
-        _rotate_kernel[grid](
-            q, k, cos, sin, tokens, q_heads, k.shape[1], cos.shape[-1],
+        launch(
+            _rotate_kernel, grid, q, k, cos, sin, tokens, q_heads, k.shape[1], cos.shape[-1],
             *q.stride()[:3], *k.stride()[:3], cos.stride(0) if cos.shape[0] > 1 else 0, q_programs,
             FORM=form, BACKWARD=backward, HEADS=heads, PAIRS=pairs, num_warps=_WARPS,
         )  # fmt: skip

@@ -313,8 +313,10 @@ def _fused_mlp(tape: Tape, shape: ModelShape, batch: MicroBatch, x: Value) -> Va
         product_gradient, x_gradient = inner + down_dense, max(gate_dense, up_dense)
     backward = max(product_gradient - (0 if x.operation is None else x.size), x_gradient)
     saved: list[Value | Buffer] = [x, low] if batch.mlp else [x, low, gate, up]
-    y = tape.apply(2 * batch.tokens * shape.width, [x], saves=saved, saves_last=True, trainable=True, scratch=down_dense,
-                   backward_scratch=backward, scratch_kind="dequantized")  # fmt: skip
+    y = tape.apply(
+        2 * batch.tokens * shape.width, [x], saves=saved, saves_last=True, trainable=True, scratch=down_dense,
+        backward_scratch=backward, scratch_kind="dequantized",
+    )  # fmt: skip
     tape.release(gate, up, product, low)
     return y
 
