@@ -162,6 +162,7 @@ class PriceEstimator(EstimatorConfig, PricePredictor, RegressorMixin, BaseEstima
                 options=StepOptions(
                     kernels=self.kernels,
                     recompute=self.recompute,
+                    dense_layers=self.dense_layers,
                     memory_budget=None if self.max_memory is None else parse_bytes(self.max_memory),
                     offloaded_layers=0 if self.plan_ is None else self.plan_.offloaded_layers,
                 ),

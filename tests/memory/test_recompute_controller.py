@@ -12,6 +12,7 @@ from tests.memory.small_models import LAYERS, make_batch, make_model
 
 from fastprice.errors import ConfigError, TrainingError
 from fastprice.memory.activation_checkpointing import checkpointable_layers
+from fastprice.memory.dense_weights import DenseWeights
 from fastprice.memory.estimate import CUDA_CONTEXT, estimate_memory
 from fastprice.memory.recompute_controller import (
     MAX_MEASUREMENTS,
@@ -21,7 +22,7 @@ from fastprice.memory.recompute_controller import (
     reserved_bytes_estimator,
 )
 
-COST = {"none": 100, "selective": 50, "full": 10, "offload": 0}
+COST = {"none": 100, "selective": 50, "mlp": 25, "full": 10, "offload": 0}
 
 
 def expected(levels: Any) -> int:
@@ -61,20 +62,21 @@ def test_candidates_go_from_no_recomputation_to_offload_layer_by_layer() -> None
     candidates = CandidateLevels(3, expected)
     assert candidates.candidates == [
         ("none", "none", "none"), ("selective", "none", "none"), ("selective", "selective", "none"),
-        ("selective", "selective", "selective"), ("full", "selective", "selective"), ("full", "full", "selective"),
-        ("full", "full", "full"), ("offload", "full", "full"), ("offload", "offload", "full"),
-        ("offload", "offload", "offload"),
+        ("selective", "selective", "selective"), ("mlp", "selective", "selective"), ("mlp", "mlp", "selective"),
+        ("mlp", "mlp", "mlp"), ("full", "mlp", "mlp"), ("full", "full", "mlp"), ("full", "full", "full"),
+        ("offload", "full", "full"), ("offload", "offload", "full"), ("offload", "offload", "offload"),
     ]  # fmt: skip
-    assert [candidates.expected_bytes(index) for index in range(10)] == [300, 250, 200, 150, 110, 70, 30, 20, 10, 0]
-    assert [candidates.first_fitting(size) for size in (300, 299, 150, 29, -1)] == [0, 1, 3, 7, 9]
-    assert CandidateLevels(3, expected, offload=False).candidates == candidates.candidates[:7]
+    sizes = [300, 250, 200, 150, 125, 100, 75, 60, 45, 30, 20, 10, 0]
+    assert [candidates.expected_bytes(index) for index in range(13)] == sizes
+    assert [candidates.first_fitting(size) for size in (300, 299, 150, 29, -1)] == [0, 1, 3, 10, 12]
+    assert CandidateLevels(3, expected, offload=False).candidates == candidates.candidates[:10]
     assert CandidateLevels(2).candidates == [("full", "full"), ("offload", "offload")]
     assert CandidateLevels(2, offload=False).candidates == [("full", "full")]
 
 
 @pytest.mark.parametrize(
     ("size", "levels"),
-    [(1000, ["none"] * 4), (400, ["selective"] + ["none"] * 3), (210, ["selective"] * 4), (60, ["full"] * 4),
+    [(1000, ["none"] * 4), (400, ["selective"] + ["none"] * 3), (210, ["selective"] * 4), (45, ["full"] * 4),
      (20, ["offload"] * 3 + ["full"]), (0, ["offload"] * 4)],
 )  # fmt: skip
 def test_it_begins_with_the_first_candidate_that_is_expected_to_fit(model: Any, size: int, levels: list[str]) -> None:
@@ -300,7 +302,7 @@ class TestTraining:
 
         def fail(*_: Any) -> None:
             calls.append(1)
-            if len(calls) == 6:
+            if len(calls) in (6, 7):  # and when it runs again without dense weights
                 raise torch.OutOfMemoryError("simulated")
 
         class Small(SimulatedMeter):
@@ -314,7 +316,8 @@ class TestTraining:
         assert self.losses(found) == self.losses(want)
 
         roomy = self.fit(Small(10**12), fail, gradient_accumulation=2)
-        (change,) = roomy.training_.recompute_changes
+        freed, change = roomy.training_.recompute_changes
+        assert freed == "out of memory; weights that were kept dense are freed"
         assert change.startswith("out of memory; recompute is now: ")
         assert roomy.training_.recompute == change.rpartition(": ")[2]
         assert self.losses(roomy) == pytest.approx(self.losses(want), rel=1e-5)
@@ -334,3 +337,60 @@ class TestTraining:
             PriceEstimator(recompute="fulls").prepare()
         with pytest.raises(ConfigError, match="do not add up to the model's"):
             self.fit(recompute="99 full")
+
+
+class TestDenseWeights:
+    """Four layers of 30 bytes each, beside levels that take 100 bytes a layer where nothing is recomputed."""
+
+    def on(self, model: Any, meter: SimulatedMeter, *, fixed: int | None = None, **options: Any) -> Any:
+        counts: list[int] = []
+        dense = DenseWeights(LAYERS, 30, counts.append, fixed=fixed)
+        need = meter.need
+        meter.need = lambda levels: need(levels) + dense.bytes
+        return controller_on(model, meter, dense=dense, **options), dense, counts
+
+    @pytest.mark.parametrize(("size", "count"), [(1000, 4), (500, 2), (420, 0), (300, 0)])
+    def test_as_many_as_fit_beside_a_training_that_recomputes_nothing(self, model: Any, size: int, count: int) -> None:
+        controller, dense, _ = self.on(model, SimulatedMeter(size))
+        assert dense.count == count
+        controller.remove()
+
+    @pytest.mark.parametrize(("less", "count"), [(60, 4), (-60, 0), (0, 2)])
+    def test_the_measurement_corrects_their_number(self, model: Any, less: int, count: int) -> None:
+        controller, dense, _ = self.on(model, SimulatedMeter(500, lambda levels: expected(levels) - less))
+        assert dense.count == 2
+        for _ in range(1 + 2 * WINDOW):
+            controller.run(lambda: None)
+        assert dense.count == count
+        assert set(controller.levels) == {"none"}
+        assert len(controller.changes) == (count != 2)
+        controller.remove()
+
+    def test_they_are_freed_before_any_level_changes(self, model: Any) -> None:
+        controller, dense, counts = self.on(model, SimulatedMeter(1000))
+        failures = iter([True, True, False])
+
+        def micro_batch() -> None:
+            if next(failures):
+                raise torch.OutOfMemoryError
+
+        controller.run(micro_batch)
+        assert counts == [4, 0]
+        assert controller.changes[0] == "out of memory; weights that were kept dense are freed"
+        assert controller.levels[0] == "selective"
+        for _ in range(1 + 3 * WINDOW):
+            controller.run(lambda: None)
+        assert dense.count == 0  # for good
+        controller.remove()
+
+    def test_a_fixed_number_is_made_at_once_and_kept(self, model: Any) -> None:
+        controller, dense, counts = self.on(model, SimulatedMeter(430), fixed=3)
+        for _ in range(1 + 2 * WINDOW):
+            controller.run(lambda: None)
+        assert (dense.count, counts) == (3, [3])
+        controller.remove()
+
+    def test_none_beside_recomputation(self, model: Any) -> None:
+        controller, dense, _ = self.on(model, SimulatedMeter(399))
+        assert dense.count == 0
+        controller.remove()

@@ -30,7 +30,7 @@ from fastprice_kernels.patching import cpu_faults, unsloth_functions, unsloth_la
 from fastprice_kernels.patching.causal_loss import LossPatch, loss_forward, output_class, unsupported_loss
 from fastprice_kernels.patching.decoder_layer import LayerPatch, layer_forward
 from fastprice_kernels.patching.forwards import linear_forward, mlp_forward, shared_forward
-from fastprice_kernels.patching.installation import PATCH, Installation, InstallReport, Options, Patch
+from fastprice_kernels.patching.installation import INSTALLATION, PATCH, Installation, InstallReport, Options, Patch
 from fastprice_kernels.patching.linear_layers import Layer, compatible, has_hooks, is_candidate, read_layer
 from fastprice_kernels.patching.norms import NormPatch, norm_forward
 from fastprice_kernels.patching.resident import make_resident
@@ -51,7 +51,6 @@ from fastprice_kernels.patching.structure import (
 
 __all__ = ["InstallReport", "install", "installed", "uninstall"]
 
-_INSTALLATION = "_fastprice_installation"
 _REPLACED = "a forward that something else replaced"
 _OTHER_LAYER = "its code is not x + attention(norm(x)), then x + mlp(norm(x))"
 _ACCELERATE = "_original_forward"  # the attribute with the forward that accelerate wraps
@@ -101,7 +100,7 @@ def install(
     if dense_layers < 0 or (mlp_tile is not None and mlp_tile < 1):
         raise ValueError(f"dense_layers={dense_layers} and mlp_tile={mlp_tile}: a number of layers, and rows of a tile")
     options = Options(loss_head, last_layer, keep_dense, augmented, free_loss_bytes, mlp_tile, dense_layers)
-    before: Installation | None = model.__dict__.get(_INSTALLATION)
+    before: Installation | None = model.__dict__.get(INSTALLATION)
     if before is not None:
         if before.options == options:
             return before.report
@@ -123,7 +122,7 @@ def install(
         _install_loss(model, made)
     if dense_layers:
         make_resident(model, made.report, dense_layers)
-    model.__dict__[_INSTALLATION] = made
+    model.__dict__[INSTALLATION] = made
     reasons = Counter(made.report.skipped.values())
     if reasons:
         listed = "; ".join(f"{count} x {reason}" for reason, count in reasons.items())
@@ -137,7 +136,7 @@ def uninstall(model: nn.Module) -> None:
     Raises:
         RuntimeError: something else replaced a forward after `install`; remove that first.
     """
-    made: Installation | None = model.__dict__.get(_INSTALLATION)
+    made: Installation | None = model.__dict__.get(INSTALLATION)
     if made is None:
         return
     for module, name, _, ours in made.attributes:
@@ -153,13 +152,13 @@ def uninstall(model: nn.Module) -> None:
     for module in made.repackable:
         module.support_avx512bf16_for_cpu = True  # type: ignore[assignment]
     unsloth_functions.unpatch(made.unsloth)
-    del model.__dict__[_INSTALLATION]
+    del model.__dict__[INSTALLATION]
 
 
 @contextmanager
 def installed(model: nn.Module, **options: Any) -> Iterator[InstallReport]:
     """`install` on entry; on exit the state of before."""
-    before: Installation | None = model.__dict__.get(_INSTALLATION)
+    before: Installation | None = model.__dict__.get(INSTALLATION)
     try:
         yield install(model, **options)
     finally:

@@ -8,9 +8,20 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["PATCH", "RECOMPUTE_MLP", "InstallReport", "Installation", "Options", "Patch", "Pending", "Volatile"]
+__all__ = [
+    "INSTALLATION",
+    "PATCH",
+    "RECOMPUTE_MLP",
+    "InstallReport",
+    "Installation",
+    "Options",
+    "Patch",
+    "Pending",
+    "Volatile",
+]
 
 RECOMPUTE_MLP = "recompute_mlp"  # the key in the `__dict__` of a decoder layer
+INSTALLATION = "_fastprice_installation"  # the key of an `Installation` in the `__dict__` of a model
 PATCH = "_fastprice_patch"  # the key of a `Patch` (or `LossPatch`) in the `__dict__` of a module with a new forward
 
 

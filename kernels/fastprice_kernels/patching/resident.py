@@ -12,15 +12,15 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastprice_kernels.ops.lora import Projection
 from fastprice_kernels.ops.nf4_dequantize import dequantize_nf4
-from fastprice_kernels.patching.installation import PATCH, InstallReport, Patch
+from fastprice_kernels.patching.installation import INSTALLATION, PATCH, InstallReport, Patch
 from fastprice_kernels.patching.linear_layers import Layer, read_layer
 from fastprice_kernels.patching.structure import decoder_layers
 
-__all__ = ["Resident", "make_resident"]
+__all__ = ["Resident", "make_resident", "set_dense_layers"]
 
 
 class Resident(NamedTuple):
@@ -37,23 +37,50 @@ class Resident(NamedTuple):
 
 
 def make_resident(model: Any, report: InstallReport, count: int) -> None:
-    """Dequantizes the 4-bit weights of the last `count` decoder layers that run on the kernels.
+    """Dequantizes the 4-bit weights of the last `count` decoder layers that run on the kernels, and frees the copies of
+    the others.
 
     `report.dense` gets the layers, `report.skipped` those that are left out.
     """
     get_base = getattr(model, "get_base_model", None)
     names = {module: name for name, module in model.named_modules()}
-    for layer in decoder_layers(model if get_base is None else get_base())[-count:]:
+    layers = decoder_layers(model if get_base is None else get_base())
+    for layer in layers[: len(layers) - count]:
+        if report.dense.pop(names[layer], None) is not None:
+            for patch in _patches(layer):
+                patch.resident.clear()
+                patch.groups.clear()
+    for layer in layers[len(layers) - count :]:
         name = names[layer]
+        if name in report.dense:
+            continue
         if layer._forward_pre_hooks:
             report.skipped[f"{name}, dense weights"] = "dense weights of a layer with hooks, which may move its weights"
             continue
-        patches = {id(patch): patch for m in layer.modules() if isinstance(patch := m.__dict__.get(PATCH), Patch)}
-        made = sum(_join(patch) for patch in patches.values())
+        made = sum(_join(patch) for patch in _patches(layer))
         if made:
             report.dense[name] = made
         else:
             report.skipped[f"{name}, dense weights"] = "dense weights of a layer without 4-bit weights on the kernels"
+
+
+def set_dense_layers(model: Any, count: int) -> int:
+    """Changes how many decoder layers, the last ones, have dense weights; returns their bytes.
+
+    Raises:
+        RuntimeError: the kernels are not installed on the model.
+    """
+    made = model.__dict__.get(INSTALLATION)
+    if made is None:
+        raise RuntimeError("dense weights need the kernels: install() first")
+    layers = decoder_layers(model.get_base_model() if hasattr(model, "get_base_model") else model)
+    make_resident(model, made.report, max(0, min(count, len(layers))))
+    return sum(made.report.dense.values())
+
+
+def _patches(layer: nn.Module) -> list[Patch]:
+    found = {id(patch): patch for m in layer.modules() if isinstance(patch := m.__dict__.get(PATCH), Patch)}
+    return list(found.values())
 
 
 def _join(patch: Patch) -> int:
@@ -70,5 +97,6 @@ def _join(patch: Patch) -> int:
         for p, out in zip(projections, joined.split(rows), strict=True):
             dequantize_nf4(p.weight, p.quant_state, out=out, dtype=dtype)
         patch.resident[stack] = Resident(joined, tuple(p.weight for p in projections))
+        patch.groups.clear()  # those of before dequantize
         made += joined.nbytes
     return made

@@ -199,8 +199,12 @@ class ModelConfig:
     """GPU memory to stay within, such as 24GiB: packs may get smaller than pack_tokens (more gradient accumulation
     makes up for it), and layers of a frozen qlora base that do not fit are offloaded to the host."""
     recompute: RecomputeLevels = "auto"
-    """Activation checkpointing: none, selective, full or offload (full, with the inputs on the host) for every layer,
-    or counts from the first layer on, such as '12 full, 20 selective'; auto: what fits the GPU, none on a CPU."""
+    """Activation checkpointing: none, selective, mlp, full or offload (full, with the inputs on the host) for every
+    layer, or counts from the first layer on, such as '12 full, 20 selective'; auto: what fits the GPU, none on a
+    CPU."""
+    dense_layers: Annotated[Literal["auto"] | Annotated[int, Field(ge=0)], _metavar("N")] = "auto"
+    """Layers of a qlora base whose frozen weights stay dequantized while it trains on the kernels, which saves time and
+    takes 2 bytes a weight; auto: as many as fit where nothing is recomputed, none on a CPU."""
 
 
 @dataclass(kw_only=True)

@@ -122,6 +122,7 @@ class _StepSettings:
     labeled: float
     engine: str
     offloaded_layers: int
+    dense_layers: int
     phase: str
 
     @property
@@ -157,6 +158,7 @@ def estimate_memory(
     labeled: float = 1.0,
     engine: str = "peft",
     offloaded_layers: int = 0,
+    dense_layers: int = 0,
     phase: str = "train",
 ) -> MemoryEstimate:
     """Peak GPU memory of fine-tuning `base` (folder, hub id, shipped name, or transformers configuration).
@@ -170,6 +172,7 @@ def estimate_memory(
         loss_head: "full": logits for all positions; "completion": for the `labeled` share of them, in chunks.
         offloaded_layers: frozen layers whose weights are on the host and prefetched; with any, the rows of an embedding
             that is not tied to lm_head come from the host too.
+        dense_layers: layers whose frozen 4-bit weights stay dequantized beside the packed ones (engine "fastprice").
         phase: "train", or "eval": a forward pass with a KV cache; "completion" then means the logits of one position of
             each text.
 
@@ -189,6 +192,9 @@ def estimate_memory(
     _check_whole_number("offloaded_layers", offloaded_layers, 0, shape.layers)
     if offloaded_layers and method != "qlora":
         raise ConfigError(f"offloaded_layers: only a frozen 4-bit base can be; use method='qlora', not {method!r}")
+    _check_whole_number("dense_layers", dense_layers, 0, shape.layers - offloaded_layers)
+    if dense_layers and (method != "qlora" or engine != "fastprice"):
+        raise ConfigError("dense_layers: only a frozen 4-bit base on the kernels has them; use engine='fastprice'")
     if not isinstance(labeled, int | float) or not 0 <= labeled <= 1:
         raise ConfigError(f"labeled: {labeled!r} is not a share of the tokens, from 0 to 1")
     if engine == "unsloth":
@@ -201,7 +207,9 @@ def estimate_memory(
         levels = expand_recompute(recompute, shape.layers)
     batch = MicroBatch(tokens, sequences, method, rank, fused=engine != "peft")
     estimate = _estimate(
-        _StepSettings(shape, batch, levels, optimizer, loss_head, labeled, engine, offloaded_layers, phase)
+        _StepSettings(
+            shape, batch, levels, optimizer, loss_head, labeled, engine, offloaded_layers, dense_layers, phase
+        )
     )
     # Copies: the caller may change them, and the originals stay in the cache.
     return replace(
@@ -226,7 +234,8 @@ def _estimate(settings: _StepSettings) -> MemoryEstimate:
     trainable = settings.trainable_weights
     state, temporary = OPTIMIZERS[settings.optimizer]
     constant = _base_weights(settings)
-    constant["adapters"] = 0 if batch.method == "full" else 4 * trainable
+    # The kernels keep 16-bit casts of the adapters beside them.
+    constant["adapters"] = 0 if batch.method == "full" else (6 if settings.engine == "fastprice" else 4) * trainable
     constant["optimizer"] = int(state * trainable)
     constant["gradients"] = 4 * trainable if settings.phase == "train" else 0
     # Token and position ids and labels (8 bytes each), cosines and sines.
@@ -256,8 +265,9 @@ def _base_weights(settings: _StepSettings) -> _Parts:
         return {"base weights (bf16)": 2 * shape.parameters}
     linear = shape.layers * shape.layer_linear_weights
     on_device = shape.layers - offloaded + min(offloaded, DEVICE_BUFFERS)
+    dense = 2 * settings.dense_layers * shape.layer_linear_weights
     return {
-        "base weights (bf16)": 2 * (shape.parameters - linear) - settings.host_embedding_bytes,
+        "base weights (bf16)": 2 * (shape.parameters - linear) - settings.host_embedding_bytes + dense,
         "base weights (nf4)": on_device * (shape.layer_linear_weights // 2),
         "quantization statistics": on_device * _layer_statistics(shape),
     }

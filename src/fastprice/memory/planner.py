@@ -51,6 +51,7 @@ class MemoryPlan:
         tokens: of a micro-batch; `gradient_accumulation` micro-batches make the requested optimizer step.
         levels: the recompute level of each layer, first one first.
         offloaded_layers: layers whose frozen weights are on the host; `resident_layers` are the others.
+        dense_layers: layers whose frozen weights stay dequantized, where nothing is recomputed and memory is left.
         tokens_per_second: what this plan cannot exceed on the GPU named `gpu`: its arithmetic limit, no prediction.
         best_tokens_per_second: the same limit for the same model with memory to spare.
     """
@@ -67,6 +68,7 @@ class MemoryPlan:
     gradient_accumulation: int
     levels: tuple[str, ...]
     offloaded_layers: int
+    dense_layers: int
     estimate: MemoryEstimate
     tokens_per_second: float
     best_tokens_per_second: float
@@ -120,7 +122,8 @@ class MemoryPlan:
                 f"{self.rank}, engine {self.engine}",
                 f"micro-batch of {self.tokens:,} tokens x {self.gradient_accumulation}, loss over {loss}",
                 f"recompute of {self.layers} layers: {format_recompute_levels(self.levels)}"
-                + (offload if self.offloaded_layers else ""),
+                + (offload if self.offloaded_layers else "")
+                + (f", weights of {self.dense_layers} kept dequantized" if self.dense_layers else ""),
                 f"expected peak {format_gib(self.estimate.peak_bytes)} (at the {self.estimate.moment})" + host,
                 f"at most {self.tokens_per_second:,.0f} tokens/s on an {self.gpu} by arithmetic, {100 * share:.0f} % "
                 f"of the {self.best_tokens_per_second:,.0f} that memory to spare would allow",
@@ -292,11 +295,12 @@ def _plan_micro_batch(
 ) -> MemoryPlan:
     unsloth = options.engine == "unsloth"  # its layers on fastprice's kernels, which save no more than PEFT's there
 
-    def estimate(levels: Sequence[str], offloaded_layers: int) -> MemoryEstimate:
+    def estimate(levels: Sequence[str], offloaded_layers: int, dense_layers: int = 0) -> MemoryEstimate:
         return estimate_memory(
             shape, method=method, rank=options.rank, tokens=tokens, sequences=max(1, tokens // options.text_tokens),
             optimizer=options.optimizer, recompute=levels, loss_head=options.loss_head, labeled=options.labeled,
             engine="fastprice" if unsloth else options.engine, offloaded_layers=offloaded_layers,
+            dense_layers=dense_layers,
         )  # fmt: skip
 
     def fits(levels: Sequence[str], offloaded_layers: int = 0) -> bool:
@@ -312,6 +316,11 @@ def _plan_micro_batch(
             if count is not None:
                 chosen = choose_recompute_levels(shape.layers, lambda levels: fits(levels, offloaded_layers))
                 levels = chosen or all_offloaded
+    dense_layers = 0
+    may_be_dense = options.engine == "fastprice" and method == "qlora"
+    if may_be_dense and set(levels) == {"none"} and not offloaded_layers:
+        spilled = _smallest(range(shape.layers + 1), lambda count: not _fits(estimate(levels, 0, count), budget))
+        dense_layers = shape.layers if spilled is None else max(0, spilled - 1)
     counts = Counter(levels)
     step = TrainingStep(
         tokens=tokens,
@@ -323,10 +332,14 @@ def _plan_micro_batch(
         offloaded_layers=offloaded_layers,
         selective_layers=counts["selective"],
         mlp_layers=counts["mlp"],
+        dense_layers=dense_layers,
         offloaded_inputs=counts["offload"],
         fused=options.engine != "peft",
     )
-    unconstrained = TrainingStep(options.tokens, 0, options.labeled, method, options.rank, options.text_tokens)
+    unconstrained = TrainingStep(
+        options.tokens, 0, options.labeled, method, options.rank, options.text_tokens,
+        dense_layers=shape.layers if may_be_dense else 0,
+    )  # fmt: skip
     gpu = find_gpu(options.gpu) if options.gpu else _gpu_with(budget)
     return MemoryPlan(
         base=name,
@@ -341,7 +354,8 @@ def _plan_micro_batch(
         gradient_accumulation=max(1, round(options.tokens / tokens)),
         levels=levels,
         offloaded_layers=offloaded_layers,
-        estimate=estimate(levels, offloaded_layers),
+        dense_layers=dense_layers,
+        estimate=estimate(levels, offloaded_layers, dense_layers),
         tokens_per_second=tokens / step_seconds(shape, step, gpu),
         best_tokens_per_second=options.tokens / step_seconds(shape, unconstrained, gpu),
     )

@@ -6,6 +6,9 @@ begins with the first that is expected to fit, or with levels that the user gave
 its states are allocated, it measures the peak of a window of micro-batches, adds the difference from the estimate to
 every candidate, and takes the first that then fits, until a measurement changes nothing.
 
+Where nothing is recomputed and memory is left, frozen weights stay dequantized (dense_weights.py), as many as the
+estimate, and then the measurement, allows; they are freed before any level changes.
+
 A micro-batch that runs out of memory, at any time, runs again with levels that need less, with the same random numbers.
 Parameters that already have their gradient are frozen meanwhile, so that each gets its share once, and the optimizer
 has seen nothing: losses and weights are those of a run that never ran out. Levels that need as much as one that failed
@@ -25,6 +28,7 @@ from torch import nn
 from fastprice.errors import BaseModelError, TrainingError
 from fastprice.memory.activation_checkpointing import ActivationCheckpointing
 from fastprice.memory.byte_sizes import GIB
+from fastprice.memory.dense_weights import DenseWeights
 from fastprice.memory.estimate import CUDA_CONTEXT, estimate_memory
 from fastprice.memory.recompute_levels import RECOMPUTE_LEVELS, format_recompute_levels
 from fastprice.models.shapes import read_shape
@@ -132,6 +136,7 @@ class RecomputeController:
     warmup               micro-batches before the first measurement: those of the first optimizer step
     adapt                whether measurements change the levels; otherwise only running out of memory does
     preserve_rng_state   as in `ActivationCheckpointing`
+    dense                frozen weights that may stay dequantized
 
     levels    the recompute levels in force
     changes   each change of them and its reason, as text
@@ -147,8 +152,10 @@ class RecomputeController:
         warmup: int = 1,
         adapt: bool = True,
         preserve_rng_state: bool = True,
+        dense: DenseWeights | None = None,
     ) -> None:
         self.changes: list[str] = []
+        self._dense = dense
         self.retries = 0
         self._candidates, self._meter = candidates, meter
         self._available = int(meter.limit() * (1 - MARGIN))
@@ -163,6 +170,7 @@ class RecomputeController:
         self._with_gradient: list[nn.Parameter] = []  # those that got their gradient in this micro-batch
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._hooks = [p.register_post_accumulate_grad_hook(self._with_gradient.append) for p in trainable]
+        self._fit_dense_weights(0)
         meter.reset()
 
     @property
@@ -208,7 +216,20 @@ class RecomputeController:
             self._micro_batches_left = WINDOW
             self._meter.reset()
 
+    def _fit_dense_weights(self, excess: int) -> bool:
+        """Makes frozen weights dense in the memory that is left, `excess` bytes being needed beyond the estimate, where
+        nothing is recomputed; whether that changed anything."""
+        if self._dense is None or set(self.levels) != {"none"}:
+            return False
+        expected = self._candidates.expected_bytes(self._current)
+        return self._dense.fit(0 if expected is None else self._available - expected - excess)
+
     def _reduce_memory(self) -> None:
+        if self._dense is not None and self._dense.give_up():
+            self.retries += 1
+            self.changes.append("out of memory; weights that were kept dense are freed")
+            self._meter.reset()
+            return
         if self._current == len(self._candidates.candidates) - 1:
             raise TrainingError(
                 f"out of memory: a micro-batch does not fit in {self._meter.limit() / GIB:.1f} GiB even with "
@@ -235,11 +256,16 @@ class RecomputeController:
             self._measurements_left -= 1
             expected = self._candidates.expected_bytes(self._current)
             assert expected is not None
-            excess = self._meter.peak() - expected
+            excess = self._meter.peak() - expected - (0 if self._dense is None else self._dense.bytes)
             fitting = self._candidates.first_fitting(self._available - excess, start=self._last_failed + 1)
             if fitting == self._current:
                 self._measurements_left = 0
+                if self._fit_dense_weights(excess):
+                    assert self._dense is not None
+                    self.changes.append(f"memory measured; weights of {self._dense.count} layers are kept dense")
                 return
+            if self._dense is not None:
+                self._dense.give_up()
             self._change(fitting, f"{self._meter.peak() / GIB:.2f} GiB reserved, {expected / GIB:.2f} GiB expected")
         self._micro_batches_left = WINDOW
         self._meter.reset()

@@ -73,6 +73,7 @@ class TrainingStep:
     text_tokens        mean tokens of a text             fused        fastprice's kernels, whose MLP saves no product
     selective_layers   at recompute level "selective"    offloaded_inputs   layers at recompute level "offload"
     offloaded_layers   whose weights are on the host     mlp_layers   at recompute level "mlp"
+    dense_layers       whose 4-bit weights stay dequantized, none of them recomputed
     """
 
     tokens: int
@@ -84,6 +85,7 @@ class TrainingStep:
     offloaded_layers: int = 0
     selective_layers: int = 0
     mlp_layers: int = 0
+    dense_layers: int = 0
     offloaded_inputs: int = 0
     fused: bool = False
 
@@ -115,7 +117,7 @@ def step_seconds(shape: ModelShape, step: TrainingStep, gpu: Gpu) -> float:
     seconds += step.tokens * (step.selective_layers + step.mlp_layers) * selective / gpu.bandwidth
     layer = shape.layer_linear_weights
     if step.method == "qlora":
-        passes = (2 * shape.layers + step.recomputed_layers) * layer
+        passes = (2 * (shape.layers - step.dense_layers) + step.recomputed_layers) * layer
         if not step.fused:  # the kernels dequantize gate and up once for the recomputation and the gradient
             passes += step.mlp_layers * sum(linear.weights for linear in shape.linears[4:6])
         seconds += passes * (NF4_BYTES + 2) / gpu.bandwidth

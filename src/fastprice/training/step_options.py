@@ -11,12 +11,14 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fastprice.errors import ConfigError, TrainingError
 from fastprice.memory.activation_checkpointing import ActivationCheckpointing, checkpointable_layers
+from fastprice.memory.dense_weights import DenseWeights
 from fastprice.memory.loss_head_costs import LOSS_BYTES
 from fastprice.memory.recompute_controller import (
     CandidateLevels,
@@ -26,6 +28,7 @@ from fastprice.memory.recompute_controller import (
     reserved_bytes_estimator,
 )
 from fastprice.memory.recompute_levels import parse_recompute_levels
+from fastprice.models.parts import decoder_layers
 from fastprice.models.peft_engine import compute_dtype
 from fastprice.prompts.template import IGNORE
 from fastprice.training.cuda_graphs import AUTO_MICRO_BATCHES, AUTO_PARAMETERS, parameter_count, unsupported_reason
@@ -53,6 +56,8 @@ class StepOptions:
                        little recomputation as fits the memory, on a CPU none. On CUDA a micro-batch that runs out of
                        memory runs again with more recomputation, whatever was set (`RecomputeController`)
     memory_budget      bytes of GPU memory that "auto" may use in all; None: what is free
+    dense_layers       layers whose frozen 4-bit weights stay dequantized: a number, or "auto": as many as fit beside
+                       a training that recomputes nothing, none on a CPU
     offloaded_layers   layers whose frozen weights are on the host (`fastprice.offload`)
     meter              measures memory instead of the CUDA device
     """
@@ -60,6 +65,7 @@ class StepOptions:
     kernels: str = "auto"
     recompute: str = "auto"
     memory_budget: int | None = None
+    dense_layers: int | str = "auto"
     offloaded_layers: int = 0
     meter: MemoryMeter | None = None
 
@@ -163,7 +169,11 @@ def controlled_recomputation(
     levels = (
         None if options.recompute == "auto" or layers is None else parse_recompute_levels(options.recompute, layers)
     )
+    fixed = None if isinstance(options.dense_layers, str) else options.dense_layers
+    dense = dense_weights(model, fixed) if kernels and fixed != 0 and not options.offloaded_layers else None
     if layers is None or (options.meter is None and not torch.cuda.is_available()):
+        if dense is not None and fixed:
+            dense.fit(0)
         if levels is None:
             yield None
         else:
@@ -187,11 +197,28 @@ def controlled_recomputation(
         warmup=gradient_accumulation,
         adapt=levels is None and not cuda_graphs,  # a captured step keeps its levels
         preserve_rng_state=not cuda_graphs,
+        dense=dense,
     )
     try:
         yield controller
     finally:
         controller.remove()
+
+
+def dense_weights(model: Any, fixed: int | None) -> DenseWeights | None:
+    """The dense weights of a model with kernels, none of them made yet; None where it has no 4-bit layers.
+
+    Raises ConfigError for a fixed number of more layers than there are.
+    """
+    from fastprice_kernels.patching.resident import set_dense_layers
+
+    layers = decoder_layers(model)
+    sizes = [sum(4 * p.numel() for p in layer.parameters() if p.dtype == torch.uint8) for layer in layers]
+    if not layers or not max(sizes):
+        return None
+    if fixed is not None and fixed > len(layers):
+        raise ConfigError(f"dense_layers: {fixed} of a model of {len(layers)} layers; give at most that, or 'auto'")
+    return DenseWeights(len(layers), max(sizes), partial(set_dense_layers, model), fixed=fixed)
 
 
 @contextmanager
