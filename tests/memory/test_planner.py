@@ -39,18 +39,22 @@ def test_a_plan_fits_and_recomputes_as_little_as_possible(size: str, engine: str
         return estimate_memory(
             "Llama-3.1-8B", recompute=levels, engine="fastprice" if engine == "unsloth" else engine,
             tokens=plan.tokens, sequences=plan.tokens // 180, loss_head="completion", labeled=LABELED,
+            dense_layers=plan.dense_layers,
         )  # fmt: skip
 
     assert plan.estimate == estimate(plan.levels)
+    assert bool(plan.dense_layers) == (engine == "fastprice" and set(plan.levels) == {"none"})
     assert plan.estimate.peak_bytes <= budget
     assert plan.tokens * plan.gradient_accumulation == 2048
     assert plan.tokens_per_second <= plan.best_tokens_per_second
     # With one layer less at a level, and all that follow at the one before, it does not fit.
     offload, full = plan.levels.count("offload"), plan.recomputed_layers
-    selective = full + plan.levels.count("selective")
+    mlp = full + plan.levels.count("mlp")
+    selective = mlp + plan.levels.count("selective")
     for end, level, previous in (
         (offload, "offload", "full"),
-        (full, "full", "selective"),
+        (full, "full", "mlp"),
+        (mlp, "mlp", "selective"),
         (selective, "selective", "none"),
     ):
         if level in plan.levels:

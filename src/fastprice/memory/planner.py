@@ -189,8 +189,13 @@ def find_plan(base: Any, gpu_bytes: str | int, **options: Any) -> MemoryPlan | N
     Raises ConfigError for impossible settings, BaseModelError for a base that cannot be read.
     """
     budget = parse_bytes(gpu_bytes)
-    plans = [plan for plan in _candidates(base, budget, PlanOptions(**options)) if _fits(plan.estimate, budget)]
-    return max(plans, key=lambda plan: (plan.tokens_per_second, plan.tokens), default=None)
+    settings = PlanOptions(**options)
+    plans = [plan for plan in _candidates(base, budget, settings) if _fits(plan.estimate, budget)]
+    best = max(plans, key=lambda plan: (plan.tokens_per_second, plan.tokens), default=None)
+    if best is None or not _may_be_dense(settings, best.method):
+        return best
+    # Only then dense weights: a smaller micro-batch would leave more room for them, but loses more than they gain.
+    return _plan_micro_batch(best.base, read_shape(base), budget, settings, best.method, best.tokens, dense=True)
 
 
 @dataclass(frozen=True)
@@ -291,8 +296,9 @@ def _candidates(base: Any, budget: int, options: PlanOptions) -> Iterator[Memory
 
 
 def _plan_micro_batch(
-    name: str, shape: ModelShape, budget: int, options: PlanOptions, method: str, tokens: int
-) -> MemoryPlan:
+    name: str, shape: ModelShape, budget: int, options: PlanOptions, method: str, tokens: int,
+    *, dense: bool = False,
+) -> MemoryPlan:  # fmt: skip
     unsloth = options.engine == "unsloth"  # its layers on fastprice's kernels, which save no more than PEFT's there
 
     def estimate(levels: Sequence[str], offloaded_layers: int, dense_layers: int = 0) -> MemoryEstimate:
@@ -317,8 +323,7 @@ def _plan_micro_batch(
                 chosen = choose_recompute_levels(shape.layers, lambda levels: fits(levels, offloaded_layers))
                 levels = chosen or all_offloaded
     dense_layers = 0
-    may_be_dense = options.engine == "fastprice" and method == "qlora"
-    if may_be_dense and set(levels) == {"none"} and not offloaded_layers:
+    if dense and set(levels) == {"none"} and not offloaded_layers:
         spilled = _smallest(range(shape.layers + 1), lambda count: not _fits(estimate(levels, 0, count), budget))
         dense_layers = shape.layers if spilled is None else max(0, spilled - 1)
     counts = Counter(levels)
@@ -338,7 +343,7 @@ def _plan_micro_batch(
     )
     unconstrained = TrainingStep(
         options.tokens, 0, options.labeled, method, options.rank, options.text_tokens,
-        dense_layers=shape.layers if may_be_dense else 0,
+        dense_layers=shape.layers if _may_be_dense(options, method) else 0,
     )  # fmt: skip
     gpu = find_gpu(options.gpu) if options.gpu else _gpu_with(budget)
     return MemoryPlan(
@@ -371,6 +376,10 @@ def _smallest(counts: range, fits: Callable[[int], bool]) -> int | None:
         else:
             low = middle + 1
     return low if low < counts.stop else None
+
+
+def _may_be_dense(options: PlanOptions, method: str) -> bool:
+    return options.engine == "fastprice" and method == "qlora"
 
 
 def _fits(estimate: MemoryEstimate, budget: int) -> bool:
