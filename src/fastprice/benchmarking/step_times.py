@@ -58,8 +58,9 @@ ASSUMPTIONS = (
     "read, overwritten by its gradient and read, and the output layer read twice.",
     "TRL: no layer recomputed where that fits, else every layer; the launches of stock PEFT as counted. Its loss "
     "computes logits for labeled tokens, forward twice, and reads the output layer three times.",
-    "Recomputed layers run their forward pass again, at recompute level `selective` their norms. Copies to and from "
-    "the host overlap with the rest, and a step takes no less than they do.",
+    "Recomputed layers run their forward pass again, at recompute level `selective` their norms, at `mlp` gate and up "
+    "too. Copies to and from the host overlap with the rest, and a step takes no less than they do. `dense` layers, "
+    "whose frozen weights stay dequantized, dequantize nothing.",
     f"AdamW moves {OPTIMIZER_BYTES} bytes for each adapter weight and step. Embedding and last norm are left out.",
 )
 
@@ -85,11 +86,13 @@ class StepTime:
 
 @dataclass(frozen=True)
 class _Setting:
-    """A way to run a step: tokens of a micro-batch, the level of every layer, layers whose weights are on the host."""
+    """A way to run a step: tokens of a micro-batch, the level of every layer, layers whose weights are on the host, and
+    layers whose weights stay dequantized."""
 
     tokens: int
     levels: tuple[str, ...]
     offloaded_layers: int = 0
+    dense_layers: int = 0
 
 
 def step_time(model: str, peer: str, gpu: Gpu, traffic: LayerTraffic) -> StepTime | None:
@@ -107,7 +110,7 @@ def _settings(model: str, shape: ModelShape, peer: str, gpu: Gpu) -> Iterator[_S
         plan = find_plan(model, gpu.memory, engine="fastprice", tokens=TOKENS, rank=RANK, gpu=gpu.name,
                          layer_offload=True)  # fmt: skip
         if plan is not None:
-            yield _Setting(plan.tokens, plan.levels, plan.offloaded_layers)
+            yield _Setting(plan.tokens, plan.levels, plan.offloaded_layers, plan.dense_layers)
         return
     recomputed = "offload" if peer == "unsloth" else "full"
     tokens = TOKENS
@@ -126,17 +129,24 @@ def _settings(model: str, shape: ModelShape, peer: str, gpu: Gpu) -> Iterator[_S
 def _time(shape: ModelShape, peer: str, gpu: Gpu, traffic: LayerTraffic, setting: _Setting) -> StepTime:
     tokens, levels, layers = setting.tokens, setting.levels, shape.layers
     flops, bandwidth = PRODUCT_SHARE * gpu.flops, (1 if gpu.measured else COPY_SHARE) * gpu.bandwidth
-    recomputed = layers - levels.count("none") - levels.count("selective")
+    recomputed, of_mlp = levels.count("full") + levels.count("offload"), levels.count("mlp")
     weights = shape.layer_linear_weights
+    gate_up = sum(linear.weights for linear in shape.linears[4:6])
     skipped = 0.0
     if peer == "fastprice":  # the last layer, forward and backward; its recomputation skips them too
         after_attention = weights - sum(linear.weights for linear in shape.linears[:3])
         skipped = (1 - LABELED / TOKENS) * after_attention * (3 if levels[-1] in ("full", "offload") else 2)
-    products = 2 * tokens * ((2 * layers + recomputed) * weights - skipped) / flops
+    products = 2 * tokens * ((2 * layers + recomputed) * weights + of_mlp * gate_up - skipped) / flops
 
     def moved(kind: str, scale: float = 1.0) -> float:
         forward, backward = (traffic.kinds[phase].get(kind, (0, 0.0))[1] for phase in ("forward", "backward"))
-        again = recomputed + (levels.count("selective") if kind in NORM_KINDS else 0)
+        again: float = recomputed
+        if kind in NORM_KINDS:
+            again += levels.count("selective") + of_mlp
+        elif kind == "LoRA product":
+            again += of_mlp * gate_up / weights
+        elif kind == "dequantization":
+            scale *= 1 - setting.dense_layers / layers
         return scale * tokens * ((layers + again) * forward + layers * backward) / bandwidth
 
     attention_operations = 2 * TEXT_TOKENS * shape.query_width * (layers + recomputed + 2.5 * layers)
@@ -159,7 +169,8 @@ def _time(shape: ModelShape, peer: str, gpu: Gpu, traffic: LayerTraffic, setting
     forward, backward = (traffic.sum(phases=[phase])[0] for phase in ("forward", "backward"))
     host = micro_batches * LAUNCH_SECONDS * ((layers + recomputed) * forward + layers * backward)
     copies = 2 * setting.offloaded_layers * weights * NF4_BYTES + 2 * levels.count("offload") * tokens * shape.width
-    return StepTime(tokens, format_recompute_levels(levels), parts, host, micro_batches * copies / gpu.pcie)
+    words = format_recompute_levels(levels) + (f", {setting.dense_layers} dense" if setting.dense_layers else "")
+    return StepTime(tokens, words, parts, host, micro_batches * copies / gpu.pcie)
 
 
 def _loss_seconds(

@@ -231,8 +231,8 @@ def format_plan_table(
     rows: Sequence[tuple[str, Sequence[MemoryPlan | None]]], sizes: Sequence[str | int] = GPU_SIZES
 ) -> str:
     """`plan_table` in Markdown: tokens of the micro-batch, and how many layers are at recompute level "selective" (s)
-    and "mlp" (m), recomputed in full (f), of these with their input offloaded (i), and have their weights offloaded
-    (w)."""
+    and "mlp" (m), recomputed in full (f), of these with their input offloaded (i), have their weights offloaded (w)
+    or dequantized (d)."""
 
     def cell(plan: MemoryPlan | None) -> str:
         if plan is None:
@@ -243,6 +243,7 @@ def format_plan_table(
             "f": plan.recomputed_layers,
             "i": plan.levels.count("offload"),
             "w": plan.offloaded_layers,
+            "d": plan.dense_layers,
         }
         marks = (f"{mark}{count}/{plan.layers}" for mark, count in counts.items() if count)
         return " ".join([str(plan.tokens), *marks])
