@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastprice.memory.estimate import saved_bytes
 from fastprice.memory.recompute_levels import RECOMPUTE_LEVELS
+from fastprice.models.shapes import read_shape
 
 STEPS: list[dict[str, Any]] = [
     {"base": "Llama-3.2-1B", "method": "qlora", "tokens": 1024, "recompute": "none", "loss_head": "completion"},
@@ -60,19 +61,34 @@ def test_levels_agree_with_the_real_model_code(base: str, method: str, levels: t
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("level", RECOMPUTE_LEVELS)
+@pytest.mark.parametrize(
+    ("base", "method"),
+    [("Llama-3.2-1B", "qlora"), ("Qwen3-0.6B", "lora"), ("gemma-2-2b", "qlora"), ("Llama-3.1-8B", "qlora")],
+)
+def test_the_estimate_agrees_with_the_kernels(base: str, method: str, level: str) -> None:
+    step = SimulatedStep(base, method, 4096, (level,) * 3, "completion", sequences=4, labeled=0.02, layers=3,
+                         vocabulary=256, engine="fastprice")  # fmt: skip
+    shape = read_shape(step.settings)
+    kept_casts = 2 * 3 * shape.adapter_weights(step.rank)  # which are not kept of fake tensors
+    assert step.estimate().tensor_bytes - kept_casts == pytest.approx(simulated_peak_bytes(step), rel=0.002)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("engine", ["peft", "fastprice"])
 @pytest.mark.parametrize(
     ("base", "method"), [("Llama-3.2-1B", "qlora"), ("Qwen3-0.6B", "lora"), ("gemma-2-2b", "lora")]
 )
-def test_a_layer_saves_exactly_the_estimated_bytes(base: str, method: str) -> None:
+def test_a_layer_saves_exactly_the_estimated_bytes(base: str, method: str, engine: str) -> None:
     """What one more layer adds to the bytes alive after the forward pass: the real model, autograd and our hooks."""
 
     def saved(levels: tuple[str, ...]) -> int:
         step = SimulatedStep(base, method, 1024, levels, "completion", sequences=2, labeled=0.02, layers=len(levels),
-                    vocabulary=256)  # fmt: skip
+                    vocabulary=256, engine=engine)  # fmt: skip
         return simulated_saved_bytes(step) - _weight_bytes(step)
 
     for level in RECOMPUTE_LEVELS:
-        estimate = saved_bytes(base, level, method=method, tokens=1024, sequences=2)
+        estimate = saved_bytes(base, level, method=method, tokens=1024, sequences=2, engine=engine)
         assert saved((level,) * 3) - saved((level,) * 2) == estimate
 
 

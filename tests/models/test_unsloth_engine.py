@@ -63,7 +63,7 @@ def test_unsloth_leaves_checkpointing_to_pytorch_and_transformers(found: Any) ->
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_pack_trains_as_its_texts_one_by_one_at_every_level(found: Any, family: str) -> None:
     apart = found["families"][family]["apart"]
-    assert set(apart) == {"none", "selective", "full", "offload", "mixed", "static"}
+    assert set(apart) == {"none", "selective", "mlp", "full", "offload", "mixed", "static"}
     assert max(apart.values()) < 2e-5
 
 
@@ -71,7 +71,8 @@ def test_a_pack_trains_as_its_texts_one_by_one_at_every_level(found: Any, family
 def test_levels_change_what_a_step_saves(found: Any, family: str) -> None:
     saved = found["families"][family]["saved"]
     assert saved["full"] < saved["mixed"] < saved["none"]
-    assert saved["full"] < saved["none"] / 3
+    assert saved["full"] < saved["none"] / 2.5
+    assert saved["mlp"] < 0.9 * saved["none"]
     # Unsloth's norms are functions of its own, of which nothing can be recomputed alone, and the MLP is one kernel.
     assert saved["selective"] == saved["none"]
 

@@ -158,7 +158,7 @@ def examine(kind: str, model: Any, want: list[torch.Tensor]) -> dict[str, Any]:
     found["skipped"], found["replaced"] = report.skipped, sorted(set(report.replaced.values()))
     last, rows = decoder_layers(model)[-1].mlp, []
     hook = last.register_forward_pre_hook(lambda _, inputs: rows.append(inputs[0].shape[1]))
-    for level in [*LEVELS, "mixed"]:
+    for level in [*LEVELS, "mlp", "mixed"]:
         levels = [level] * LAYERS if level != "mixed" else LEVELS
         with ActivationCheckpointing(model, levels):
             found["apart"][level] = far(gradients(model, batch), want)

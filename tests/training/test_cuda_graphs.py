@@ -20,7 +20,6 @@ from fastprice.config import TrainConfig
 from fastprice.data.synthetic import make_synthetic_items
 from fastprice.errors import ConfigError
 from fastprice.models.packed_attention import PACKED_ATTENTION, register_packed_attention
-from fastprice.models.peft_engine import PeftEngine
 from fastprice.prompts.packing import PackCollator, StaticShape, pack_rows
 from fastprice.prompts.template import IGNORE, TrainingRow
 from fastprice.training import step_options
@@ -357,7 +356,7 @@ def test_auto_is_the_default_and_captures_where_it_pays(monkeypatch: pytest.Monk
 
     def captures(setting: str = "auto", model: Any = model, **changed: Any) -> bool:
         facts: dict[str, Any] = {"kernels": True, "auxiliary": False, "micro_batches": 64}
-        return uses_cuda_graphs(setting, model, PeftEngine(), **{**facts, **changed})
+        return uses_cuda_graphs(setting, model, **{**facts, **changed})
 
     assert captures()
     for changed in ({"micro_batches": 63}, {"recompute": "1 offload, 1 full"}):

@@ -61,13 +61,13 @@ class AdapterCasts:
         self._step = -1
         self._bind()
 
-    def refresh(self, *, in_backward: bool) -> None:
+    def refresh(self) -> None:
         """Makes the casts those of the parameters as they are now."""
         current = [(each.data_ptr(), each._version) for each in self._parameters]
         if current != self._seen:
             if [address for address, _ in current] != [address for address, _ in self._seen]:
                 self._bind()
-        elif in_backward or self._is_same_step():
+        elif self._is_same_step():
             return
         if self._targets:
             torch._foreach_copy_(self._targets, self._sources)

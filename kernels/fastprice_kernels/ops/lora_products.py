@@ -138,15 +138,17 @@ class ProjectionGroup:
         `in_backward`: the adapters are known to be those of the forward. Without it, call it where gradient mode is
         that of the caller.
         """
+        casts = self._casts.get(dtype)
+        if in_backward and casts is not None:
+            return casts.a, casts.b
         a, b = [p.lora_a for p in self.projections], [p.lora_b for p in self.projections]
         if not self.rank:
             return None, b
         if not _can_keep(self.flat):
             return cast_adapters(a, b, dtype)
-        casts = self._casts.get(dtype)
         if casts is None:
             casts = self._casts[dtype] = AdapterCasts(a, b, dtype)
-        casts.refresh(in_backward=in_backward)
+        casts.refresh()
         return casts.a, casts.b
 
     def weight(self, i: int, dtype: torch.dtype, b: Sequence[Tensor | None], augmented: bool) -> Tensor:

@@ -179,6 +179,8 @@ class _Rotate(torch.autograd.Function):
 
 def _writable(x: Tensor) -> Tensor:
     """x, or a copy where its rows are not contiguous or share memory, as those of an expanded gradient do."""
+    if x.is_contiguous() or x.transpose(1, 2).is_contiguous():
+        return x
     sizes = sorted((stride, size) for size, stride in zip(x.shape, x.stride(), strict=True) if size > 1)
     end = 1
     for stride, size in sizes:

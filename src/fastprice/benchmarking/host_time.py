@@ -86,10 +86,13 @@ def layer_step(*, kernels: bool) -> Callable[[], None]:
 
 @contextmanager
 def without_work() -> Iterator[None]:
-    """While it is open, dequantization and gated activation, ours and bitsandbytes', compute nothing."""
-    from fastprice_kernels.ops import gated_activations, nf4_dequantize
+    """While it is open, our kernels beside the products, and bitsandbytes' dequantization, compute nothing."""
+    from fastprice_kernels.ops import gated_activations, nf4_dequantize, norms, rotary
 
-    ours = (nf4_dequantize._dequantize_op, gated_activations._forward_op, gated_activations._backward_op)
+    ours = (
+        nf4_dequantize._dequantize_op, gated_activations._forward_op, gated_activations._backward_op,
+        norms._forward_op, norms._backward_op, rotary._rotate_op,
+    )  # fmt: skip
     directs = [operator.direct[False] for operator in ours]  # type: ignore[attr-defined]
     library = torch.library.Library("bitsandbytes", "IMPL")
     with warnings.catch_warnings():
@@ -115,8 +118,9 @@ def _zeros(packed: Tensor, absmax: Tensor, blocksize: int, kind: str, shape: Any
 
 def measure_host_time(*, rounds: int = 40, steps: int = 25) -> HostTime:
     """The host time of a layer with fastprice's kernels and of stock PEFT's, in turns of `steps` steps."""
+    # Made before: what a norm computes is told by its values.
+    runs = [layer_step(kernels=True), layer_step(kernels=False)]
     with without_work():
-        runs = [layer_step(kernels=True), layer_step(kernels=False)]
         fastest = fastest_times(runs, rounds, steps)
     return HostTime(*(1e6 * seconds for seconds in fastest))
 

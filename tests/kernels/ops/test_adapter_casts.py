@@ -18,7 +18,7 @@ from fastprice_kernels.ops import adapter_casts
 from fastprice_kernels.ops.lora import apply_projections
 from fastprice_kernels.ops.lora_products import Projection, ProjectionGroup
 from fastprice_kernels.patching.install import install, uninstall
-from fastprice_kernels.patching.installation import PATCH
+from fastprice_kernels.patching.installation import PATCH, Patch
 
 pytest.importorskip("bitsandbytes")
 
@@ -206,7 +206,7 @@ def test_a_model_refreshes_each_group_once_a_step_and_frees_its_casts(refreshes)
         if parameter.requires_grad:
             parameter.data.fill_(float("nan"))
     assert all(value.isfinite().all() for value in gradients(model))
-    patches = [each.__dict__[PATCH] for each in model.modules() if PATCH in each.__dict__]
+    patches = [patch for each in model.modules() if isinstance(patch := each.__dict__.get(PATCH), Patch)]
     groups = [weakref.ref(group) for patch in patches for _, group in patch.groups.values()]
     assert len(set(groups)) == 4 * layers
     del patches

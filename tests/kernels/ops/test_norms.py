@@ -186,7 +186,7 @@ def test_compiles_without_graph_breaks():
     [
         ({"kind": "batch"}, "'batch' is not one of rms, rms_plus_one, layer"),
         ({"bias": torch.zeros(4)}, "kind 'rms' has no bias"),
-        ({"weight": torch.zeros(5)}, r"weight is \(5,\) on cpu, rows of 4"),
+        ({"weight": torch.zeros(5)}, r"weight is \(5,\) on cpu, the rows are 4 wide"),
         ({"residual": torch.zeros(3, 4, dtype=torch.float16)}, r"residual is \(3, 4\) torch.float16"),
         ({"x": torch.zeros(3, 0)}, "rows of 0 columns, 1 to 8,192"),
         ({"x": torch.zeros(1, 9000)}, "rows of 9000 columns"),

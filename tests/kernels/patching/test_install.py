@@ -69,6 +69,7 @@ def test_each_of_fifty_steps_agrees_with_the_stock_path(kind, nf4):
         ("gemma2", True, True),
     ],
 )
+@pytest.mark.filterwarnings("ignore:fastprice_kernels leaves:UserWarning")
 def test_gradients_agree_on_every_architecture(kind, nf4, augmented):
     model = make(kind, nf4=nf4)
     want = gradients(model)
