@@ -163,6 +163,7 @@ class PriceEstimator(EstimatorConfig, PricePredictor, RegressorMixin, BaseEstima
                     kernels=self.kernels,
                     recompute=self.recompute,
                     dense_layers=self.dense_layers,
+                    mlp_tile=self.mlp_tile,
                     memory_budget=None if self.max_memory is None else parse_bytes(self.max_memory),
                     offloaded_layers=0 if self.plan_ is None else self.plan_.offloaded_layers,
                 ),

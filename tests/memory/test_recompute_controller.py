@@ -290,11 +290,38 @@ class TestTraining:
         plain = self.fit()
         assert plain.training_.recompute is None
         layers = len(checkpointable_layers(plain._model))
-        for levels in ("full", f"1 offload, {layers - 1} full"):
+        for levels in ("full", f"1 offload, {layers - 1} full", "mlp"):
             found = self.fit(recompute=levels)
             assert self.losses(found) == self.losses(plain)
             assert found.training_.recompute == levels
             assert found.training_.tokens == plain.training_.tokens
+
+    def test_dense_weights_and_tiles_train_alike(self) -> None:
+        from fastprice_kernels.patching import resident
+
+        made: list[int] = []
+        original = resident.make_resident
+
+        def counted(model: Any, report: Any, count: int) -> None:
+            original(model, report, count)
+            made.append(len(report.dense))
+
+        plain = self.fit()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(resident, "make_resident", counted)
+            found = self.fit(dense_layers=2)
+        assert made == [2]
+        assert self.losses(found) == self.losses(plain)
+        tiled = self.fit(mlp_tile=100)
+        assert self.losses(tiled) == pytest.approx(self.losses(plain), rel=1e-5)
+
+    def test_impossible_numbers_of_dense_layers_and_tiles_are_one_line(self) -> None:
+        with pytest.raises(ConfigError, match="dense_layers: 99 of a model of 4 layers; give at most that, or 'auto'"):
+            self.fit(dense_layers=99)
+        for setting, value in (("dense_layers", -1), ("dense_layers", "all"), ("mlp_tile", 0)):
+            with pytest.raises(ConfigError, match=setting) as error:
+                self.fit(**{setting: value})
+            assert "\n" not in str(error.value)
 
     def test_running_out_of_memory_changes_no_loss_and_no_token_count(self) -> None:
         want = self.fit(gradient_accumulation=2)

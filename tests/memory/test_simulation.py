@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -72,6 +73,16 @@ def test_the_estimate_agrees_with_the_kernels(base: str, method: str, level: str
     shape = read_shape(step.settings)
     kept_casts = 2 * 3 * shape.adapter_weights(step.rank)  # which are not kept of fake tensors
     assert step.estimate().tensor_bytes - kept_casts == pytest.approx(simulated_peak_bytes(step), rel=0.002)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("level", ["none", "full"])
+def test_the_estimate_agrees_with_a_tiled_mlp(level: str) -> None:
+    step = SimulatedStep("Llama-3.1-8B", "qlora", 32768, (level,) * 2, "completion", sequences=64, labeled=0.002,
+                         layers=2, vocabulary=256, engine="fastprice", mlp_tile=4096)  # fmt: skip
+    whole = replace(step, mlp_tile=None)
+    assert step.estimate().tensor_bytes == pytest.approx(simulated_peak_bytes(step), rel=0.02)
+    assert step.estimate().tensor_bytes < 0.75 * whole.estimate().tensor_bytes
 
 
 @pytest.mark.filterwarnings("ignore")

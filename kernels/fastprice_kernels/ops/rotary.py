@@ -245,11 +245,11 @@ def compile_cases() -> list[CompileCase]:
             ),
             num_warps=_WARPS,
             elements=_TILE,
-            requirements=Requirements(store_bits=128 if dtype != "fp32" or form == "half" else None),
+            requirements=Requirements(store_bits=128),
         )
         for dtype in ("bf16", "fp16", "fp32")
         for form in ROTARY_FORMS
         for width in (128, 64)
         for backward in (False, True)
-        if dtype == "bf16" or (width == 128 and form == "half")
+        if (dtype == "bf16", width == 128, form == "half").count(True) >= 2
     ]  # fmt: skip

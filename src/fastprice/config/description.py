@@ -123,6 +123,8 @@ def _type_in_words(schema: Mapping[str, Any]) -> str:
     if "enum" in schema:
         *others, last = schema["enum"]
         return f"{', '.join(others)} or {last}"
+    if "const" in schema:
+        return str(schema["const"])
     if schema["type"] == "array":
         return "a list of texts"
     return ", ".join(filter(None, [_TYPES[schema["type"]], _range_in_words(schema)]))

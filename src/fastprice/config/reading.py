@@ -79,11 +79,17 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 def _problems(error: ValidationError) -> list[str]:
     """Each as `key: what is wrong`; one for a key, whatever number of types its value could have had."""
-    return list({problem["loc"][:2]: _in_words(problem) for problem in error.errors()}.values())
+    return list({_place(problem): _in_words(problem) for problem in error.errors()}.values())
+
+
+def _place(problem: ErrorDetails) -> tuple[str, ...]:
+    """The section, if any, and the name of a setting; behind them pydantic names which of its types was tried."""
+    location = tuple(str(part) for part in problem["loc"])
+    return location[:2] if location[0] in sections() else location[:1]
 
 
 def _in_words(problem: ErrorDetails) -> str:
-    *parents, name = (str(part) for part in problem["loc"][:2])
+    *parents, name = _place(problem)
     key = ".".join([*parents, name])
     value = f"not {problem['input']!r:.60}"
     if problem["type"] == "missing":

@@ -205,6 +205,9 @@ class ModelConfig:
     dense_layers: Annotated[Literal["auto"] | Annotated[int, Field(ge=0)], _metavar("N")] = "auto"
     """Layers of a qlora base whose frozen weights stay dequantized while it trains on the kernels, which saves time and
     takes 2 bytes a weight; auto: as many as fit where nothing is recomputed, none on a CPU."""
+    mlp_tile: Annotated[int | None, Field(ge=1), _metavar("N")] = None
+    """Tokens that an MLP on the kernels computes at a time, in both directions, for packs of many thousand tokens: it
+    saves memory and computes gate and up again in the backward pass; null: all."""
 
 
 @dataclass(kw_only=True)

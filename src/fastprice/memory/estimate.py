@@ -159,6 +159,7 @@ def estimate_memory(
     engine: str = "peft",
     offloaded_layers: int = 0,
     dense_layers: int = 0,
+    mlp_tile: int | None = None,
     phase: str = "train",
 ) -> MemoryEstimate:
     """Peak GPU memory of fine-tuning `base` (folder, hub id, shipped name, or transformers configuration).
@@ -173,6 +174,7 @@ def estimate_memory(
         offloaded_layers: frozen layers whose weights are on the host and prefetched; with any, the rows of an embedding
             that is not tied to lm_head come from the host too.
         dense_layers: layers whose frozen 4-bit weights stay dequantized beside the packed ones (engine "fastprice").
+        mlp_tile: tokens that an MLP computes at a time (engine "fastprice"); None: all.
         phase: "train", or "eval": a forward pass with a KV cache; "completion" then means the logits of one position of
             each text.
 
@@ -205,7 +207,11 @@ def estimate_memory(
         levels = ("offload",) * shape.layers
     else:
         levels = expand_recompute(recompute, shape.layers)
-    batch = MicroBatch(tokens, sequences, method, rank, fused=engine != "peft")
+    if mlp_tile is not None:
+        _check_whole_number("mlp_tile", mlp_tile, 1)
+        if engine != "fastprice":
+            raise ConfigError("mlp_tile: only the kernels compute an MLP in tiles; use engine='fastprice'")
+    batch = MicroBatch(tokens, sequences, method, rank, fused=engine != "peft", mlp_tile=mlp_tile)
     estimate = _estimate(
         _StepSettings(
             shape, batch, levels, optimizer, loss_head, labeled, engine, offloaded_layers, dense_layers, phase

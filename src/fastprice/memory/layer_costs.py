@@ -50,6 +50,7 @@ class MicroBatch:
     fused       fastprice's kernels instead of PEFT's layers
     selective   norms and the product inside the MLP are recomputed (recompute levels "selective" and "mlp")
     mlp         gate and up too (level "mlp")
+    mlp_tile    tokens that an MLP on the kernels computes at a time; None: all
     """
 
     tokens: int
@@ -59,6 +60,7 @@ class MicroBatch:
     fused: bool = False
     selective: bool = False
     mlp: bool = False
+    mlp_tile: int | None = None
 
     @property
     def residual_bytes(self) -> int:
@@ -298,8 +300,9 @@ def _mlp(tape: Tape, shape: ModelShape, batch: MicroBatch, x: Value) -> Value:
 def _fused_mlp(tape: Tape, shape: ModelShape, batch: MicroBatch, x: Value) -> Value:
     """One function that saves x, gate, up and three rank-r products; its backward overwrites gate and up and needs one
     more buffer of their size. At level "mlp" it saves neither, and computes them again from weights that it keeps for
-    the gradient of x."""
-    inner = 2 * batch.tokens * shape.inner
+    the gradient of x, which it also does where it computes a tile of tokens at a time."""
+    tile = batch.tokens if batch.mlp_tile is None else min(batch.mlp_tile, batch.tokens)
+    inner = 2 * tile * shape.inner
     gate, up, product = (tape.allocate(inner, "temporary") for _ in range(3))
     low = tape.allocate(3 * 2 * batch.tokens * batch.rank, "temporary")
     gate_dense, up_dense, down_dense = (
@@ -307,14 +310,16 @@ def _fused_mlp(tape: Tape, shape: ModelShape, batch: MicroBatch, x: Value) -> Va
     )
     # Backward: first the gradient of the product beside gate and up; then that of x, when the product's is gone. The
     # tape has the gradient of x beside all of it.
-    if batch.mlp:
+    recomputed = batch.mlp or batch.mlp_tile is not None
+    if recomputed:
         product_gradient, x_gradient = 3 * inner + gate_dense + up_dense + down_dense, 2 * inner + gate_dense + up_dense
     else:
         product_gradient, x_gradient = inner + down_dense, max(gate_dense, up_dense)
     backward = max(product_gradient - (0 if x.operation is None else x.size), x_gradient)
-    saved: list[Value | Buffer] = [x, low] if batch.mlp else [x, low, gate, up]
+    saved: list[Value | Buffer] = [x, low] if recomputed else [x, low, gate, up]
+    forward = down_dense if tile == batch.tokens else gate_dense + up_dense + down_dense
     y = tape.apply(
-        2 * batch.tokens * shape.width, [x], saves=saved, saves_last=True, trainable=True, scratch=down_dense,
+        2 * batch.tokens * shape.width, [x], saves=saved, saves_last=True, trainable=True, scratch=forward,
         backward_scratch=backward, scratch_kind="dequantized",
     )  # fmt: skip
     tape.release(gate, up, product, low)

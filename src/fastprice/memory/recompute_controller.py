@@ -280,7 +280,14 @@ class RecomputeController:
 
 
 def reserved_bytes_estimator(
-    model: Any, *, tokens: int, sequences: int, labeled: float, kernels: bool, offloaded_layers: int = 0
+    model: Any,
+    *,
+    tokens: int,
+    sequences: int,
+    labeled: float,
+    kernels: bool,
+    offloaded_layers: int = 0,
+    mlp_tile: int | None = None,
 ) -> Callable[[Sequence[str]], int] | None:
     """A function from recompute levels to the bytes that training `model` is expected to reserve, context excluded.
 
@@ -290,6 +297,7 @@ def reserved_bytes_estimator(
     labeled             share of tokens with a label
     kernels             whether the model runs on fastprice_kernels, without dropout
     offloaded_layers    layers whose weights are on the host
+    mlp_tile            tokens that an MLP on the kernels computes at a time
     """
     try:
         shape = read_shape(model.config)
@@ -304,7 +312,7 @@ def reserved_bytes_estimator(
         estimate = estimate_memory(
             shape, method=method, rank=rank, tokens=tokens, sequences=sequences, recompute=levels,
             loss_head="completion", labeled=labeled, engine="fastprice" if kernels else "peft",
-            offloaded_layers=offloaded_layers,
+            offloaded_layers=offloaded_layers, mlp_tile=mlp_tile if kernels else None,
         )  # fmt: skip
         return estimate.peak_bytes - CUDA_CONTEXT
 

@@ -58,6 +58,7 @@ class StepOptions:
     memory_budget      bytes of GPU memory that "auto" may use in all; None: what is free
     dense_layers       layers whose frozen 4-bit weights stay dequantized: a number, or "auto": as many as fit beside
                        a training that recomputes nothing, none on a CPU
+    mlp_tile           tokens that an MLP on the kernels computes at a time; None: all
     offloaded_layers   layers whose frozen weights are on the host (`fastprice.offload`)
     meter              measures memory instead of the CUDA device
     """
@@ -66,6 +67,7 @@ class StepOptions:
     recompute: str = "auto"
     memory_budget: int | None = None
     dense_layers: int | str = "auto"
+    mlp_tile: int | None = None
     offloaded_layers: int = 0
     meter: MemoryMeter | None = None
 
@@ -189,6 +191,7 @@ def controlled_recomputation(
         labeled=packs.labeled,
         kernels=kernels and not dropout,
         offloaded_layers=options.offloaded_layers,
+        mlp_tile=options.mlp_tile,
     )
     controller = RecomputeController(
         model,
@@ -222,10 +225,12 @@ def dense_weights(model: Any, fixed: int | None) -> DenseWeights | None:
 
 
 @contextmanager
-def installed_kernels(model: Any, kernels: str, *, memory_budget: int | None = None) -> Iterator[InstallReport | None]:
+def installed_kernels(
+    model: Any, kernels: str, *, memory_budget: int | None = None, mlp_tile: int | None = None
+) -> Iterator[InstallReport | None]:
     """Installs fastprice_kernels, their loss head included; yields the report, or None if nothing was installed.
 
-    memory_budget: as in `StepOptions`.
+    memory_budget, mlp_tile: as in `StepOptions`.
 
     An Unsloth of another shape than the kernels were written for keeps the stock path: with a warning for "auto";
     with "on" TrainingError is raised.
@@ -242,6 +247,7 @@ def installed_kernels(model: Any, kernels: str, *, memory_budget: int | None = N
             last_layer=True,
             keep_dense=fits_dense_weights(model),
             free_loss_bytes=free_loss_bytes(memory_budget),
+            mlp_tile=mlp_tile,
         )
     except RuntimeError as error:
         if kernels == "on":

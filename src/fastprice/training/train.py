@@ -149,7 +149,9 @@ def train(
         _restore_precision(model)
         engine.for_training(model)
         with (
-            installed_kernels(model, options.kernels, memory_budget=options.memory_budget) as report,
+            installed_kernels(
+                model, options.kernels, memory_budget=options.memory_budget, mlp_tile=options.mlp_tile
+            ) as report,
             controlled_recomputation(
                 model,
                 layers,

@@ -65,6 +65,7 @@ class SimulatedStep:
     labeled: float = 1.0
     phase: str = "train"
     engine: str = "peft"
+    mlp_tile: int | None = None
     layers: int | None = None
     vocabulary: int | None = None
 
@@ -79,7 +80,7 @@ class SimulatedStep:
         return estimate_memory(
             self.settings, method=self.method, rank=self.rank, tokens=self.tokens, sequences=self.sequences,
             recompute=self.recompute, loss_head=self.loss_head, labeled=self.labeled, phase=self.phase,
-            engine=self.engine,
+            engine=self.engine, mlp_tile=self.mlp_tile,
         )  # fmt: skip
 
 
@@ -200,7 +201,7 @@ def _train(model: Any, step: SimulatedStep, live: LiveBytes) -> int:
         if step.engine == "fastprice":
             give_quant_states(model)
             with unset_fake_temporarily():  # it tries the model's functions on numbers
-                stack.enter_context(installed(model))
+                stack.enter_context(installed(model, mlp_tile=step.mlp_tile))
         stack.enter_context(_chunked_loss_over(round(step.labeled * step.tokens)))
         stack.enter_context(ActivationCheckpointing(inner, levels, offload=UncountedOffload()))
         loss = _loss(model, ids, positions, labels, lengths)
