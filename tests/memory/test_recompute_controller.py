@@ -410,6 +410,14 @@ class TestDenseWeights:
         assert dense.count == 0  # for good
         controller.remove()
 
+    def test_they_are_freed_where_the_measurement_asks_for_recomputation(self, model: Any) -> None:
+        controller, dense, counts = self.on(model, SimulatedMeter(1000, lambda levels: expected(levels) + 700))
+        for _ in range(1 + WINDOW):
+            controller.run(lambda: None)
+        assert counts == [4, 0]
+        assert controller.levels[0] == "selective"
+        controller.remove()
+
     def test_a_fixed_number_is_made_at_once_and_kept(self, model: Any) -> None:
         controller, dense, counts = self.on(model, SimulatedMeter(430), fixed=3)
         for _ in range(1 + 2 * WINDOW):

@@ -99,6 +99,9 @@ def test_kernels_agree_with_float64(shape, kind, dtype, residual):
     assert_close(y, case.y, BANDS[dtype])
     if residual:
         assert torch.equal(total, case.total)
+        alone, again = poisoned(shape, dtype), torch.empty_like(statistics)
+        norms._forward_cuda(total, None, case.weight, case.bias, alone, None, again, EPS, kind)
+        assert torch.equal(y, alone)  # the norm is that of the sum as it was rounded
     parameters = poisoned((3, 2, shape[1]), torch.float32)  # 3 programs: some get several tiles, some none
     for sums in (None, parameters):
         norms._backward_cuda(case.dy, case.total, case.dtotal, case.weight, statistics, dx, sums, kind)

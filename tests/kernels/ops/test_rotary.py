@@ -62,7 +62,10 @@ def test_agrees_with_float64_in_both_directions(shape, form, dtype, tables):
 def test_kernel_agrees_with_float64(shape, form, dtype):
     q, k, cos, sin = make(shape, dtype, tables=2)
     want = truth(q, k, cos, sin, form)
+    versions = q._version, k._version
     rotary._rotate_cuda(q, k, cos, sin, form, False)
+    assert q._version > versions[0]  # autograd notices that they changed
+    assert k._version > versions[1]
     for each, expected in zip((q, k), want, strict=True):
         assert_close(each, expected, dtype)
     seeds = [torch.randn_like(each) for each in (q, k)]
