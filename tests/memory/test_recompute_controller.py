@@ -411,7 +411,7 @@ class TestDenseWeights:
         controller.remove()
 
     def test_they_are_freed_where_the_measurement_asks_for_recomputation(self, model: Any) -> None:
-        controller, dense, counts = self.on(model, SimulatedMeter(1000, lambda levels: expected(levels) + 700))
+        controller, _, counts = self.on(model, SimulatedMeter(1000, lambda levels: expected(levels) + 700))
         for _ in range(1 + WINDOW):
             controller.run(lambda: None)
         assert counts == [4, 0]

@@ -24,6 +24,7 @@ from tests.kernels.adapted_models import (
 
 from fastprice_kernels.patching.install import install, installed, uninstall
 from fastprice_kernels.patching.installation import PATCH, Patch
+from fastprice_kernels.patching.resident import set_dense_layers
 
 bnb = pytest.importorskip("bitsandbytes")
 
@@ -120,6 +121,24 @@ def test_uninstall_restores_everything(kind):
     losses, grads = train(model, 3)
     assert losses == want
     assert all(torch.equal(a, b) for a, b in zip(grads, want_gradients, strict=True))
+
+
+def test_dense_layers_that_are_given_up_free_their_weights():
+    model = make(compute=torch.bfloat16, dtype=torch.bfloat16)
+    with pytest.raises(RuntimeError, match="install"):
+        set_dense_layers(model, 1)
+    report = install(model)
+    stock = gradients(model)
+    assert set_dense_layers(model, 2) == sum(report.dense.values()) > 0
+    assert all(torch.equal(a, b) for a, b in zip(gradients(model), stock, strict=True))
+    patches = [each.__dict__.get(PATCH) for each in model.modules()]
+    held = {id(r): weakref.ref(r.weights) for p in patches for r in getattr(p, "resident", {}).values()}
+    assert len(held) == 2 * 4  # q, k and v; o; gate and up; down
+    assert set_dense_layers(model, 0) == 0
+    gc.collect()
+    assert not report.dense
+    assert not any(each() is not None for each in held.values())
+    assert all(torch.equal(a, b) for a, b in zip(gradients(model), stock, strict=True))
 
 
 def test_installing_is_idempotent_and_options_can_change():
