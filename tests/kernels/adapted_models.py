@@ -33,6 +33,7 @@ CONFIGS = {
     "qwen2": lambda: transformers.Qwen2Config(**COMMON),
     "qwen3": lambda: transformers.Qwen3Config(**COMMON),
     "mistral": lambda: transformers.MistralConfig(**COMMON, sliding_window=None),
+    "gemma": lambda: transformers.GemmaConfig(**COMMON),
     "gemma2": lambda: transformers.Gemma2Config(
         **{**COMMON, "attn_implementation": "eager"}, final_logit_softcapping=5.0, query_pre_attn_scalar=HEAD_WIDTH
     ),
