@@ -7,7 +7,7 @@ import torch
 from tests.benchmarking.fake_cuda import FakeCuda
 
 from fastprice.benchmarking import kernel_cases as kernel_cases_module
-from fastprice.benchmarking import lora_kernel_cases
+from fastprice.benchmarking import lora_kernel_cases, norm_kernel_cases
 from fastprice.benchmarking.kernel_cases import kernel_cases
 from fastprice.benchmarking.kernel_comparison import (
     OURS,
@@ -17,6 +17,7 @@ from fastprice.benchmarking.kernel_comparison import (
     run_comparison,
 )
 from fastprice.benchmarking.workload import KERNEL_FAMILIES
+from fastprice_kernels import reference
 
 
 def test_every_case_names_all_its_ways(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -33,6 +34,27 @@ def test_every_case_names_all_its_ways(monkeypatch: pytest.MonkeyPatch) -> None:
             made = case.make()
             assert {*made.functions, *made.absent} == set(case.ways), f"{case.family} {case.name}"
             assert case.ways[0] == OURS
+
+
+@pytest.mark.parametrize("family", ["norm", "rotary"])
+def test_peers_on_cuda_get_what_they_take(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With stand-ins for Liger's functions, by its signatures, and for the compiler."""
+
+    def liger_rms_norm(x, weight, eps, offset, casting_mode, in_place):  # type: ignore[no-untyped-def]
+        assert (offset, casting_mode, in_place) == (0.0, "llama", False)
+        return reference.norm(x, weight, eps, "rms")
+
+    def liger_rope(q, k, cos, sin, position_ids=None, unsqueeze_dim=1):  # type: ignore[no-untyped-def]
+        return tuple(reference.rotate(each, cos, sin, "half") for each in (q, k))
+
+    stand_ins = {"liger_rms_norm": liger_rms_norm, "liger_rope": liger_rope}
+    monkeypatch.setattr(norm_kernel_cases, "_on_cuda", lambda settings: True)
+    monkeypatch.setattr(norm_kernel_cases, "liger_function", stand_ins.__getitem__)
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    settings = KernelSettings("nano", 24, torch.device("cpu"), torch.float32, False)
+    (case,) = kernel_cases([family], settings)
+    row = run_comparison(case, "cpu", {}, 0.0, samples=True)
+    assert set(row["samples"]) == {OURS, "eager", "liger", "torch.compile"}
 
 
 def ones() -> KernelCase:

@@ -24,6 +24,7 @@ from fastprice.benchmarking.kernel_comparison import (
     seeded_generator,
 )
 from fastprice.benchmarking.lora_kernel_cases import linear_cases, mlp_cases
+from fastprice.benchmarking.norm_kernel_cases import norm_cases, rotary_cases
 from fastprice.benchmarking.peer_kernels import liger_loss, trl_chunked_loss, unsloth_kernel
 from fastprice.benchmarking.random_models import random_nf4_weight
 from fastprice.benchmarking.workload import NF4_BYTES, dequantize_shapes, linear_shapes, shape_of
@@ -47,6 +48,8 @@ def kernel_cases(families: Sequence[str], settings: KernelSettings) -> Cases:
         "lora_linear": linear_cases,
         "lora_mlp": mlp_cases,
         "loss_head": _loss_cases,
+        "norm": norm_cases,
+        "rotary": rotary_cases,
         "small_matmul": _small_cases,
     }
     for family in families:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
-__all__ = ["liger_loss", "trl_chunked_loss", "unsloth_attention", "unsloth_kernel"]
+__all__ = ["liger_function", "liger_loss", "trl_chunked_loss", "unsloth_attention", "unsloth_kernel"]
 
 Function = Callable[..., Any]
 
@@ -58,6 +58,12 @@ def liger_loss(ignore_index: int) -> Function:
     loss_class = _attribute("liger_kernel.transformers.fused_linear_cross_entropy", "LigerFusedLinearCrossEntropyLoss")
     loss: Function = loss_class(ignore_index=ignore_index)
     return loss
+
+
+def liger_function(name: str) -> Function:
+    """A function of Liger's functional interface: liger_rms_norm(x, weight, eps, offset, casting mode, in place) or
+    liger_rope(q, k, cos, sin)."""
+    return _attribute("liger_kernel.transformers.functional", name)
 
 
 def _attribute(module: str, name: str) -> Function:

@@ -36,7 +36,7 @@ GIB = 2**30
 # Bytes of one NF4 weight with double quantization: 4 bits, 8 bits a block of 64, 32 bits a block of 256 blocks.
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 
-KERNEL_FAMILIES = ("dequantize", "lora_mlp", "lora_linear", "loss_head", "small_matmul")
+KERNEL_FAMILIES = ("dequantize", "lora_mlp", "lora_linear", "norm", "rotary", "loss_head", "small_matmul")
 
 _LLAMA3 = {"max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "rope_theta": 500000.0}
 _LLAMA3_ROPE = {
