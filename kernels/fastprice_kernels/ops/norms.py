@@ -9,8 +9,8 @@ backward takes the gradients of both, so that autograd need not add them. Saved 
 residual stream holds anyway, and one or two fp32 numbers a row: no fp32 copy of the rows, as the stock code saves.
 
 Elements to move for T x W: `norm` forward 1 read and 1 written, backward 2 and 1; `add_norm` forward 2 and 2, backward
-3 and 1. The stock code moves 13 and more in fp32. A row is one tile, read once; arithmetic is in fp32 for every dtype.
-Per-head norms of queries and keys are rows of the head's width.
+3 and 1. In 16 bits a norm's 4 bytes an element forward and 6 backward are 36 and 90 in the stock code. A row is one
+tile, read once; arithmetic is in fp32 for every dtype. Per-head norms of queries and keys are rows of the head's width.
 
 Shapes: T rows, W columns (the width), S statistics of a row: 1/rms, or mean and 1/std.
 """

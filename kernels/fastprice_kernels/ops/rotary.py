@@ -12,7 +12,7 @@ cos and sin come from the model's own rotary embedding, so that every scaling (l
 numbering of positions, packed ones too, is in them. Columns from R on stay as they are (partial rotary). Only cos and
 sin are saved, which all layers share.
 
-Elements to move: each rotated one is read and written once; the stock code reads and writes ten times as many.
+Elements to move: each rotated one is read and written once; the stock code moves five to eight times as much.
 Arithmetic is in fp32, with one rounding; the stock code in 16 bits rounds three times.
 
 Shapes: B texts or packs, T tokens, H heads, D columns of a head, R of them rotated.

@@ -42,6 +42,7 @@ from fastprice_kernels.patching.structure import (
     OUTPUT,
     QKV,
     activation_of,
+    causal_model,
     decoder_layers,
     is_gated_mlp,
     layer_norms,
@@ -234,7 +235,7 @@ def _install_norms(model: nn.Module, made: Installation) -> None:
 def _install_decoder_layers(model: nn.Module, made: Installation) -> None:
     """Rotary embeddings, and residual additions with the norms behind them."""
     names = {module: name for name, module in model.named_modules()}
-    for layer in decoder_layers(_causal(model)):
+    for layer in decoder_layers(causal_model(model)):
         attention = getattr(layer, ATTENTION, None)
         if isinstance(attention, nn.Module):
             name, attention_class = names[attention], _class_of(attention)
@@ -311,14 +312,8 @@ def _replace(
     made.report.replaced.update(dict.fromkeys(names, kernel))
 
 
-def _causal(model: nn.Module) -> Any:
-    """The causal language model, without PEFT around it."""
-    get_base = getattr(model, "get_base_model", None)
-    return get_base() if get_base is not None else model
-
-
 def _install_loss(model: nn.Module, made: Installation) -> None:
-    causal = _causal(model)
+    causal = causal_model(model)
     names = {module: name for name, module in model.named_modules()}
     name = names[causal] or type(causal).__name__
     theirs = bool(made.unsloth)

@@ -37,8 +37,9 @@ class NormPatch:
 def norm_forward(self: Any, x: Tensor) -> Tensor:
     """Of a norm."""
     patch: NormPatch = self.__dict__[PATCH]
-    y = ops.norm(x, **_arguments(self, patch, x))
-    _announce(self, patch, x, y)
+    arguments = _arguments(self, patch, x)
+    y = ops.norm(x, **arguments)
+    _announce(patch, x, y, arguments)
     return y
 
 
@@ -48,8 +49,9 @@ def add_norm(norm: Any, x: Tensor, residual: Tensor | None = None) -> tuple[Tens
     if not isinstance(patch, NormPatch) or has_hooks(norm) or (residual is not None and x.dtype != residual.dtype):
         total = x if residual is None else x + residual
         return total, norm(total)
-    total, y = ops.add_norm(x, residual, **_arguments(norm, patch, x))
-    _announce(norm, patch, total, y)
+    arguments = _arguments(norm, patch, x)
+    total, y = ops.add_norm(x, residual, **arguments)
+    _announce(patch, total, y, arguments)
     return total, y
 
 
@@ -61,10 +63,10 @@ def _arguments(norm: Any, patch: NormPatch, x: Tensor) -> dict[str, Any]:
     return {"weight": norm.weight, "eps": getattr(norm, patch.eps), "kind": patch.kind, "bias": bias, "dtype": dtype}
 
 
-def _announce(norm: Any, patch: NormPatch, x: Tensor, y: Tensor) -> None:
+def _announce(patch: NormPatch, x: Tensor, y: Tensor, arguments: dict[str, Any]) -> None:
     if patch.on_output is None:
         return
-    arguments, source, version = _arguments(norm, patch, x), x.detach(), x._version
+    source, version = x.detach(), x._version
 
     def again() -> Tensor:
         if source._version != version:

@@ -18,7 +18,7 @@ from fastprice_kernels.ops.lora import Projection
 from fastprice_kernels.ops.nf4_dequantize import dequantize_nf4
 from fastprice_kernels.patching.installation import INSTALLATION, PATCH, InstallReport, Patch
 from fastprice_kernels.patching.linear_layers import Layer, read_layer
-from fastprice_kernels.patching.structure import decoder_layers
+from fastprice_kernels.patching.structure import causal_model, decoder_layers
 
 __all__ = ["Resident", "make_resident", "set_dense_layers"]
 
@@ -42,9 +42,8 @@ def make_resident(model: Any, report: InstallReport, count: int) -> None:
 
     `report.dense` gets the layers, `report.skipped` those that are left out.
     """
-    get_base = getattr(model, "get_base_model", None)
     names = {module: name for name, module in model.named_modules()}
-    layers = decoder_layers(model if get_base is None else get_base())
+    layers = decoder_layers(causal_model(model))
     for layer in layers[: len(layers) - count]:
         if report.dense.pop(names[layer], None) is not None:
             for patch in _patches(layer):
@@ -73,7 +72,7 @@ def set_dense_layers(model: Any, count: int) -> int:
     made = model.__dict__.get(INSTALLATION)
     if made is None:
         raise RuntimeError("dense weights need the kernels: install() first")
-    layers = decoder_layers(model.get_base_model() if hasattr(model, "get_base_model") else model)
+    layers = decoder_layers(causal_model(model))
     make_resident(model, made.report, max(0, min(count, len(layers))))
     return sum(made.report.dense.values())
 

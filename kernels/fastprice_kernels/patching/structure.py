@@ -30,6 +30,7 @@ __all__ = [
     "ROTARY",
     "LayerNorms",
     "activation_of",
+    "causal_model",
     "decoder_layers",
     "is_gated_mlp",
     "layer_norms",
@@ -118,6 +119,11 @@ def activation_of(module: nn.Module) -> str | None:
         values = act(z)
     # Exact gelu and gelu_tanh differ by up to 5e-4, two implementations of one of them in fp64 by 1e-15.
     return next((kind for kind in ACTIVATIONS if (values - reference.activation(z, kind)).abs().max() < 1e-7), None)
+
+
+def causal_model(model: Any) -> Any:
+    """The causal language model itself, without PEFT's wrapper."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def decoder_layers(causal: Any) -> list[nn.Module]:

@@ -30,6 +30,7 @@ _EPS = 1e-5
 _WAYS = (OURS, "eager", "liger", "torch.compile")
 
 Function = Callable[[], Any]
+Way = Callable[[Tensor, Tensor], Any]  # the forward pass of two tensors
 
 
 def norm_cases(settings: KernelSettings) -> Iterator[KernelCase]:
@@ -58,7 +59,7 @@ def _add_norm(settings: KernelSettings) -> Comparison:
         wide = total.float()
         return total, weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + _EPS)).to(dtype)
 
-    def both(function: Callable[..., tuple[Tensor, Tensor]]) -> Function:
+    def both(function: Way) -> Function:
         def run() -> tuple[Tensor, ...]:
             total, y = function(x, r)
             return total, y, torch.autograd.grad((total, y), x, (dtotal, dy))[0]
@@ -70,19 +71,15 @@ def _add_norm(settings: KernelSettings) -> Comparison:
         y = reference.norm(total, weight.double(), _EPS, "rms")
         return total.detach(), y.detach(), torch.autograd.grad(y, total, dy.double())[0] + dtotal.double()
 
-    functions: dict[str, Function] = {
-        OURS: both(lambda x, r: add_norm(x, r, weight, _EPS)),
-        "eager": both(eager),
-    }
-    absent = _peers(functions, "liger_rms_norm", settings, both(torch.compile(eager)))
-    if "liger" not in absent:
-        liger = functions["liger"]
-
-        def with_addition(x: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+    def liger(rms_norm: Callable[..., Tensor]) -> Way:
+        def way(x: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
             total = x + r
-            return total, liger(total, weight, _EPS, 0.0, "llama", False)  # type: ignore[call-arg]
+            return total, rms_norm(total, weight, _EPS, 0.0, "llama", False)
 
-        functions["liger"] = both(with_addition)
+        return way
+
+    ways, absent = _ways(settings, lambda x, r: add_norm(x, r, weight, _EPS), eager, "liger_rms_norm", liger)
+    functions = {name: both(way) for name, way in ways.items()}
     # Forward 2 read and 2 written, backward 3 read and 1 written.
     return _comparison(functions, truth, absent, settings, bytes_moved=8.0 * tokens * width * dtype.itemsize)
 
@@ -105,7 +102,7 @@ def _rotary(settings: KernelSettings) -> Comparison:
     def eager(q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
         return tuple(reference.rotate(each, cos, sin, "half") for each in (q, k))
 
-    def both(function: Callable[..., Any]) -> Function:
+    def both(function: Way) -> Function:
         def run() -> tuple[Tensor, ...]:
             # Copies, which in-place ways may overwrite: as much work for all.
             results = function(q * 1, k * 1)
@@ -118,30 +115,30 @@ def _rotary(settings: KernelSettings) -> Comparison:
         results = [reference.rotate(each, cos.double(), sin.double(), "half") for each in wide]
         return (*results, *torch.autograd.grad(results, wide, (dq.double(), dk.double())))
 
-    functions: dict[str, Function] = {
-        OURS: both(lambda q, k: rotate_(q, k, cos, sin)),
-        "eager": both(eager),
-    }
-    absent = _peers(functions, "liger_rope", settings, both(torch.compile(eager)))
-    if "liger" not in absent:
-        liger = functions["liger"]
-        functions["liger"] = both(lambda q, k: liger(q, k, cos, sin))  # type: ignore[call-arg]
+    def liger(rope: Callable[..., Any]) -> Way:
+        return lambda q, k: rope(q, k, cos, sin)
+
+    ways, absent = _ways(settings, lambda q, k: rotate_(q, k, cos, sin), eager, "liger_rope", liger)
+    functions = {name: both(way) for name, way in ways.items()}
     # Read and written once each way, and the copies.
     elements = tokens * (shape.query_width + shape.key_width)
     return _comparison(functions, truth, absent, settings, bytes_moved=8.0 * elements * dtype.itemsize)
 
 
-def _peers(functions: dict[str, Function], liger: str, settings: KernelSettings, compiled: Function) -> dict[str, str]:
-    """Adds Liger's bare function and the compiled way to `functions` where they run; else the reasons."""
+def _ways(
+    settings: KernelSettings, ours: Way, eager: Way, liger: str, call_liger: Callable[[Callable[..., Any]], Way]
+) -> tuple[dict[str, Way], dict[str, str]]:
+    """The ways that run here, and why the others do not; `call_liger` makes a way of Liger's function of that name."""
+    ways = {OURS: ours, "eager": eager}
     if not _on_cuda(settings):
         reason = "not run on a CPU: compiling takes longer than all other cases"
-        return {"liger": "needs a CUDA device", "torch.compile": reason}
-    functions["torch.compile"] = compiled
+        return ways, {"liger": "needs a CUDA device", "torch.compile": reason}
+    ways["torch.compile"] = torch.compile(eager)
     try:
-        functions["liger"] = liger_function(liger)
+        ways["liger"] = call_liger(liger_function(liger))
     except ImportError as error:
-        return {"liger": str(error)}
-    return {}
+        return ways, {"liger": str(error)}
+    return ways, {}
 
 
 def _on_cuda(settings: KernelSettings) -> bool:

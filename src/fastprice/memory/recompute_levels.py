@@ -2,7 +2,7 @@
 
     none        nothing: every tensor that autograd saves stays in GPU memory
     selective   what is cheap to compute: norms with their fp32 copies, and the product inside the MLP
-    mlp         that, and gate and up: half of what a layer saves, for a fifth more work
+    mlp         that, and gate and up: half of what a layer saves, for a quarter more work
     full        the whole forward pass of the layer; only its input is saved
     offload     the whole forward pass; its input is saved in pinned host memory
 

@@ -30,9 +30,6 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 __all__ = ["SelectiveRecompute"]
 
-# What fastprice_kernels leaves in a module with a new forward, and the attribute of a layer that its MLP reads.
-_KERNEL_PATCH, _RECOMPUTE_MLP = "_fastprice_patch", "recompute_mlp"
-
 
 class SelectiveRecompute:
     """Selective recomputation on one decoder layer, until `remove`.
@@ -42,16 +39,18 @@ class SelectiveRecompute:
     """
 
     def __init__(self, layer: nn.Module, *, mlp: bool = False, preserve_rng_state: bool = True) -> None:
+        from fastprice_kernels.patching.installation import PATCH, RECOMPUTE_MLP
+
         self._layer, self._mlp, self._draws = layer, mlp, mlp and preserve_rng_state
         if mlp:
-            layer.__dict__[_RECOMPUTE_MLP] = True
+            layer.__dict__[RECOMPUTE_MLP] = True
         self._recomputations: WeakIdKeyDictionary = WeakIdKeyDictionary()  # output storage -> (recomputation, version)
         self._saved_tensor_hooks: Any = None
         self._modules_without_cast: list[Any] = []
         self._patched: list[nn.Module] = []
         self._kernel_norms: list[Any] = []
         for module in layer.modules():
-            patch: Any = module.__dict__.get(_KERNEL_PATCH)
+            patch: Any = module.__dict__.get(PATCH)
             if hasattr(patch, "on_output"):
                 patch.on_output = self._register
                 self._kernel_norms.append(patch)
@@ -69,13 +68,15 @@ class SelectiveRecompute:
 
     def remove(self) -> None:
         """Restores the layer."""
+        from fastprice_kernels.patching.installation import RECOMPUTE_MLP
+
         for hook in self._hooks:
             hook.remove()
         for module in self._patched:
             del module.__dict__["forward"]
         for patch in self._kernel_norms:
             patch.on_output = None
-        self._layer.__dict__.pop(_RECOMPUTE_MLP, None)
+        self._layer.__dict__.pop(RECOMPUTE_MLP, None)
 
     def _patch(self, module: nn.Module, forward: Callable[..., Tensor]) -> None:
         module.__dict__["forward"] = forward

@@ -226,12 +226,16 @@ def test_results_do_not_depend_on_uninitialized_memory(monkeypatch, augmented):
     ps = mlp(torch.float32, nf4=True)
     x = draw(6, 41, seed=5, dtype=torch.float32).requires_grad_()
     want = mlp_truth(x, ps, "silu")
+    poison_new_buffers(monkeypatch)
+    compare(lora_mlp(x, *ps, augmented=augmented), want, leaves(x, *ps), torch.float32)
+
+
+def poison_new_buffers(monkeypatch) -> None:
     for name in ("empty", "empty_like"):
         make_empty = getattr(torch, name)
         monkeypatch.setattr(torch, name, lambda *a, _f=make_empty, **k: poison(_f(*a, **k)))
     new_empty = torch.Tensor.new_empty
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: poison(new_empty(*a, **k)))
-    compare(lora_mlp(x, *ps, augmented=augmented), want, leaves(x, *ps), torch.float32)
 
 
 def poison(t: torch.Tensor) -> torch.Tensor:
@@ -450,11 +454,7 @@ def test_tiles_do_not_depend_on_uninitialized_memory(monkeypatch, options):
     ps = mlp(torch.float32, nf4=True)
     x = draw(6, 41, seed=5, dtype=torch.float32).requires_grad_()
     want = mlp_truth(x, ps, "silu")
-    for name in ("empty", "empty_like"):
-        make_empty = getattr(torch, name)
-        monkeypatch.setattr(torch, name, lambda *a, _f=make_empty, **k: poison(_f(*a, **k)))
-    new_empty = torch.Tensor.new_empty
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: poison(new_empty(*a, **k)))
+    poison_new_buffers(monkeypatch)
     compare(lora_mlp(x, *ps, **options), want, leaves(x, *ps), torch.float32)
 
 
