@@ -297,7 +297,8 @@ def _describe_device() -> str:
 
     if torch.cuda.is_available():
         return f"on {torch.cuda.get_device_name()}"
-    return f"on {torch.get_num_threads()} CPU threads"
+    threads = torch.get_num_threads()
+    return f"on {threads} CPU thread{'s' if threads > 1 else ''}"
 
 
 def _library_versions() -> dict[str, str]:
